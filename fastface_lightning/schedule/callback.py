@@ -1,0 +1,357 @@
+"""The plateau schedules as a Lightning callback: ``Trainer(callbacks=[FastFaceCallback()])``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .fastface import FastFace
+from .lr_scheduler import set_lr
+from .plateau import Checkpointed, PlateauSchedule, PlateauState
+from .replay import Change, change
+
+
+class FastFaceCallback(Callback):
+    """Watches the training loss and scales every learning rate of the run.
+
+    Needs no argument: the run's length comes from the trainer, the base learning rates from the
+    optimizers, the loss from ``training_step``. The schedule takes one step for every optimizer
+    step that really happened, with the mean loss of its micro-batches and ranks.
+
+    Losses stay on their device and are read in blocks, so that training never waits for them. A
+    decision belongs to its step; the learning rate follows when the block is read, at most
+    ``read_every - 1`` steps late, and at the same steps whether the run was interrupted or not.
+
+    Logged, every ``log_every_n_steps``: ``fastface/lr_scale``, ``fastface/response``,
+    ``fastface/threshold``, ``fastface/plateau_steps`` and ``lr-<optimizer>[/pg<group>]``; the
+    first group's rate and the progress to the next division also show in the progress bar.
+
+    Args:
+        schedule: ``FastFace(...)`` or ``MHLR(...)``; None for ``FastFace()``.
+        total_steps: optimizer steps of the whole run; None to take them from the trainer.
+        loss_key: key of the loss in what ``training_step`` returns. Needed under manual
+            optimization. The default loss is Lightning's own.
+        read_every: optimizer steps between two readings of the losses; None for 1 on CPU and 32
+            on accelerators.
+
+    Attributes:
+        changes: divisions and restarts so far, those before a resume included.
+        state: the schedule's state at the last reading.
+
+    Raises:
+        MisconfigurationException: at the start of ``fit``, when the run has no end, something else
+            schedules the learning rate, or the loss cannot be found.
+        ValueError: ``read_every`` below 1, or a checkpoint of another schedule.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from fastface_lightning import MHLR, FastFaceCallback
+        >>> trainer = Trainer(callbacks=[FastFaceCallback(MHLR())], logger=False)
+    """
+
+    def __init__(
+        self,
+        schedule: PlateauSchedule | None = None,
+        total_steps: int | None = None,
+        loss_key: str | None = None,
+        read_every: int | None = None,
+    ) -> None:
+        if read_every is not None and read_every < 1:
+            raise ValueError(f"read_every must be at least 1 step, got {read_every}")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1 step, got {total_steps}")
+        self.schedule = schedule or FastFace()
+        self.total_steps = total_steps
+        self.loss_key = loss_key
+        self.read_every = read_every
+        self._reset()
+
+    def _reset(self) -> None:
+        self.changes: list[Change] = []
+        self._at: Checkpointed | None = None
+        self._base_lrs: list[list[float]] = []
+        self._micro: list[Tensor] = []  # losses of the micro-batches since the last optimizer step
+        self._unread: list[tuple[int, Tensor, Tensor | None]] = []  # step, loss, found_inf
+        self._stepped = False
+        self._found_inf: Tensor | None = None
+        self._global_step = 0
+        self._trainer: Trainer | None = None
+        self._hooks: list[Any] = []
+
+    @property
+    def state(self) -> PlateauState | None:
+        return self._at.state if self._at else None
+
+    # Start -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._release()
+            self._reset()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._refuse_rivals(trainer)
+        if not pl_module.automatic_optimization and self.loss_key is None:
+            raise MisconfigurationException(
+                "under manual optimization FastFaceCallback needs loss_key, the key of the loss in "
+                "what training_step returns, got None"
+            )
+        if self._at is None:
+            bound = self.schedule.bind(self.total_steps or total_steps_of(trainer))
+            self._at = Checkpointed(self.schedule, bound, bound.init())
+            # A resumed optimizer gets its state, and with it a scaled rate, only after this hook.
+            self._base_lrs = [[float(g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
+        self._block = self.read_every or (1 if pl_module.device.type == "cpu" else 32)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._at is None:
+            return
+        self._trainer = trainer
+        self._global_step = trainer.global_step
+        self._hooks = [
+            o.register_step_post_hook(self._on_optimizer_step) for o in trainer.optimizers
+        ]
+        if trainer.global_step == 0:
+            self._apply(trainer)
+        rank_zero_info(self._at.bound.describe())
+
+    def _refuse_rivals(self, trainer: Trainer) -> None:
+        rivals = [type(c.scheduler).__name__ for c in trainer.lr_scheduler_configs]
+        rivals += [
+            type(c).__name__
+            for c in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(c, StochasticWeightAveraging)
+        ]
+        if rivals:
+            raise MisconfigurationException(
+                f"only one schedule may set the learning rate, got FastFaceCallback and "
+                f"{', '.join(rivals)}: let configure_optimizers return the optimizer alone, or "
+                f"leave the callback out"
+            )
+        if not trainer.optimizers:
+            raise MisconfigurationException(
+                "FastFaceCallback needs an optimizer, got none from configure_optimizers"
+            )
+
+    # Steps -------------------------------------------------------------------------------------
+
+    def _on_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A GradScaler does not call step() after an overflow; only a fused optimizer is called all
+        # the same, and finds out on the device.
+        self._stepped = True
+        self._found_inf = getattr(optimizer, "found_inf", None)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._at is None:
+            return
+        self._collect(trainer, pl_module, outputs)
+        if trainer.global_step == self._global_step:
+            return
+        self._global_step = trainer.global_step
+        if self._stepped and self._micro:
+            loss = self._micro[0] if len(self._micro) == 1 else torch.stack(self._micro).mean()
+            self._unread.append((trainer.global_step - 1, loss, self._found_inf))
+        self._stepped, self._found_inf, self._micro = False, None, []
+        # Not "once the block is full": the steps must be the same after a resume.
+        if trainer.global_step % self._block == 0 or len(self._unread) >= self._block:
+            self._read(trainer)
+            self._apply(trainer)
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log(trainer, pl_module)
+
+    def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
+        if not outputs:  # training_step returned None: this micro-batch was skipped
+            return
+        key = self.loss_key or "loss"
+        if key not in outputs:
+            raise MisconfigurationException(
+                f"training_step must return loss_key={key!r}, got {', '.join(map(str, outputs))}"
+            )
+        loss = torch.as_tensor(outputs[key]).detach()
+        if key == "loss" and pl_module.automatic_optimization:
+            divided_by = trainer.accumulate_grad_batches
+            loss = loss * divided_by if divided_by > 1 else loss
+        self._micro.append(loss)
+
+    def _read(self, trainer: Trainer) -> None:
+        """Bring the unread losses to the host, in one transfer, and let the schedule take them."""
+        if not self._unread or self._at is None:
+            return
+        unread, self._unread = self._unread, []
+        columns = [loss for _, loss, _ in unread]
+        columns += [found for _, _, found in unread if found is not None]
+        if len(columns) == 1:
+            block = columns[0]
+        else:
+            block = torch.stack([column.reshape(()).float() for column in columns])
+        if trainer.world_size > 1:
+            block = trainer.strategy.reduce(block.float(), reduce_op="mean")
+        values = block.tolist() if block.dim() else [block.item()]
+        skipped = iter(values[len(unread) :])
+        for (step, _, found), loss in zip(unread, values, strict=False):
+            if found is None or next(skipped) == 0:
+                self._update(step, loss)
+
+    def _update(self, step: int, loss: float) -> None:
+        assert self._at is not None
+        before = self._at.state
+        after = self._at.bound.update(before, loss)
+        self._at = self._at._replace(state=after)
+        if after.nonfinite == 1 and before.nonfinite == 0:
+            rank_zero_warn(
+                f"step {step}: the loss is {loss}; such losses are left out of the schedule, at "
+                f"most {self._at.bound.max_nonfinite} in a row"
+            )
+        made = change(before, after, step, self._base_lrs[0][0])
+        if made:
+            self.changes.append(made)
+            rank_zero_info(
+                f"step {step}: loss flat for {self._at.bound.patience + 1} steps, "  # type: ignore[operator]
+                f"lr {made.lr / made.factor:.4g} -> {made.lr:.4g}"
+            )
+
+    def _apply(self, trainer: Trainer) -> None:
+        """Set every group to its base learning rate times the scale."""
+        assert self._at is not None
+        for optimizer, base_lrs in zip(trainer.optimizers, self._base_lrs, strict=True):
+            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
+                set_lr(group, base_lr * self._at.state.scale)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._at is not None
+        state, patience = self._at.state, self._at.bound.patience
+        values = {
+            "fastface/lr_scale": state.scale,
+            "fastface/response": state.response,
+            "fastface/threshold": self._at.bound.threshold_at(state),
+            "fastface/plateau_steps": float(state.plateau_steps),
+        }
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = {
+            name: group["lr"]
+            for name, group in zip(lr_names(trainer.optimizers), groups, strict=True)
+        }
+        pl_module.log_dict({**finite, **rates})
+        pl_module.log_dict(
+            {
+                "lr": next(iter(rates.values())),
+                "plateau": state.plateau_steps / (patience + 1),  # type: ignore[operator]
+            },
+            prog_bar=True,
+            logger=False,
+        )
+
+    # End and checkpoints -----------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._at is not None:
+            self._read(trainer)
+        self._release()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._at is None:
+            return {}
+        if self._trainer is not None:
+            self._read(self._trainer)
+        return self._at.dump() | {
+            "base_lrs": self._base_lrs,
+            "changes": [list(made) for made in self.changes],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._at = Checkpointed.load(state_dict, self.schedule)
+        self._base_lrs = state_dict["base_lrs"]
+        self.changes = [Change(*made) for made in state_dict["changes"]]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.state_key in checkpoint.get("callbacks", {}) or not checkpoint.get("global_step"):
+            return
+        if checkpoint.get("lr_schedulers"):
+            raise MisconfigurationException(
+                "the checkpoint must come from a run with FastFaceCallback, got one whose learning "
+                "rate another scheduler set: resume with that scheduler, or start anew from the "
+                "weights alone"
+            )
+        rank_zero_warn(
+            f"the checkpoint holds no state of FastFaceCallback: its schedule starts anew at step "
+            f"{checkpoint['global_step']}"
+        )
+
+
+def total_steps_of(trainer: Trainer) -> int:
+    """Optimizer steps of the whole run, as the trainer's settings imply.
+
+    Raises:
+        MisconfigurationException: the run has no end.
+    """
+    scheduled = [
+        c
+        for c in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(c, GradientAccumulationScheduler)
+    ]
+    if scheduled:
+        steps = _scheduled_steps(trainer, scheduled[0])
+    else:
+        steps = trainer.estimated_stepping_batches
+    if not 0 <= steps < math.inf:
+        raise MisconfigurationException(
+            "FastFaceCallback needs the length of the run, got a trainer without an end: set "
+            "max_steps or max_epochs, or FastFaceCallback(total_steps=...)"
+        )
+    return max(1, int(steps))
+
+
+def _scheduled_steps(trainer: Trainer, accumulation: GradientAccumulationScheduler) -> float:
+    """As Lightning's estimate, which does not serve accumulation that changes by epoch."""
+    if trainer.max_epochs == -1:
+        return trainer.max_steps if trainer.max_steps != -1 else math.inf
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    if batches == math.inf:
+        return trainer.max_steps
+    steps = sum(
+        math.ceil(batches / accumulation.get_accumulate_grad_batches(epoch))
+        for epoch in range(trainer.max_epochs or 1)
+    )
+    return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
+
+
+def lr_names(optimizers: list[Optimizer]) -> list[str]:
+    """A name for every parameter group, as Lightning's LearningRateMonitor has them."""
+    names: list[str] = []
+    kinds = [type(optimizer).__name__ for optimizer in optimizers]
+    for i, (optimizer, kind) in enumerate(zip(optimizers, kinds, strict=True)):
+        number = kinds[:i].count(kind)
+        name = f"lr-{kind}-{number}" if number else f"lr-{kind}"
+        groups = optimizer.param_groups
+        if len(groups) == 1:
+            names.append(name)
+        else:
+            names += [f"{name}/{g.get('name', f'pg{k}')}" for k, g in enumerate(groups, 1)]
+    return names

@@ -1,0 +1,115 @@
+"""The plateau schedules as a torch learning-rate scheduler: ``scheduler.step(loss)``."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .fastface import FastFace
+from .plateau import Checkpointed, PlateauSchedule, PlateauState
+
+
+class FastFaceLR(LRScheduler):
+    """Scales every parameter group's learning rate by what the schedule makes of the loss.
+
+    Args:
+        optimizer: its groups' learning rates at construction are the base rates; their ratios stay.
+        total_steps: optimizer steps of the whole run, >= 1.
+        schedule: ``FastFace(...)`` or ``MHLR(...)``; None for ``FastFace()``.
+        last_epoch: as in torch: -1 for a new run; otherwise ``initial_lr`` is taken from the groups
+            and :meth:`load_state_dict` must follow.
+
+    Raises:
+        ValueError: ``total_steps`` below 1.
+
+    Example:
+        >>> import torch
+        >>> from fastface_lightning import MHLR, FastFaceLR
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> schedule = MHLR(haar_window=10, arm_after=0)
+        >>> scheduler = FastFaceLR(optimizer, total_steps=1000, schedule=schedule)
+        >>> for loss in [3.0] * 50:
+        ...     optimizer.step()
+        ...     scheduler.step(loss)
+        >>> scheduler.get_last_lr()
+        [0.05]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        schedule: PlateauSchedule | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        given = schedule or FastFace()
+        bound = given.bind(total_steps)
+        self._at = Checkpointed(given, bound, bound.init())
+        super().__init__(optimizer, last_epoch)
+
+    @property
+    def schedule(self) -> PlateauSchedule:
+        """The schedule, bound to the run."""
+        return self._at.bound
+
+    @property
+    def state(self) -> PlateauState:
+        """The schedule's state after the last step."""
+        return self._at.state
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Base learning rates times the state's scale, one a group."""
+        return [base * self.state.scale for base in self.base_lrs]
+
+    def step(self, loss: float | Tensor | None = None) -> None:
+        """Take the mean loss of the optimizer step just done.
+
+        Args:
+            loss: float or tensor of one element; reading a tensor waits for its device.
+
+        Raises:
+            ValueError: no loss given, or too many in a row that are NaN or infinite.
+        """
+        if self._is_initial:
+            return super().step()
+        if loss is None:
+            raise ValueError("step(loss) takes the loss of the optimizer step just done, got None")
+        before, value = self.state, float(loss)
+        self._at = self._at._replace(state=self.schedule.update(before, value))
+        if self.state.nonfinite == 1 and before.nonfinite == 0:
+            warnings.warn(
+                f"step {self.last_epoch}: the loss is {value}; such losses are left out of the "
+                f"schedule, at most {self.schedule.max_nonfinite} in a row",
+                stacklevel=2,
+            )
+        super().step()
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives (and the learning rates as they are) to save in a checkpoint."""
+        return {key: value for key, value in super().state_dict().items() if key != "_at"} | {
+            "schedule": self._at.dump()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; as in torch, the optimizer's own state is not touched.
+
+        Raises:
+            ValueError: the state was written by another schedule.
+        """
+        rest = dict(state_dict)
+        self._at = Checkpointed.load(rest.pop("schedule"), self._at.given)
+        super().load_state_dict(rest)
+
+
+def set_lr(group: dict[str, Any], lr: float) -> None:
+    """Set a parameter group's learning rate, in place where it is a tensor (capturable ones)."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr

@@ -1,0 +1,156 @@
+"""A recorded loss curve tells what a schedule would have done to it."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .plateau import PlateauSchedule, PlateauState
+
+
+class Change(NamedTuple):
+    """One change of the learning rate."""
+
+    step: int
+    """0-based index of the loss that triggered it; the new learning rate holds from the next."""
+    factor: float
+    """New learning rate over old."""
+    lr: float
+    """New learning rate."""
+
+
+class Recording(NamedTuple):
+    """Losses read from a log, one an optimizer step."""
+
+    losses: list[float]
+    lrs: list[float]
+    """Learning rate logged for each step; empty where the log has none."""
+
+
+def states(losses: Iterable[float], schedule: PlateauSchedule) -> Iterator[PlateauState]:
+    """The state of a bound schedule after each loss."""
+    state = schedule.init()
+    for loss in losses:
+        state = schedule.update(state, loss)
+        yield state
+
+
+def change(before: PlateauState, after: PlateauState, step: int, lr: float) -> Change | None:
+    """The division or restart between two states, if there is one; warm-up is none.
+
+    Args:
+        before: state before the loss of ``step``.
+        after: state after it.
+        step: 0-based optimizer step.
+        lr: base learning rate.
+    """
+    if after.scale == before.scale or after.level != after.level:
+        return None
+    return Change(step, after.scale / before.scale, lr * after.scale)
+
+
+def replay(
+    losses: Iterable[float], schedule: PlateauSchedule, total_steps: int, lr: float
+) -> list[Change]:
+    """Changes of the learning rate that ``schedule`` would take on a recorded loss.
+
+    Args:
+        losses: loss of every optimizer step, in order.
+        schedule: FastFace or MHLR, bound or not.
+        total_steps: optimizer steps of the run that was recorded, >= 1.
+        lr: base learning rate.
+
+    Returns:
+        The divisions and restarts in order.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+        >>> from fastface_lightning import MHLR, replay
+        >>> losses = [5 - min(step, 400) / 100 for step in range(2000)]
+        >>> replay(losses, MHLR(haar_window=20), total_steps=2000, lr=0.1)[0]
+        Change(step=475, factor=0.5, lr=0.05)
+    """
+    schedule = schedule.bind(total_steps)
+    changes, before = [], schedule.init()
+    for step, after in enumerate(states(losses, schedule)):
+        made = change(before, after, step, lr)
+        if made:
+            changes.append(made)
+        before = after
+    return changes
+
+
+_LOG_LINE = re.compile(
+    r"Loss\s+(?P<loss>\S+)(?:\s+LearningRate\s+(?P<lr>\S+))?.*?Global Step:\s*(?P<step>\d+)"
+)
+
+
+def read_losses(path: str | Path, column: str | None = None) -> Recording:
+    """Read a loss curve, one value an optimizer step.
+
+    Understood are InsightFace's and FastFace's ``training.log`` (a row at step s averages the
+    steps since the row before, so it is repeated for each of them), and CSV files with a header:
+    a loss column (``column``, or the first of ``train/loss``, ``train_loss``, ``loss``) and, unless
+    every row is a step, a ``step`` column (0-based, as Lightning's ``metrics.csv`` has it).
+    Either may be gzipped (``.gz``).
+
+    Raises:
+        ValueError: no such file, or no loss in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"log must be an existing file, got {path}")
+    is_csv = path.name.removesuffix(".gz").endswith(".csv")
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        rows = _csv_rows(file, path, column) if is_csv else _log_rows(file)
+        recording = _fill(rows)
+    if not recording.losses:
+        raise ValueError(f"log must hold at least one loss, got none in {path}")
+    return recording
+
+
+def _log_rows(lines: Iterable[str]) -> Iterator[tuple[int, float, float | None]]:
+    for line in lines:
+        if found := _LOG_LINE.search(line):
+            lr = found["lr"]
+            yield int(found["step"]), float(found["loss"]), float(lr) if lr else None
+
+
+def _csv_rows(
+    lines: Iterable[str], path: Path, column: str | None
+) -> Iterator[tuple[int, float, float | None]]:
+    reader = csv.DictReader(lines)
+    names = reader.fieldnames or []
+    wanted = (column,) if column else ("train/loss", "train_loss", "loss")
+    found = next((name for name in wanted if name in names), None)
+    if found is None:
+        raise ValueError(
+            f"{path} must have a column {' or '.join(wanted)}, got {', '.join(names) or 'none'}"
+        )
+    lr_column = next((name for name in names if name.startswith("lr-")), None)
+    for number, row in enumerate(reader):
+        if row[found]:
+            lr = row[lr_column] if lr_column else None
+            yield (
+                (int(float(row["step"])) if "step" in names else number) + 1,
+                float(row[found]),
+                (float(lr) if lr else None),
+            )
+
+
+def _fill(rows: Iterable[tuple[int, float, float | None]]) -> Recording:
+    """Repeat each row's values for the steps since the row before it."""
+    losses: list[float] = []
+    lrs: list[float] = []
+    for end, loss, lr in rows:
+        steps = end - len(losses)
+        losses += [loss] * steps
+        if lr is not None:
+            lrs += [lr] * steps
+    return Recording(losses, lrs if len(lrs) == len(losses) else [])
