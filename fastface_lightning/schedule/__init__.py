@@ -3,6 +3,15 @@
 from .fastface import FastFace
 from .mhlr import MHLR
 from .plateau import PlateauSchedule, PlateauState
-from .replay import Change, read_losses, replay
+from .replay import Change, read_losses, replay, states
 
-__all__ = ["MHLR", "Change", "FastFace", "PlateauSchedule", "PlateauState", "read_losses", "replay"]
+__all__ = [
+    "MHLR",
+    "Change",
+    "FastFace",
+    "PlateauSchedule",
+    "PlateauState",
+    "read_losses",
+    "replay",
+    "states",
+]

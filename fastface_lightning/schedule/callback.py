@@ -99,6 +99,7 @@ class FastFaceCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._at = None  # whatever checkpoint it started from
             return
         self._refuse_rivals(trainer)
         if not pl_module.automatic_optimization and self.loss_key is None:
@@ -121,7 +122,7 @@ class FastFaceCallback(Callback):
         self._hooks = [
             o.register_step_post_hook(self._on_optimizer_step) for o in trainer.optimizers
         ]
-        if trainer.global_step == 0:
+        if self._at.state.step == 0:
             self._apply(trainer)
         rank_zero_info(self._at.bound.describe())
 
@@ -138,7 +139,7 @@ class FastFaceCallback(Callback):
                 f"{', '.join(rivals)}: let configure_optimizers return the optimizer alone, or "
                 f"leave the callback out"
             )
-        if not trainer.optimizers:
+        if not any(optimizer.param_groups for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 "FastFaceCallback needs an optimizer, got none from configure_optimizers"
             )
@@ -157,33 +158,36 @@ class FastFaceCallback(Callback):
         if self._at is None:
             return
         self._collect(trainer, pl_module, outputs)
-        if trainer.global_step == self._global_step:
-            return
-        self._global_step = trainer.global_step
-        if self._stepped and self._micro:
-            loss = self._micro[0] if len(self._micro) == 1 else torch.stack(self._micro).mean()
-            self._unread.append((trainer.global_step - 1, loss, self._found_inf))
-        self._stepped, self._found_inf, self._micro = False, None, []
-        # Not "once the block is full": the steps must be the same after a resume.
-        if trainer.global_step % self._block == 0 or len(self._unread) >= self._block:
-            self._read(trainer)
-            self._apply(trainer)
-        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if trainer.global_step != self._global_step:
+            self._close_step(trainer)
+        if trainer._logger_connector.should_update_logs:
             self._log(trainer, pl_module)
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
-        if not outputs:  # training_step returned None: this micro-batch was skipped
-            return
+        automatic = pl_module.automatic_optimization
+        if not outputs and (automatic or not self._stepped):
+            return  # training_step returned None: this micro-batch was skipped
         key = self.loss_key or "loss"
         if key not in outputs:
+            returned = ", ".join(map(str, outputs)) or "nothing"
             raise MisconfigurationException(
-                f"training_step must return loss_key={key!r}, got {', '.join(map(str, outputs))}"
+                f"training_step must return loss_key={key!r}, got {returned}"
             )
-        loss = torch.as_tensor(outputs[key]).detach()
-        if key == "loss" and pl_module.automatic_optimization:
-            divided_by = trainer.accumulate_grad_batches
-            loss = loss * divided_by if divided_by > 1 else loss
-        self._micro.append(loss)
+        loss = torch.as_tensor(outputs[key], dtype=torch.float32, device=pl_module.device)
+        divided_by = trainer.accumulate_grad_batches if key == "loss" and automatic else 1
+        self._micro.append(loss.detach().reshape(()) * divided_by)
+
+    def _close_step(self, trainer: Trainer) -> None:
+        """Keep the optimizer step's mean loss; at the end of a block, read and decide."""
+        before, self._global_step = self._global_step, trainer.global_step
+        if self._stepped and self._micro:
+            loss = torch.stack(self._micro).mean()
+            self._unread.append((trainer.global_step - 1, loss, self._found_inf))
+        self._stepped, self._found_inf, self._micro = False, None, []
+        # Blocks end at multiples of their length, not once full: at the same steps after a resume.
+        if trainer.global_step // self._block > before // self._block:
+            self._read(trainer)
+            self._apply(trainer)
 
     def _read(self, trainer: Trainer) -> None:
         """Bring the unread losses to the host, in one transfer, and let the schedule take them."""
@@ -191,14 +195,11 @@ class FastFaceCallback(Callback):
             return
         unread, self._unread = self._unread, []
         columns = [loss for _, loss, _ in unread]
-        columns += [found for _, _, found in unread if found is not None]
-        if len(columns) == 1:
-            block = columns[0]
-        else:
-            block = torch.stack([column.reshape(()).float() for column in columns])
+        columns += [found.reshape(()) for _, _, found in unread if found is not None]
+        block = torch.stack(columns)
         if trainer.world_size > 1:
-            block = trainer.strategy.reduce(block.float(), reduce_op="mean")
-        values = block.tolist() if block.dim() else [block.item()]
+            block = trainer.strategy.reduce(block, reduce_op="mean")
+        values = block.tolist()
         skipped = iter(values[len(unread) :])
         for (step, _, found), loss in zip(unread, values, strict=False):
             if found is None or next(skipped) == 0:

@@ -35,7 +35,7 @@ class FastFace(PlateauSchedule):
     - ``released``: the published code, :math:`E_t = (2-\alpha-\beta) E_{t-1} - (1-\alpha)(1-\beta)
       E_{t-2} + \alpha\beta (L_{t-1} - L_t)` with :math:`E_0 = 0`, which counts the very first loss
       drop :math:`1/\beta` times; its divisions take effect one call late. Kept to repeat runs made
-      with it, not recommended.
+      with it, not recommended; its smoothed loss starts far off, so its threshold must be absolute.
 
     Args:
         ema_window: steps of the first average, :math:`1/\alpha`, >= 1.
@@ -70,10 +70,14 @@ class FastFace(PlateauSchedule):
     patience: int | float | None = 0.05
     max_decays: int | None = 8
 
+    _resolved = (*PlateauSchedule._resolved, "alpha", "beta")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.literal and self.released:
             raise ValueError("literal and released exclude each other, got both True")
+        if self.released and self.threshold_mode not in (None, "abs"):
+            raise ValueError(f"released needs threshold_mode 'abs', got {self.threshold_mode!r}")
         _check_window("ema_window", self.ema_window, "alpha", self.alpha)
         _check_window("haar_window", self.haar_window, "beta", self.beta)
 
@@ -91,21 +95,24 @@ class FastFace(PlateauSchedule):
             settings |= {"threshold": 5e-5, "threshold_mode": "abs"}
         elif self.threshold is None:
             settings |= {"threshold": 0.4 / total_steps, "threshold_mode": "peak"}
-        if verbatim:
+        if verbatim and self.arm_after is None:
             settings["arm_after"] = 0
+        if self.patience is None:
+            settings["patience"] = 0.05
         return replace(self, **settings)  # type: ignore[arg-type]
 
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
         alpha, beta = self.alpha, self.beta
         assert alpha is not None and beta is not None
+        window = self.ema_window or 1 / alpha
         seen = state.step - self.warmup_steps
         if self.literal or self.released:
             return self._detect_verbatim(state, loss, int(seen), alpha, beta)
         if seen == 0:
-            return self._decide(state, loss, 0.0, 1 / alpha)
+            return self._decide(state, loss, 0.0, window)
         level = state.level + max(alpha, 1 / (seen + 1)) * (loss - state.level)
         response = state.response + beta * (state.level - level - state.response)
-        return self._decide(state, level, response, 1 / alpha)
+        return self._decide(state, level, response, window)
 
     def _detect_verbatim(
         self, state: PlateauState, loss: float, seen: int, alpha: float, beta: float

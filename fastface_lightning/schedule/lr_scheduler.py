@@ -79,6 +79,8 @@ class FastFaceLR(LRScheduler):
             return super().step()
         if loss is None:
             raise ValueError("step(loss) takes the loss of the optimizer step just done, got None")
+        if isinstance(loss, Tensor):
+            loss = loss.detach()
         before, value = self.state, float(loss)
         self._at = self._at._replace(state=self.schedule.update(before, value))
         if self.state.nonfinite == 1 and before.nonfinite == 0:

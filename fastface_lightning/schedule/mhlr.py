@@ -23,7 +23,9 @@ class MHLR(PlateauSchedule):
         H_i = \frac1m \Bigl( \sum_{j=i-m}^{i-m+h-1} a_j - \sum_{j=i-m+h}^{i-1} a_j \Bigr),
         \qquad h = \lfloor m/2 \rfloor,
 
-    in loss units: on a loss that falls by :math:`s` a step it is :math:`s m / 4`.
+    in loss units: on a loss that falls by :math:`s` a step it is :math:`s m / 4` for an even
+    :math:`m`. For an odd one the second sum has one mean more, so the response is low by about
+    :math:`a / m`; the default is therefore even.
 
     With :math:`Q_i = \sum_{j \le i} \sum_{k \le j} L_k` the double sum of the losses this is
 
@@ -33,8 +35,9 @@ class MHLR(PlateauSchedule):
     four look-ups a step whatever :math:`m` is. :math:`Q` is kept in integers (Python's have no
     limit): nothing drifts, however long the run, and a resumed run computes the same bits.
 
-    The defaults are the authors': ``haar_window`` ``int(0.015 T)``, threshold 0.06, patience two
-    windows, :math:`\times 4` instead of a fourth division in a row, no limit on divisions.
+    The defaults are the authors': ``haar_window`` 0.015 T (here rounded down to even), threshold
+    0.06, patience two windows, :math:`\times 4` instead of a fourth division in a row, no limit on
+    divisions.
 
     Args:
         haar_window: :math:`m`, steps, >= 2.
@@ -61,6 +64,8 @@ class MHLR(PlateauSchedule):
     threshold: float | None = 0.06
     restart_after: int | None = 4
 
+    _resolved = (*PlateauSchedule._resolved, "haar_window")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("haar_window", self.haar_window, least=2, unit=" steps")
@@ -75,15 +80,16 @@ class MHLR(PlateauSchedule):
     def _resolve(self, total_steps: int) -> MHLR:
         m = self.haar_window
         if m is None:
-            m = round(1 / self.beta) if self.beta is not None else max(2, int(0.015 * total_steps))
+            m = round(1 / self.beta) if self.beta is not None else default_window(total_steps)
         patience = 2 * m if self.patience is None else self.patience
-        return replace(self, haar_window=m, patience=patience)
+        threshold = 0.06 if self.threshold is None else self.threshold
+        return replace(self, haar_window=m, patience=patience, threshold=threshold)
 
     def init(self) -> PlateauState:
         # memory: the sum of all losses; Q of the last steps, zero before the first; its length.
         # The list is shared by successive states and only ever appended to.
-        m = self.haar_window
         state = super().init()
+        m = self.haar_window
         assert m is not None
         return state._replace(memory=(0, [0] * (2 * m + 2), 2 * m + 2))
 
@@ -113,6 +119,11 @@ class MHLR(PlateauSchedule):
 
     def _windows(self) -> str:
         return f"Haar over {self.haar_window} steps"
+
+
+def default_window(total_steps: int) -> int:
+    """Window for a run of ``total_steps``, in optimizer steps; even."""
+    return max(2, int(0.015 * total_steps) // 2 * 2)
 
 
 def _append(past: list[int], length: int, value: int, keep: int) -> list[int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 ThresholdMode = Literal["abs", "rel", "peak"]
 ARM_DROP = 0.05
 """Share of its peak that the smoothed loss must lose before a flat loss means a plateau."""
+_HUGE = 1e305
 
 
 class PlateauState(NamedTuple):
@@ -35,7 +36,7 @@ class PlateauState(NamedTuple):
     level: float = math.nan
     """Smoothed loss."""
     peak: float = -math.inf
-    """Highest smoothed loss, from a quarter of the smoothing window on."""
+    """Highest smoothed loss, from half a smoothing window on."""
     armed: bool = False
     """Whether a flat loss counts already."""
     nonfinite: int = 0
@@ -79,7 +80,8 @@ class PlateauSchedule:
         max_decays: most multiplications by ``factor``; None for no limit.
         restart_after: plateaus in a row that end in a restart; None for never.
         restart_factor: multiplies the learning rate at a restart, >= 1.
-        arm_after: steps after which the rule is armed in any case; 0 arms it from the start.
+        arm_after: steps after which the rule is armed in any case; 0 arms it from the start, None
+            after a fifth of the run.
         warmup_steps: steps over which the scale grows linearly to 1; the detector sees none of
             their losses.
         max_nonfinite: NaN or infinite losses in a row that are still skipped.
@@ -95,9 +97,11 @@ class PlateauSchedule:
     max_decays: int | None = None
     restart_after: int | None = None
     restart_factor: float = 4.0
-    arm_after: int | float = 0.2
+    arm_after: int | float | None = None
     warmup_steps: int | float = 0
     max_nonfinite: int = 100
+
+    _resolved: ClassVar[tuple[str, ...]] = ("threshold", "threshold_mode")
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
@@ -106,15 +110,19 @@ class PlateauSchedule:
             raise ValueError(
                 f"threshold_mode must be 'abs', 'rel' or 'peak', got {self.threshold_mode!r}"
             )
+        if self.threshold is None and self.threshold_mode is not None:
+            raise ValueError(
+                f"threshold_mode needs a threshold, got {self.threshold_mode!r} and threshold=None"
+            )
         for name in ("patience", "arm_after", "warmup_steps"):
-            check_duration(name, getattr(self, name))
+            check_duration(name, getattr(self, name), optional=name != "warmup_steps")
         if not 0 < self.factor < 1:
             raise ValueError(f"factor must lie in (0, 1), got {self.factor}")
         if not 1 <= self.restart_factor < math.inf:
             raise ValueError(f"restart_factor must be at least 1, got {self.restart_factor}")
         check_count("max_decays", self.max_decays, least=0)
         check_count("restart_after", self.restart_after, least=1)
-        check_count("max_nonfinite", self.max_nonfinite, least=1)
+        check_count("max_nonfinite", self.max_nonfinite, least=1, optional=False)
 
     def __repr__(self) -> str:
         given = (
@@ -143,7 +151,7 @@ class PlateauSchedule:
             bound,
             threshold_mode=bound.threshold_mode or "abs",
             patience=as_steps(bound.patience, total_steps),
-            arm_after=as_steps(bound.arm_after, total_steps),
+            arm_after=as_steps(0.2 if bound.arm_after is None else bound.arm_after, total_steps),
             warmup_steps=as_steps(bound.warmup_steps, total_steps),
         )
 
@@ -157,20 +165,24 @@ class PlateauSchedule:
         Raises:
             ValueError: the schedule is not bound to a number of steps yet.
         """
-        if self.threshold_mode is None or not isinstance(self.patience, int):
-            raise ValueError(f"{self!r} has open settings: call bind(total_steps) first")
+        durations = (self.patience, self.arm_after, self.warmup_steps)
+        if not all(isinstance(steps, int) for steps in durations) or any(
+            getattr(self, name) is None for name in self._resolved
+        ):
+            raise ValueError(f"init() needs a bound schedule, got {self!r}: call bind(total_steps)")
         warming = self.warmup_steps > 0
         return PlateauState(scale=1 / self.warmup_steps if warming else 1.0)
 
     def update(self, state: PlateauState, loss: float) -> PlateauState:
         """State after the optimizer step whose mean loss was ``loss``; ``state`` stays as it was.
 
-        A NaN or infinite loss changes nothing but the two counters of such losses.
+        A NaN or infinite loss (beyond 1e305, that is) changes nothing but the two counters of such
+        losses.
 
         Raises:
             ValueError: more than ``max_nonfinite`` of them in a row.
         """
-        if not math.isfinite(loss):
+        if not -_HUGE < loss < _HUGE:
             return self._skip(state, loss)
         if state.step < self.warmup_steps:
             step = state.step + 1
@@ -191,7 +203,7 @@ class PlateauSchedule:
         return state._replace(nonfinite=state.nonfinite + 1, nonfinite_run=run)
 
     def threshold_at(self, state: PlateauState) -> float:
-        """The threshold in the response's unit, as it stands at ``state``; NaN before a loss."""
+        """The threshold in the response's unit, as it stands at ``state``; not finite at first."""
         return self._threshold(state.level, state.peak)
 
     def _threshold(self, level: float, peak: float) -> float:
@@ -213,8 +225,8 @@ class PlateauSchedule:
         plateau_steps, plateaus = state.plateau_steps, state.plateaus
         decays, restarts = state.decays, state.restarts
         seen = step - self.warmup_steps
-        peak = max(state.peak, level) if 4 * seen >= window else state.peak
-        armed = state.armed or seen >= self.arm_after or level <= (1 - ARM_DROP) * peak
+        peak = max(state.peak, level) if 2 * seen >= window else state.peak
+        armed = state.armed or seen >= self.arm_after or level <= (1 - ARM_DROP) * peak  # type: ignore[operator]
         if not (armed and response < self._threshold(level, peak)):
             plateau_steps = plateaus = 0
         elif plateau_steps < self.patience:  # type: ignore[operator]
@@ -306,22 +318,27 @@ def _differences(saved: dict[str, Any], given: PlateauSchedule) -> Iterator[str]
         yield saved["schedule"]
         return
     now = asdict(given)
-    for name, value in saved["given"].items():
+    for name in {**saved["given"], **now}:
+        value = saved["given"].get(name, "unknown")
         if name not in now or now[name] != value:
             yield f"{name}={value!r}"
 
 
-def check_count(name: str, value: int | None, least: int, unit: str = "") -> None:
-    """A whole number, or None; raises ValueError naming the rule and the value."""
-    if value is None:
+def check_count(
+    name: str, value: int | None, least: int, unit: str = "", optional: bool = True
+) -> None:
+    """A whole number, or None where that has a meaning; raises ValueError."""
+    if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be at least {least}{unit} and whole, got {value}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}{unit}, got {value}")
 
 
-def check_duration(name: str, value: int | float | None) -> None:
-    """A whole number of steps, a share of the run in [0, 1), or None."""
-    if value is None:
+def check_duration(name: str, value: int | float | None, optional: bool = True) -> None:
+    """A whole number of steps, a share of the run in [0, 1), or None where that has a meaning."""
+    if value is None and optional:
         return
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not whole and not (isinstance(value, float) and 0 <= value < 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -73,9 +74,11 @@ def replay(
     Example:
         >>> from fastface_lightning import MHLR, replay
         >>> losses = [5 - min(step, 400) / 100 for step in range(2000)]
-        >>> replay(losses, MHLR(haar_window=20), total_steps=2000, lr=0.1)[0]
-        Change(step=475, factor=0.5, lr=0.05)
+        >>> replay(losses, MHLR(haar_window=40), total_steps=2000, lr=0.1)[0]
+        Change(step=516, factor=0.5, lr=0.05)
     """
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
     schedule = schedule.bind(total_steps)
     changes, before = [], schedule.init()
     for step, after in enumerate(states(losses, schedule)):
@@ -108,8 +111,11 @@ def read_losses(path: str | Path, column: str | None = None) -> Recording:
         raise ValueError(f"log must be an existing file, got {path}")
     is_csv = path.name.removesuffix(".gz").endswith(".csv")
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        rows = _csv_rows(file, path, column) if is_csv else _log_rows(file)
-        recording = _fill(rows)
+        rows = _csv_rows(file, column) if is_csv else _log_rows(file)
+        try:
+            recording = _fill(rows)
+        except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, ValueError) as error:
+            raise ValueError(f"log must hold losses, got {path}: {error}") from error
     if not recording.losses:
         raise ValueError(f"log must hold at least one loss, got none in {path}")
     return recording
@@ -123,16 +129,14 @@ def _log_rows(lines: Iterable[str]) -> Iterator[tuple[int, float, float | None]]
 
 
 def _csv_rows(
-    lines: Iterable[str], path: Path, column: str | None
+    lines: Iterable[str], column: str | None
 ) -> Iterator[tuple[int, float, float | None]]:
     reader = csv.DictReader(lines)
     names = reader.fieldnames or []
     wanted = (column,) if column else ("train/loss", "train_loss", "loss")
     found = next((name for name in wanted if name in names), None)
     if found is None:
-        raise ValueError(
-            f"{path} must have a column {' or '.join(wanted)}, got {', '.join(names) or 'none'}"
-        )
+        raise ValueError(f"no column {' or '.join(wanted)}, only {', '.join(names) or 'none'}")
     lr_column = next((name for name in names if name.startswith("lr-")), None)
     for number, row in enumerate(reader):
         if row[found]:

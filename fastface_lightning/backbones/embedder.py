@@ -1,0 +1,123 @@
+"""Any backbone by its timm name, ending in an embedding: images (N, 3, 112, 112) in, (N, D) out."""
+
+from difflib import get_close_matches
+from itertools import chain
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .base import check_embedder, embedding_norm, in_full_precision
+
+IMAGE_SHAPE = (3, 112, 112)
+
+
+class EmbeddingNeck(nn.Sequential):
+    """BN-dropout-FC-BN: pooled features (N, F) to embeddings (N, D), the last weight fixed at 1.
+
+    Reference: Deng et al., ArcFace, CVPR 2019, arXiv 1801.07698: its head, on pooled features.
+    """
+
+    def __init__(self, num_features: int, embedding_size: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(num_features)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(num_features, embedding_size)
+        self.features = embedding_norm(embedding_size)
+
+
+class TimmEmbedder(nn.Module):
+    """A timm model without its classifier, and a neck that turns its features into an embedding.
+
+    Shape: float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D), not normalised, float32 under
+    autocast.
+    """
+
+    def __init__(self, trunk: Any, neck: EmbeddingNeck) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.neck = neck
+
+    def forward(self, images: Tensor) -> Tensor:
+        return in_full_precision(self.neck, self.trunk(images))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the trunk's stages in backward, as timm does it."""
+        self.trunk.set_grad_checkpointing(enable)
+
+
+def build_backbone(
+    name: str,
+    embedding_size: int = 512,
+    pretrained: bool = False,
+    dropout: float = 0.0,
+    channels_last: bool = False,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """Build a backbone that maps aligned faces to embeddings.
+
+    IResNet and MobileFaceNet end in their own head. Every other timm model gives its pooled
+    features to an :class:`EmbeddingNeck`. A model whose image size is fixed is built for 112.
+
+    Args:
+        name: a name of ``timm.list_models()``, such as ``iresnet100`` or ``convnext_tiny``.
+        embedding_size: D, at least 1.
+        pretrained: start from timm's ImageNet weights; only for models timm has weights for.
+        dropout: probability of dropping a feature before the last linear layer, in [0, 1).
+        channels_last: store the weights in NHWC order, faster on tensor cores.
+        timm_kwargs: passed to ``timm.create_model``, such as ``drop_path_rate``.
+
+    Returns:
+        A module from float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D), not normalised.
+
+    Raises:
+        ValueError: an argument out of its range, an unknown name, or a model that does not map
+            112x112 images to one vector each.
+
+    Example:
+        >>> model = build_backbone("iresnet18", embedding_size=256).eval()
+        >>> model(torch.zeros(2, 3, 112, 112)).shape
+        torch.Size([2, 256])
+    """
+    check_embedder(embedding_size, dropout)
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=5)
+        hint = f", did you mean one of {', '.join(near)}?" if near else ""
+        raise ValueError(f"name must be a model timm lists, got {name!r}{hint}")
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and cfg.fixed_input_size:
+        timm_kwargs.setdefault("img_size", IMAGE_SHAPE[1:])
+
+    if timm.models.is_model_in_modules(name, {"iresnet", "mobilefacenet"}):
+        timm_kwargs.update(num_classes=embedding_size, drop_rate=dropout)
+        model = timm.create_model(name, pretrained=pretrained, **timm_kwargs)
+        _vector_size(model, name)
+    else:
+        try:
+            trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
+        except (AssertionError, IndexError) as error:  # how some models meet a small img_size
+            raise ValueError(f"{name} cannot be built for 3x112x112 images: {error}") from error
+        num_features = _vector_size(trunk, name)
+        model = TimmEmbedder(trunk, EmbeddingNeck(num_features, embedding_size, dropout))
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def _vector_size(model: nn.Module, name: str) -> int:
+    """Length of the vector the model gives for an image, by a forward on the meta device that
+    computes nothing."""
+    state = chain(model.named_parameters(), model.named_buffers())
+    shapes = {key: tensor.to("meta") for key, tensor in state}
+    images = torch.zeros(2, *IMAGE_SHAPE, device="meta")
+    training = model.training
+    try:
+        with torch.no_grad():
+            output = torch.func.functional_call(model.eval(), shapes, images)
+    except Exception as error:  # a model's code may fail on a strange size in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{name} cannot take 3x112x112 images: {reason}") from error
+    finally:
+        model.train(training)
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
+        raise ValueError(f"{name} must give one feature vector an image")
+    return output.shape[1]

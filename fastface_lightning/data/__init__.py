@@ -1,0 +1,38 @@
+"""Faces as tensors: sets of identities to train on, and sets of pairs to verify on."""
+
+from fastface_lightning.data.datamodule import (
+    FaceDataModule,
+    FolderData,
+    LFWData,
+    SyntheticData,
+    split_identities,
+)
+from fastface_lightning.data.folder import IdentityFolder, identity_names
+from fastface_lightning.data.image import decode_image
+from fastface_lightning.data.order import EpochSampler, epoch_order
+from fastface_lightning.data.synthetic import SyntheticFaces, synthetic_pairs
+from fastface_lightning.data.verification import (
+    VerificationPairs,
+    held_out_pairs,
+    interleaved,
+    read_pairs,
+)
+
+__all__ = [
+    "EpochSampler",
+    "FaceDataModule",
+    "FolderData",
+    "IdentityFolder",
+    "LFWData",
+    "SyntheticData",
+    "SyntheticFaces",
+    "VerificationPairs",
+    "decode_image",
+    "epoch_order",
+    "held_out_pairs",
+    "identity_names",
+    "interleaved",
+    "read_pairs",
+    "split_identities",
+    "synthetic_pairs",
+]

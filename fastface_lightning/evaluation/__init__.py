@@ -1,0 +1,9 @@
+"""Evaluation: how well embeddings tell people apart, by the field's own protocols."""
+
+from fastface_lightning.evaluation.verification import (
+    VerificationAccuracy,
+    VerificationResult,
+    verification_accuracy,
+)
+
+__all__ = ["VerificationAccuracy", "VerificationResult", "verification_accuracy"]

@@ -1,0 +1,59 @@
+"""A margin makes the target cosine smaller, so that the network must earn more than a bare win."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Margin(nn.Module, ABC):
+    r"""What every margin is to a classifier: one required map and two optional hooks.
+
+    Training with a margin minimises, over a batch of :math:`N` embeddings,
+
+    .. math::
+
+        L = \frac{1}{N} \sum_{i=1}^{N} \left[ -\log
+            \frac{e^{s \cos'_{y_i}}}
+                 {e^{s \cos'_{y_i}} + \sum_{j \ne y_i} e^{s\, n(\cos_{ij})}} + g(a_i) \right]
+
+    where :math:`\cos_{ij}` is the cosine between embedding :math:`i` and the centre of class
+    :math:`j`, :math:`y_i` the label, :math:`a_i` the norm of the embedding before it was
+    normalised and :math:`s` the scale. The margin supplies :math:`\cos'_y` (:meth:`forward`),
+    :math:`n` (:meth:`negatives`, by default the identity) and :math:`g` (:meth:`penalty`, by
+    default zero). All three are in cosine units: the classifier applies the scale.
+    """
+
+    @abstractmethod
+    def forward(self, cos_y: Tensor, norm: Tensor, label: Tensor) -> Tensor:
+        """Return the target cosine after the margin.
+
+        Args:
+            cos_y: cosine to the centre of the own class, (N,) float in [-1, 1] up to rounding.
+            norm: length of the embedding before normalisation, (N,) float, at least 0.
+            label: class of the embedding, (N,) int64.
+
+        Returns:
+            cos_y', (N,) of the dtype of ``cos_y``.
+        """
+
+    def negatives(self, cos: Tensor, cos_y: Tensor, cos_y_prime: Tensor) -> Tensor:
+        """Return the cosines to the other classes as they enter the loss.
+
+        Elementwise, so that it may be called on any chunk of the classes. What it returns in the
+        column of the own class is replaced by ``cos_y_prime``; the classifier does so in place, so
+        the backward of the last operation here must not need its result.
+
+        Args:
+            cos: cosines to K classes, (N, K) float.
+            cos_y: target cosine before the margin, (N,) float.
+            cos_y_prime: target cosine after the margin, (N,) float.
+
+        Returns:
+            n(cos), (N, K).
+        """
+        return cos
+
+    def penalty(self, norm: Tensor) -> Tensor:
+        """Return what each embedding adds to the loss for its norm: (N,) float -> (N,) float."""
+        return torch.zeros_like(norm)

@@ -1,0 +1,143 @@
+"""Backbone, classifier and margin trained together: images and identities in, a loss out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from .evaluation import VerificationAccuracy
+
+
+class FaceModule(LightningModule):
+    """Train a backbone under a margin-softmax classifier and verify it on pairs.
+
+    Args:
+        backbone: float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D).
+        classifier: embeddings (N, D) and labels (N,) int64 to the scalar mean loss.
+        optimizer: takes parameters, gives the optimizer.
+        scheduler: takes the optimizer and the run's optimizer steps, gives a torch scheduler that
+            steps once an optimizer step; None where a callback sets the learning rate.
+        verify_names: name of each validation loader's set of pairs, in order.
+
+    Batches are what :class:`fastface_lightning.data.FaceDataModule` gives: for training images
+    uint8 (N, 3, 112, 112) RGB and labels (N,) int64; for validation the two images of each pair,
+    whether they show one person, and the pair's number.
+
+    Logs ``train/loss`` (every step) and, for each set of pairs, ``verify/<set>/accuracy`` and
+    ``verify/<set>/std`` (ten folds), with their mean over the sets as ``verify/accuracy``.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classifier: nn.Module,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer, int], Any] | None = None,
+        verify_names: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.verify_names = list(verify_names)
+        self.metrics = nn.ModuleList(VerificationAccuracy() for _ in verify_names)
+        self._resumed_from: list[str] | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (N, D), not normalised, of images (N, 3, 112, 112) uint8 RGB."""
+        return self.backbone(normalise(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit embeddings (N, D) float32 of an image and its mirror image, summed."""
+        return F.normalize(self(images).float() + self(images.flip(-1)).float())
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = self.classifier(self(flip_some(images)), labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(
+        self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        a, b, same, index = batch
+        metric = self.metrics[dataloader_idx]
+        assert isinstance(metric, VerificationAccuracy)
+        metric.update(self.embed(a), self.embed(b), same, index)
+
+    def on_validation_epoch_end(self) -> None:
+        accuracies = []
+        for name, metric in zip(self.verify_names, self.metrics, strict=True):
+            assert isinstance(metric, VerificationAccuracy)
+            accuracies.append(metric.compute())
+            assert metric.result is not None
+            self.log(f"verify/{name}/accuracy", accuracies[-1], prog_bar=True)
+            self.log(f"verify/{name}/std", metric.result.std)
+            metric.reset()
+        if accuracies:
+            self.log("verify/accuracy", torch.stack(accuracies).mean())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < float("inf"):
+            raise MisconfigurationException(
+                "a torch schedule needs the length of the run, got a trainer without an end: set "
+                "max_steps or max_epochs"
+            )
+        scheduler = self.scheduler(optimizer, int(steps))
+        config = {"scheduler": scheduler, "interval": "step", "monitor": "train/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of the backbone's gradient; the class centres' is left as it is.
+
+        Source: InsightFace's and FastFace's training programs.
+        """
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.backbone.parameters(), gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["torch_schedulers"] = self._scheduler_names()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed_from = checkpoint.get("torch_schedulers")
+
+    def on_fit_start(self) -> None:
+        # Lightning would fill one scheduler with another's state, or with none, and say nothing.
+        wrote, now = self._resumed_from, self._scheduler_names()
+        if wrote is not None and wrote != now:
+            raise MisconfigurationException(
+                f"the checkpoint must come from the same schedule, got one written with "
+                f"{', '.join(wrote) or 'no torch scheduler'} for a run with "
+                f"{', '.join(now) or 'none'}"
+            )
+
+    def _scheduler_names(self) -> list[str]:
+        return [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs]
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images uint8 (N, 3, H, W) in [0, 255] as float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def flip_some(images: Tensor) -> Tensor:
+    """Mirror each image (N, 3, H, W) left to right with probability one half."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)

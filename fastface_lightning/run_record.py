@@ -1,0 +1,209 @@
+"""What a run leaves behind: metrics that survive a resume, results, a figure of its schedule."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import resource
+import sys
+import time
+import warnings
+from collections import deque
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from .report import plot_schedule
+from .schedule.callback import FastFaceCallback
+
+
+class ResumableCSVLogger(CSVLogger):
+    """Lightning's CSV logger, whose ``metrics.csv`` goes on where a resumed run goes on.
+
+    Args:
+        save_dir: folder of ``metrics.csv``.
+        resume_step: optimizer step the run resumes from; earlier rows stay, later ones go.
+    """
+
+    def __init__(self, save_dir: str | Path, resume_step: int = 0) -> None:
+        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=1)
+        self.resume_step = resume_step
+
+    @property
+    def experiment(self) -> Any:
+        if self._experiment is not None:
+            return super().experiment
+        kept = self._earlier_rows()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Experiment logs directory")
+            writer = super().experiment
+        if kept:
+            writer.metrics = kept
+            writer.save()
+        return writer
+
+    def _earlier_rows(self) -> list[dict[str, str]]:
+        file = Path(self.log_dir) / "metrics.csv"
+        if not file.is_file():
+            return []
+        with file.open(newline="") as lines:
+            return [
+                {name: value for name, value in row.items() if value}
+                for row in csv.DictReader(lines)
+                if float(row["step"]) < self.resume_step
+            ]
+
+
+class RunRecord(Callback):
+    """Measures a run, and writes down what came of it.
+
+    Attributes:
+        untrained: verification accuracy of each set before training, by its name; to be set.
+        accuracy: the same at the last verification.
+        std: its standard deviation over the folds.
+        verified_step: optimizer steps done at the last verification.
+    """
+
+    def __init__(self) -> None:
+        self.untrained: dict[str, float] = {}
+        self.accuracy: dict[str, float] = {}
+        self.std: dict[str, float] = {}
+        self.verified_step: int | None = None
+        self._images = 0
+        self._train_seconds = 0.0
+        self._earlier_seconds = 0.0
+        self._losses: deque[Tensor] = deque(maxlen=100)
+        self._started = self._last = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        self._train_seconds += now - self._last
+        self._last = now
+        self._images += len(batch[1]) * trainer.world_size
+        if outputs:
+            self._losses.append(outputs["loss"].float() * trainer.accumulate_grad_batches)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for key, value in trainer.callback_metrics.items():
+            group, _, rest = key.partition("/")
+            name, _, kind = rest.rpartition("/")
+            if group == "verify" and name:
+                (self.accuracy if kind == "accuracy" else self.std)[name] = value.item()
+        self.verified_step = trainer.global_step
+        self._last = time.perf_counter()
+
+    def write(self, trainer: Trainer, folder: Path) -> dict[str, Any]:
+        """Write ``results.json`` and, where there is a ``metrics.csv``, ``schedule.png``.
+
+        Args:
+            trainer: whose ``fit`` has ended.
+            folder: the run folder.
+
+        Returns:
+            What ``results.json`` holds. ``final_loss`` is the mean of the last 100 micro-batches;
+            ``images_per_second`` counts training with data loading, not verification; time and
+            images are those of all parts of a resumed run.
+        """
+        results = self._results(trainer)
+        if trainer.is_global_zero:
+            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            if (folder / "metrics.csv").is_file():
+                plot_run(folder, [change["step"] for change in results["lr_changes"]])
+        return results
+
+    def _results(self, trainer: Trainer) -> dict[str, Any]:
+        plateau = next(
+            (c for c in trainer.callbacks if isinstance(c, FastFaceCallback)),  # type: ignore[attr-defined]
+            None,
+        )
+        device = trainer.strategy.root_device
+        return {
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "final_loss": torch.stack(list(self._losses)).mean().item() if self._losses else None,
+            "verification": {
+                name: {
+                    "accuracy": accuracy,
+                    "std": self.std[name],
+                    "untrained_accuracy": self.untrained.get(name),
+                }
+                for name, accuracy in self.accuracy.items()
+            },
+            "lr_changes": [change._asdict() for change in plateau.changes] if plateau else [],
+            "final_lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+            "images": self._images,
+            "images_per_second": self._images / max(self._train_seconds, 1e-9),
+            "wall_seconds": self._wall_seconds(),
+            "peak_memory_bytes": peak_memory(device),
+            "device": device_name(device),
+            "precision": str(trainer.precision),
+            "versions": {name: version(name) for name in ("torch", "lightning", "timm")},
+        }
+
+    def _wall_seconds(self) -> float:
+        return self._earlier_seconds + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "images": self._images,
+            "train_seconds": self._train_seconds,
+            "wall_seconds": self._wall_seconds(),
+            "untrained": self.untrained,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._images = state_dict["images"]
+        self._train_seconds = state_dict["train_seconds"]
+        self._earlier_seconds = state_dict["wall_seconds"]
+        self.untrained = state_dict["untrained"]
+
+
+def plot_run(folder: Path, changes: list[int]) -> None:
+    """Draw ``schedule.png`` from the ``metrics.csv`` of a run folder."""
+    with (folder / "metrics.csv").open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get("train/loss")]
+    if not rows:
+        return
+    lr = next((name for name in rows[0] if name.startswith("lr-")), None)
+
+    def series(name: str | None) -> list[float] | None:
+        if name is None or not any(row.get(name) for row in rows):
+            return None
+        return [float(row[name] or "nan") for row in rows]
+
+    plot_schedule(
+        folder / "schedule.png",
+        steps=[int(float(row["step"])) for row in rows],
+        loss=series("train/loss") or [],
+        response=series("fastface/response"),
+        threshold=series("fastface/threshold"),
+        lr=series(lr),
+        changes=changes,
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: most allocated on a GPU so far; on a CPU the process's largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts kilobytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader of a figure wants to know of the hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,130 @@
+"""build_backbone turns any timm name into images -> embeddings, or says why it cannot."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from fastface_lightning.backbones import IResNet, MobileFaceNet, build_backbone
+
+
+def test_our_names_give_our_networks_whole() -> None:
+    model = build_backbone("iresnet_tiny", 24, dropout=0.3)
+    assert isinstance(model, IResNet) and model.num_classes == 24 and model.dropout.p == 0.3
+    assert isinstance(build_backbone("mobilefacenet", 24), MobileFaceNet)
+    assert build_backbone("iresnet_tiny", width=32).num_features == 256
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224"])
+def test_any_timm_model_becomes_an_embedder(name: str) -> None:
+    """A CNN, one whose pooled width differs from its map's, and a ViT built for 112x112."""
+    torch.manual_seed(0)
+    model = build_backbone(name, 24, dropout=0.2)
+    embeddings = model(torch.randn(4, 3, 112, 112))
+    embeddings.square().sum().backward()
+    assert embeddings.shape == (4, 24)
+    assert model.neck.dropout.p == 0.2
+    assert all(p.grad is not None for p in model.trunk.parameters())
+
+
+def test_neck_is_bn_dropout_fc_bn_with_the_last_weight_fixed() -> None:
+    torch.manual_seed(0)
+    model = build_backbone("resnet18", 24).double().eval()
+    assert [type(m) for m in model.neck] == [nn.BatchNorm1d, nn.Dropout, nn.Linear, nn.BatchNorm1d]
+    assert torch.all(model.neck.features.weight == 1)
+    assert not model.neck.features.weight.requires_grad
+    images = torch.randn(2, 3, 112, 112, dtype=torch.float64)
+    shrink = (1 + 1e-5) ** -0.5  # fresh running statistics: mean 0, variance 1
+    fc = model.neck.fc
+    expected = (model.trunk(images) * shrink @ fc.weight.T + fc.bias) * shrink
+    torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_embeddings_are_float32_under_autocast() -> None:
+    model = build_backbone("resnet18", 24).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(torch.zeros(2, 3, 112, 112)).dtype == torch.float32
+
+
+def test_trunk_can_checkpoint() -> None:
+    model = build_backbone("resnet18", 24)
+    model.set_grad_checkpointing()
+    assert model.trunk.grad_checkpointing
+    model(torch.randn(2, 3, 112, 112)).sum().backward()
+
+
+def test_channels_last_reaches_the_weights() -> None:
+    model = build_backbone("iresnet_tiny", 24, channels_last=True)
+    assert model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_shape_check_leaves_no_trace() -> None:
+    """Parameters stay on their device, statistics at their start, and the model in training."""
+    model = build_backbone("resnet18", 24)
+    assert model.training and all(module.training for module in model.modules())
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert not model.trunk.bn1.running_mean.any() and model.trunk.bn1.num_batches_tracked == 0
+
+
+def test_builds_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = build_backbone("iresnet200")
+    assert model.fc.weight.is_meta
+
+
+def test_a_mistyped_name_is_met_with_near_ones() -> None:
+    message = (
+        r"^name must be a model timm lists, got 'iresnet101', did .* .*iresnet100"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_backbone("iresnet101")
+    with pytest.raises(ValueError, match=r"got '\?'$"):
+        build_backbone("?")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 224}),
+        ("iresnet_tiny", {"img_size": 128}),
+        ("iresnet_tiny", {"in_chans": 1}),
+        ("efficientformerv2_s0", {}),
+        ("test_maxvit", {}),
+    ],
+)
+def test_a_model_of_another_size_is_refused(name: str, arguments: dict) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} cannot take 3x112x112 images: [^\n]+$"):
+        build_backbone(name, **arguments)
+
+
+def test_a_model_that_cannot_be_built_so_small_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^twins_svt_small cannot be built for 3x112x112 images"):
+        build_backbone("twins_svt_small")
+
+
+def test_a_model_without_one_vector_an_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="resnet18 must give one feature vector an image"):
+        build_backbone("resnet18", global_pool="")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embedding_size": 0}, "embedding_size must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"dropout": -0.5}, r"dropout must lie in \[0, 1\), got -0.5"),
+    ],
+)
+def test_refuses_an_argument_out_of_range(arguments: dict, message: str) -> None:
+    for name in ("iresnet_tiny", "resnet18"):
+        with pytest.raises(ValueError, match=message):
+            build_backbone(name, **arguments)
+
+
+def test_our_networks_have_no_pretrained_weights() -> None:
+    with pytest.raises(ValueError, match="iresnet100 comes without pretrained weights"):
+        build_backbone("iresnet100", pretrained=True)
+
+
+def test_importing_registers_the_names() -> None:
+    assert {"iresnet100", "mobilefacenet"} <= set(timm.list_models())

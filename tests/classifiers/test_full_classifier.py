@@ -1,0 +1,232 @@
+"""FullClassifier against the loss written as loops in float64, and against hostile input."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastface_lightning.classifiers import FullClassifier
+from fastface_lightning.margins import ArcFace, Combined, CosFace, Margin, Softmax
+
+
+class HardNegatives(Margin):
+    """A margin that uses every hook: hard negatives are raised, and the norm costs and counts."""
+
+    def forward(self, cos_y: Tensor, norm: Tensor, label: Tensor) -> Tensor:
+        return cos_y - 0.1 - 0.01 * norm - 0.001 * label
+
+    def negatives(self, cos: Tensor, cos_y: Tensor, cos_y_prime: Tensor) -> Tensor:
+        hard = cos > cos_y_prime[:, None]
+        return torch.where(hard, cos * (0.5 + cos_y[:, None] + cos), cos)
+
+    def penalty(self, norm: Tensor) -> Tensor:
+        return norm / 10 + 1 / (1 + norm)
+
+
+MARGINS = [
+    Softmax(),
+    CosFace(),
+    ArcFace(),
+    ArcFace(straight_through=True),
+    Combined(0.9, 0.4, 0.15),
+    HardNegatives(),
+]
+margins = pytest.mark.parametrize("margin", MARGINS, ids=repr)
+
+
+def twin(x: np.ndarray, w: np.ndarray, labels: list[int], margin: Margin, scale: float) -> float:
+    """The mean loss, one sample and one class at a time."""
+    total = 0.0
+    for row, label in zip(x, labels, strict=True):
+        norm = math.sqrt(sum(v * v for v in row))
+        cos = [row @ centre / (norm * math.sqrt(centre @ centre)) for centre in w]
+        vector = [torch.tensor([v], dtype=torch.float64) for v in (cos[label], norm)]
+        prime = margin(*vector, torch.tensor([label]))
+        exponentials = []
+        for j, value in enumerate(cos):
+            negative = torch.tensor([[value]], dtype=torch.float64)
+            changed = margin.negatives(negative, vector[0], prime).item()
+            exponentials.append(math.exp(scale * (prime.item() if j == label else changed)))
+        total -= math.log(exponentials[label] / sum(exponentials))
+        total += margin.penalty(vector[1]).item()
+    return total / len(labels)
+
+
+def random_case(
+    margin: Margin,
+    n: int = 6,
+    num_classes: int = 9,
+    size: int = 4,
+    scale: float = 16.0,
+    seed: int = 0,
+) -> tuple[FullClassifier, Tensor, Tensor]:
+    """A float64 classifier with a batch: embeddings of norm about 10, labels with repetitions."""
+    torch.manual_seed(seed)
+    classifier = FullClassifier(num_classes, size, margin, scale).double()
+    embeddings = 5 * torch.randn(n, size, dtype=torch.float64)
+    return classifier, embeddings, torch.randint(num_classes, (n,))
+
+
+@margins
+@settings(deadline=None, max_examples=20)
+@given(
+    n=st.integers(1, 8),
+    num_classes=st.integers(1, 12),
+    size=st.integers(1, 6),
+    scale=st.floats(1, 64),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_the_loops(
+    margin: Margin, n: int, num_classes: int, size: int, scale: float, seed: int
+) -> None:
+    classifier, x, labels = random_case(margin, n, num_classes, size, scale, seed)
+    expected = twin(x.numpy(), classifier.weight.detach().numpy(), labels.tolist(), margin, scale)
+    assert classifier(x, labels).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "margin", [m for m in MARGINS if not getattr(m, "straight_through", False)], ids=repr
+)
+def test_gradients(margin: Margin) -> None:
+    """Exact for embeddings and centres, through margin, hooks and the in-place replacement."""
+    classifier, x, labels = random_case(margin)
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(classifier, {"weight": weight}, (x, labels))
+
+    assert torch.autograd.gradcheck(loss, (x.requires_grad_(), classifier.weight))
+
+
+def test_straight_through_gradient_is_insightface_s() -> None:
+    """As though the margin were a constant added to the target logit under no_grad."""
+    classifier, x, labels = random_case(ArcFace(0.5, straight_through=True))
+    x.requires_grad_()
+    cos = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(classifier.weight).T
+    with torch.no_grad():
+        target = torch.arange(len(x)), labels
+        shift = torch.zeros_like(cos)
+        shift[target] = torch.cos(torch.acos(cos[target]) + 0.5) - cos[target]
+    expected = torch.nn.functional.cross_entropy(16 * (cos + shift), labels)
+    inputs = (x, classifier.weight)
+    torch.testing.assert_close(
+        torch.autograd.grad(classifier(x, labels), inputs), torch.autograd.grad(expected, inputs)
+    )
+
+
+def test_length_of_embeddings_and_centres_does_not_matter() -> None:
+    classifier, x, labels = random_case(CosFace())
+    loss = classifier(x, labels)
+    with torch.no_grad():
+        classifier.weight.mul_(torch.rand(9, 1) + 0.5)
+    torch.testing.assert_close(classifier(1e-5 * x, labels), loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_whatever_autocast_says(dtype: torch.dtype) -> None:
+    """Under autocast, the loss of half-precision embeddings is their float32 loss, to the bit."""
+    torch.manual_seed(0)
+    classifier = FullClassifier(50, 16)
+    x, labels = torch.randn(8, 16).to(dtype), torch.randint(50, (8,))
+    expected = classifier(x.float(), labels)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = classifier(x, labels)
+        loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    assert classifier.weight.grad is not None and classifier.weight.grad.dtype == torch.float32
+
+
+def test_half_precision_weights_are_computed_in_float32() -> None:
+    torch.manual_seed(0)
+    classifier = FullClassifier(50, 16).bfloat16()
+    assert classifier(torch.randn(8, 16).bfloat16(), torch.arange(8)).dtype == torch.float32
+
+
+@margins
+def test_zero_embedding_gives_no_nan(margin: Margin) -> None:
+    torch.manual_seed(0)
+    classifier = FullClassifier(5, 4, margin)
+    x = torch.zeros(2, 4)
+    x[1] = torch.randn(4)
+    x.requires_grad_()
+    loss = classifier(x, torch.tensor([0, 3]))
+    loss.backward()
+    assert loss.isfinite()
+    for tensor in (x, classifier.weight):
+        assert tensor.grad is not None and tensor.grad.isfinite().all()
+    assert x.grad is not None and x.grad[0].norm() < 2 * classifier.scale
+
+
+def test_embedding_on_its_centre_or_opposite_gives_no_nan() -> None:
+    """float32 cosines of 1 and -1 are where the exact ArcFace gradient would be infinite."""
+    torch.manual_seed(0)
+    classifier = FullClassifier(20, 512, ArcFace())
+    x = torch.cat([classifier.weight.detach(), -classifier.weight.detach()]).requires_grad_()
+    loss = classifier(x, torch.arange(20).repeat(2))
+    loss.backward()
+    assert loss.isfinite() and x.grad is not None and x.grad.isfinite().all()
+
+
+def test_starts_at_the_loss_of_guessing() -> None:
+    """Without margin and with random 512-dim centres, the loss is near log C plus s^2 / (2 D)."""
+    torch.manual_seed(0)
+    classifier = FullClassifier(1000, 512, Softmax(), scale=16.0)
+    loss = classifier(torch.randn(64, 512), torch.randint(1000, (64,))).item()
+    assert loss == pytest.approx(math.log(1000) + 16**2 / (2 * 512), abs=0.3)
+
+
+def test_weight_shape_and_start() -> None:
+    torch.manual_seed(0)
+    classifier = FullClassifier(300, 64)
+    assert classifier.weight.shape == (300, 64)
+    assert classifier.weight.mean().item() == pytest.approx(0, abs=3e-4)
+    assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.03)
+
+
+def test_default_margin_is_cosface_and_never_shared() -> None:
+    first, second = FullClassifier(3), FullClassifier(3)
+    assert isinstance(first.margin, CosFace) and first.margin is not second.margin
+    assert (first.embedding_size, first.scale) == (512, 64.0)
+
+
+def test_repr_names_sizes_scale_and_margin() -> None:
+    text = repr(FullClassifier(7, 8, ArcFace(0.3), scale=30.0))
+    assert "num_classes=7, embedding_size=8, scale=30.0" in text
+    assert "ArcFace(m=0.3" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"embedding_size": 0}, "embedding_size must be at least 1, got 0"),
+        ({"scale": 0}, "scale must be positive and finite, got 0"),
+        ({"scale": math.nan}, "scale must be positive and finite, got nan"),
+        ({"margin": 0.4}, "margin must be a Margin, got 0.4"),
+    ],
+)
+def test_refuses_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FullClassifier(**{"num_classes": 3, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "message"),
+    [
+        (torch.ones(2, 4), torch.tensor([0, 5]), "labels of 5 classes must lie in [0, 5), got 5"),
+        (torch.ones(2, 4), torch.tensor([-1, 0]), "labels of 5 classes must lie in [0, 5), got -1"),
+        (torch.ones(2, 4), torch.tensor([0]), "labels must be (2,), one for each embedding, got"),
+        (torch.ones(2, 4), torch.zeros(2), "labels must be int64, got torch.float32"),
+        (torch.ones(2, 3), torch.tensor([0, 1]), "embeddings must be (N, 4), got (2, 3)"),
+        (torch.ones(4), torch.tensor([0]), "embeddings must be (N, 4), got (4,)"),
+        (torch.ones(0, 4), torch.tensor([]).long(), "embeddings must hold at least one row, got 0"),
+    ],
+)
+def test_refuses_bad_batches(embeddings: Tensor, labels: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FullClassifier(5, 4)(embeddings, labels)

@@ -1,0 +1,279 @@
+"""Data modules hand a trainer the right batches in the right order, and refuse what cannot work."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning import LightningModule, Trainer
+from torch.utils.data import Dataset
+
+from fastface_lightning.data import (
+    FaceDataModule,
+    FolderData,
+    LFWData,
+    SyntheticData,
+    VerificationPairs,
+    epoch_order,
+    split_identities,
+)
+
+Tree = Callable[..., Path]
+
+
+class Numbered(Dataset[tuple[torch.Tensor, int]]):
+    """Image i is all i, and so is its label."""
+
+    num_classes = 10
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((3, 2, 2), index, dtype=torch.uint8), index
+
+
+class NumberedData(FaceDataModule):
+    """Ten images; two verification sets of 5 pairs and 1 pair."""
+
+    builds = 0
+
+    def build(self) -> tuple[Dataset[Any], dict[str, VerificationPairs]]:
+        self.builds += 1
+        images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 2, 2)
+        same = torch.tensor([True, False, True, False, True])
+        return Numbered(), {
+            "five": VerificationPairs(images, same, []),
+            "one": VerificationPairs(images[:2], same[:1], []),
+        }
+
+
+def ready(module: FaceDataModule) -> Any:
+    module.setup("fit")
+    return module
+
+
+def served(module: FaceDataModule, epoch: int) -> list[int]:
+    loader = module.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return [int(label) for _, labels in loader for label in labels]
+
+
+def test_setup_builds_once() -> None:
+    data = NumberedData()
+    for stage in ("fit", "validate", None):
+        data.setup(stage)
+    assert data.builds == 1 and data.num_classes == 10 and data.verify_names == ["five", "one"]
+
+
+def test_training_batches_are_whole_and_typed() -> None:
+    batches = list(ready(NumberedData(batch_size=4)).train_dataloader())
+    assert len(batches) == 2
+    for images, labels in batches:
+        assert images.dtype == torch.uint8 and images.shape == (4, 3, 2, 2)
+        assert labels.dtype == torch.int64 and torch.equal(images[:, 0, 0, 0].long(), labels)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_order_is_that_of_seed_and_epoch(num_workers: int) -> None:
+    data = ready(NumberedData(batch_size=3, num_workers=num_workers, seed=5))
+    for epoch in (0, 1, 7):
+        assert served(data, epoch) == epoch_order(10, 5, epoch)[:9].tolist()
+
+
+def test_persistent_workers_follow_the_epoch() -> None:
+    loader = ready(NumberedData(batch_size=5, num_workers=1)).train_dataloader()
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        assert torch.cat([y for _, y in loader]).tolist() == epoch_order(10, 0, epoch).tolist()
+
+
+def test_verification_batches_are_pairs_in_order_with_their_index() -> None:
+    five, one = ready(NumberedData(batch_size=3)).val_dataloader()
+    (a, b, same, index), last = list(five)
+    assert a.dtype == b.dtype == torch.uint8 and a.shape == b.shape == (3, 3, 2, 2)
+    assert a[:, 0, 0, 0].tolist() == [0, 2, 4] and b[:, 0, 0, 0].tolist() == [1, 3, 5]
+    assert same.dtype == torch.bool and same.tolist() == [True, False, True]
+    assert index.dtype == torch.int64 and index.tolist() == [0, 1, 2]
+    assert last[3].tolist() == [3, 4] and len(list(one)) == 1
+
+
+class Recorder(LightningModule):
+    """Writes down which labels and pairs it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.trained: dict[int, list[int]] = {}
+        self.verified: list[tuple[int, int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.trained.setdefault(self.current_epoch, []).extend(batch[1].tolist())
+        return self.weight * 0
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.verified += [(dataloader_idx, int(i)) for i in batch[3]]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module: LightningModule, data: FaceDataModule, folder: Path) -> None:
+    Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    ).fit(module, data)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_trainer_sets_the_epoch_and_verifies_on_every_pair(tmp_path: Path) -> None:
+    module = Recorder()
+    fit(module, NumberedData(batch_size=2, seed=3), tmp_path)
+    assert module.trained == {e: epoch_order(10, 3, e).tolist() for e in (0, 1)}
+    assert module.verified == 2 * [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_trainer_does_without_verification(tree: Tree, tmp_path: Path) -> None:
+    data = FolderData(tree(ann=2, bob=2), batch_size=2)
+    fit(Recorder(), data, tmp_path)
+    assert data.val_dataloader() == [] and data.verify_names == []
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    message = "^batch_size 128 is larger than the 10 training images$"
+    with pytest.raises(ValueError, match=message):
+        ready(NumberedData()).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1 image, got 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"held_out": 1.0}, r"held_out must lie in \[0, 1\), got 1.0"),
+        ({"held_out": -0.1}, r"held_out must lie in \[0, 1\), got -0.1"),
+    ],
+)
+def test_arguments_are_checked(argument: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FolderData("anywhere", **argument)
+
+
+def test_synthetic_data_verifies_on_other_people() -> None:
+    data = SyntheticData(3, 2, verify_identities=10, verify_pairs=20, batch_size=2)
+    data.setup()
+    assert data.num_classes == 3 and len(data.train_set) == 6
+    images, _ = next(iter(data.train_dataloader()))
+    assert images.shape == (2, 3, 112, 112) and images.dtype == torch.uint8
+    assert data.verify_names == ["synthetic"]
+    (loader,) = data.val_dataloader()
+    assert torch.cat([same for *_, same, _ in loader]).sum() == 10
+    trained = {bytes(data.train_set[i][0].numpy()) for i in range(6)}
+    assert not trained & {bytes(x.numpy()) for a, b, *_ in loader for x in [*a, *b]}
+
+
+def test_synthetic_data_may_verify_on_nothing() -> None:
+    assert ready(SyntheticData(2, 2, verify_pairs=0)).val_dataloader() == []
+
+
+def test_folder_data_trains_on_all_when_nobody_is_held_out(tree: Tree) -> None:
+    data = ready(FolderData(tree(ann=3, bob=2, cem=1), min_images=2))
+    assert data.train_set.identities == ["ann", "bob"] and data.num_classes == 2
+
+
+def test_folder_data_verifies_on_people_it_does_not_train_on(tree: Tree) -> None:
+    root = tree(**{f"p{k}": 3 for k in range(10)})
+    data = ready(FolderData(root, held_out=0.4, verify_pairs=6))
+    trained = {int(name[1:]) for name in data.train_set.identities}
+    (pairs,) = data.verify.values()
+    verified = set(pairs.images[:, 0, 0, 0].tolist())
+    assert data.verify_names == ["held_out"] and len(trained) == 6 and len(pairs.same) == 6
+    assert verified and not trained & verified
+    assert ready(FolderData(root, held_out=0.4, seed=9)).train_set.identities == (
+        data.train_set.identities
+    )
+
+
+def test_folder_data_verifies_on_a_pairs_file(tree: Tree, tmp_path: Path) -> None:
+    root = tree(ann=2, bob=2, cem=2, dan=2)
+    file = tmp_path / "mine.txt"
+    file.write_text("1\nann 1 2\nann 1 bob 1\n")
+    data = ready(FolderData(root, pairs=file, held_out=0.5))
+    assert data.verify_names == ["held_out", "mine"]
+    assert len(ready(FolderData(root, pairs=file, pairs_root=root)).verify["mine"].same) == 2
+
+
+def test_an_absent_folder_says_what_should_be_there(tmp_path: Path) -> None:
+    data = FolderData(
+        tmp_path / "gone", name="webface12m", num_identities=617_970, num_images=12_720_066
+    )
+    message = (
+        r"^webface12m: no folder .*gone; expected .*gone/<identity>/<image>\.jpg"
+        r" with 617,970 identities and 12,720,066 images$"
+    )
+    with pytest.raises(ValueError, match=message):
+        data.setup()
+    with pytest.raises(ValueError, match=r"^folder: no folder .*<image>\.jpg$"):
+        FolderData(tmp_path / "gone").setup()
+
+
+def test_unexpected_counts_warn(tree: Tree, caplog: pytest.LogCaptureFixture) -> None:
+    root = tree(**{f"p{k}": 3 for k in range(10)})
+    ready(FolderData(root, held_out=0.4, name="ten", num_identities=10, num_images=30))
+    ready(FolderData(root, name="ten", num_images=30))
+    assert not caplog.messages
+    ready(FolderData(root, name="ten", num_identities=10, num_images=31))
+    (message,) = caplog.messages
+    assert message.startswith("ten: expected 10 identities and 31 images in")
+    assert message.endswith("got 10 identities and 30 images")
+
+
+@given(st.lists(st.text(min_size=1), min_size=3, max_size=50, unique=True), st.floats(0.3, 0.6))
+def test_a_split_is_one_and_depends_on_nothing_else(names: list[str], share: float) -> None:
+    names = sorted(names)
+    if not 2 <= round(share * len(names)) < len(names):
+        return
+    kept, held_out = split_identities(names, share)
+    assert sorted(kept + held_out) == names
+    assert kept == sorted(kept) and held_out == sorted(held_out)
+    assert len(held_out) == round(share * len(names))
+    assert (kept, held_out) == split_identities(names, share)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.99])
+def test_a_split_without_people_on_both_sides_is_refused(share: float) -> None:
+    message = f"1 identity to train on and 2 to verify on, got {share} of 10"
+    with pytest.raises(ValueError, match=message):
+        split_identities([f"p{k}" for k in range(10)], share)
+
+
+def test_lfw_data(shared_data: Path) -> None:
+    data = ready(LFWData(shared_data / "lfw112"))
+    assert data.num_classes == 4038 and len(data.train_set) == 9525
+    assert data.verify_names == ["lfw_view1"] and len(data.verify["lfw_view1"].same) == 999
+    assert "Betsy_Coffin" not in data.train_set.identities
+    assert len(data.train_dataloader()) == 9525 // 128
+
+
+def test_lfw_data_says_what_should_be_there(tree: Tree) -> None:
+    root = tree(ann=1)
+    with pytest.raises(ValueError, match=r"^lfw: no .*gone/images; expected images/<name>/"):
+        LFWData(root / "gone").setup()
+    root.rename(root.parent / "images")
+    with pytest.raises(ValueError, match=r"^lfw: no .*peopleDevTrain.txt; expected"):
+        LFWData(root.parent).setup()
+    (root.parent / "peopleDevTrain.txt").write_text("2\nann\t1\n")
+    (root.parent / "pairsDevTest.txt").write_text("")
+    with pytest.raises(ValueError, match=r"peopleDevTrain.txt:1: expected 1, the people listed"):
+        LFWData(root.parent).setup()

@@ -1,0 +1,236 @@
+"""Pairs files are read as they are written, and drawn pairs are what they say they are."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastface_lightning.data import IdentityFolder, held_out_pairs, interleaved, read_pairs
+from fastface_lightning.data.verification import VerificationPairs, _draw_different, _draw_same
+
+Tree = Callable[..., Path]
+VIEW_1 = "2\nann\t1\t2\nbob\t2\t1\nann\t1\tbob\t1\nann\t3\tcem\t1\n"
+TEN_FOLD = "2 1\nann 1 2\nann 1 bob 1\nbob 2 1\nann 3 cem 1\n"
+
+
+def read(pairs: VerificationPairs) -> list[tuple[int, int, int, int, bool]]:
+    """(person, image, person, image, same) of every pair, from the tree's pixel code."""
+    codes = pairs.images[:, :2, 0, 0].reshape(-1, 4).tolist()
+    return [(*code, same) for code, same in zip(codes, pairs.same.tolist(), strict=True)]
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "pairs.txt"
+    file.write_text(text)
+    return file
+
+
+def test_view_1_is_interleaved(tree: Tree, tmp_path: Path) -> None:
+    pairs = read_pairs(write(tmp_path, VIEW_1), tree(ann=3, bob=2, cem=1), size=8)
+    assert pairs.images.dtype == torch.uint8 and pairs.images.shape == (8, 3, 8, 8)
+    assert pairs.same.dtype == torch.bool and pairs.missing == []
+    assert read(pairs) == [
+        (0, 1, 0, 2, True), (0, 1, 1, 1, False), (1, 2, 1, 1, True), (0, 3, 2, 1, False)
+    ]  # fmt: skip
+
+
+def test_ten_fold_keeps_the_files_order(tree: Tree, tmp_path: Path) -> None:
+    text = "2 2\n" + 2 * "ann 1 2\nbob 1 2\nann 1 bob 1\nann 1 cem 1\n"
+    pairs = read_pairs(write(tmp_path, text), tree(ann=3, bob=2, cem=1), size=8)
+    assert pairs.same.tolist() == 2 * [True, True, False, False]
+    assert read(pairs)[3] == (0, 1, 2, 1, False)
+
+
+@pytest.mark.parametrize("text", [VIEW_1, TEN_FOLD], ids=["view 1", "ten fold"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        lambda text: text,
+        lambda text: text.rstrip(),
+        lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+        lambda text: "\n" + text.replace("\n", " \n\n"),
+    ],
+    ids=["plain", "no last newline", "windows", "blank lines"],
+)
+def test_white_space_does_not_matter(
+    tree: Tree, tmp_path: Path, text: str, variant: Callable[[str], str]
+) -> None:
+    file = tmp_path / "pairs.txt"
+    file.write_bytes(variant(text).encode())
+    assert len(read_pairs(file, tree(ann=3, bob=2, cem=1), size=8).same) == 4
+
+
+def test_tabs_allow_blanks_in_names(tree: Tree, tmp_path: Path) -> None:
+    root = tree(**{"ann lee": 2, "bob": 1})
+    pairs = read_pairs(write(tmp_path, "1\nann lee\t1\t2\nann lee\t1\tbob\t1\n"), root, size=8)
+    assert read(pairs) == [(0, 1, 0, 2, True), (0, 1, 1, 1, False)]
+
+
+def test_absent_and_broken_images_lose_their_pairs_only(
+    tree: Tree, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tree(ann=3, bob=2, cem=1)
+    (root / "bob" / "bob_0002.png").write_bytes(b"")
+    (root / "cem" / "cem_0001.png").unlink()
+    pairs = read_pairs(write(tmp_path, VIEW_1), root, size=8)
+    assert read(pairs) == [(0, 1, 0, 2, True), (0, 1, 1, 1, False)]
+    assert len(pairs.missing) == 2
+    assert pairs.missing[0].startswith("bob_0002 and bob_0001: cannot read image")
+    assert pairs.missing[1].startswith("ann_0003 and cem_0001: cannot read image")
+    assert pairs.missing[1].endswith("No such file or directory")
+    assert len(caplog.messages) == 1 and "2 of the 4 pairs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "pairs.txt is empty"),
+        ("two\nann 1 2\n", r"pairs.txt:1: expected 'N' or 'folds N', got 'two'"),
+        ("0\n", r"pairs.txt:1: expected 'N'"),
+        ("1 2 3\n", r"pairs.txt:1: expected 'N'"),
+        ("-1\n", r"pairs.txt:1: expected 'N'"),
+        ("1\nann 1 2\n", r"promises 2 pairs in its first line, got 1"),
+        ("10 1\nann 1 2\n", r"promises 20 pairs in its first line, got 1"),
+        ("1\nann 1 2\nann 1\n", r"pairs.txt:3: expected 'name i j' or .*, got 'ann 1'"),
+        ("1\nann 1 2\n\nann one bob 2\n", r"pairs.txt:4: expected .*, got 'ann one bob 2'"),
+        ("1\nann 1 2\nann 1 bob 2 3\n", r"pairs.txt:3: expected"),
+        ("1\nann 1 2\nann 1 bob -2\n", r"pairs.txt:3: expected"),
+        ("1\nann 1 ²\nann 1 bob 2\n", r"pairs.txt:2: expected"),
+        ("1\nann 7 8\nann 7 bob 9\n", r"none of the 2 pairs of .* can be read: ann_0007 and"),
+    ],
+)
+def test_malformed_files_raise_one_sentence(
+    tree: Tree, tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_pairs(write(tmp_path, text), tree(ann=2, bob=2))
+
+
+def test_a_binary_file_is_refused(tree: Tree, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.bin"
+    file.write_bytes(bytes(range(256)) * 100)
+    with pytest.raises(ValueError, match=r"pairs.bin:1: expected 'N' or 'folds N', got .{,400}$"):
+        read_pairs(file, tree(ann=1))
+
+
+def test_absent_paths_are_named(tree: Tree, tmp_path: Path) -> None:
+    file = write(tmp_path, VIEW_1)
+    with pytest.raises(ValueError, match=r"^no pairs file .*gone"):
+        read_pairs(tmp_path / "gone", tree(ann=1))
+    with pytest.raises(ValueError, match=r"^no folder .*gone; expected .*gone/<name>/<name>_0001"):
+        read_pairs(file, tmp_path / "gone")
+    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
+        read_pairs(file, tmp_path, size=0)
+
+
+def test_lfw_view_1(shared_data: Path) -> None:
+    """1000 pairs, one broken by Betsy_Coffin's absence; ten contiguous folds are balanced."""
+    lfw = shared_data / "lfw112"
+    pairs = read_pairs(lfw / "pairsDevTest.txt", lfw / "images")
+    assert pairs.images.shape == (1998, 3, 112, 112)
+    assert len(pairs.missing) == 1 and "Betsy_Coffin_0001" in pairs.missing[0]
+    assert pairs.same.sum() in (499, 500)
+    for fold in pairs.same.tensor_split(10):
+        assert abs(int(fold.sum()) - len(fold) / 2) <= 1
+
+
+def test_lfw_trains_and_tests_on_different_people(shared_data: Path) -> None:
+    lfw = shared_data / "lfw112"
+    people = {
+        line.split()[0] for line in (lfw / "peopleDevTrain.txt").read_text().split("\n")[1:-1]
+    }
+    rows = [line.split("\t") for line in (lfw / "pairsDevTest.txt").read_text().split("\n")[1:-1]]
+    tested = {row[0] for row in rows} | {row[2] for row in rows if len(row) == 4}
+    assert len(people) == 4038 and len(rows) == 1000 and not people & tested
+
+
+@given(st.lists(st.booleans(), max_size=200))
+def test_interleaving_is_a_permutation_that_keeps_each_kinds_order(same: list[bool]) -> None:
+    order = interleaved(same)
+    assert sorted(order) == list(range(len(same)))
+    kinds = np.array(same, bool)[order]
+    assert (np.diff(order[kinds]) > 0).all() and (np.diff(order[~kinds]) > 0).all()
+
+
+@given(st.integers(0, 150), st.integers(0, 150), st.integers(1, 12))
+def test_any_contiguous_part_has_the_wholes_proportion(n: int, m: int, parts: int) -> None:
+    """Of n pairs among n + m, a stretch of length k holds n k / (n + m), to within one or two."""
+    same = np.repeat([True, False], [n, m])
+    same = same[interleaved(same)]
+    for part in np.array_split(same, parts):
+        assert abs(part.sum() - len(part) * n / max(n + m, 1)) < 2
+
+
+COUNTS = st.lists(st.integers(1, 6), min_size=2, max_size=12).filter(lambda c: max(c) > 1)
+
+
+@given(COUNTS, st.integers(1, 40), st.integers(0, 2**32))
+def test_drawn_pairs_are_distinct_and_of_their_kind(counts: list[int], n: int, seed: int) -> None:
+    """Up to the last pair there is; nobody gives two more than one who could give more."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    i, j = np.triu_indices(len(labels), 1)
+    sizes = np.array(counts)
+    for draw, of_kind in [
+        (_draw_same, labels[i] == labels[j]),
+        (_draw_different, labels[i] != labels[j]),
+    ]:
+        wanted = min(n, int(of_kind.sum()))
+        drawn = draw(sizes, wanted, np.random.default_rng(seed))
+        possible = set(zip(i[of_kind], j[of_kind], strict=True))
+        assert drawn.shape == (wanted, 2)
+        assert len({tuple(pair) for pair in drawn} & possible) == wanted
+        if draw is _draw_same:
+            given_ = np.bincount(labels[drawn[:, 0]], minlength=len(sizes))
+            could = given_ < sizes * (sizes - 1) // 2
+            assert not could.any() or given_.max() - given_[could].min() <= 1
+
+
+def test_different_pairs_are_uniform() -> None:
+    """Of three people with 1, 2 and 3 images, each of the 11 pairs is drawn equally often."""
+    drawn = [
+        tuple(_draw_different(np.array([1, 2, 3]), 1, np.random.default_rng(seed))[0])
+        for seed in range(2200)
+    ]
+    frequency = np.unique(drawn, axis=0, return_counts=True)[1]
+    assert len(frequency) == 11 and (abs(frequency - 200) < 5 * np.sqrt(200)).all()
+
+
+def test_held_out_pairs_are_interleaved_and_reproducible(tree: Tree) -> None:
+    dataset = IdentityFolder(tree(ann=3, bob=2, cem=1), size=8)
+    pairs = held_out_pairs(dataset, 6, seed=1)
+    assert pairs.same.tolist() == 3 * [True, False]
+    assert all((a == b) is same for a, _, b, _, same in read(pairs))
+    assert all((a, i) != (b, j) for a, i, b, j, _ in read(pairs))
+    assert torch.equal(pairs.images, held_out_pairs(dataset, 6, seed=1).images)
+    assert not torch.equal(pairs.images, held_out_pairs(dataset, 6, seed=2).images)
+
+
+def test_held_out_pairs_are_as_many_as_there_are(tree: Tree) -> None:
+    """Three images of one person and one of another: three pairs of a kind, all of them."""
+    pairs = held_out_pairs(IdentityFolder(tree(ann=3, bob=1), size=8), 100)
+    assert sorted(read(pairs)) == [
+        (0, 1, 0, 2, True), (0, 1, 0, 3, True), (0, 1, 1, 1, False),
+        (0, 2, 0, 3, True), (0, 2, 1, 1, False), (0, 3, 1, 1, False),
+    ]  # fmt: skip
+
+
+def test_a_bad_image_is_never_replaced_in_a_pair(tree: Tree) -> None:
+    root = tree(ann=3, bob=1)
+    (root / "ann" / "ann_0003.png").write_bytes(b"")
+    pairs = held_out_pairs(IdentityFolder(root, size=8), 100)
+    assert len(pairs.missing) == 3 and len(pairs.same) == 3
+    assert all((a == b) is same for a, _, b, _, same in read(pairs))
+
+
+def test_impossible_draws_are_refused(tree: Tree) -> None:
+    root = tree(ann=2, bob=1, cem=1)
+    with pytest.raises(ValueError, match="num_pairs must be even and at least 2, got 3"):
+        held_out_pairs(IdentityFolder(root), 3)
+    with pytest.raises(ValueError, match="need two images of someone"):
+        held_out_pairs(IdentityFolder(root, identities=["bob", "cem"]), 2)
+    with pytest.raises(ValueError, match=r"need two people in .*, got 1"):
+        held_out_pairs(IdentityFolder(root, identities=["ann"]), 2)

@@ -1,0 +1,855 @@
+"""FastFaceCallback in real fits whose loss is a script: steps, rates, refusals, resume, waits."""
+
+import csv
+import logging
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from scripted import LR, LearningRates, Scripted, Tape, batches, by_hand, quiet_trainer, stairs
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import MultiStepLR
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, IterableDataset
+
+from fastface_lightning import MHLR, FastFace, FastFaceCallback, replay
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
+]
+STEPS = 200
+FASTFACE = FastFace(ema_window=4, haar_window=4, threshold=0.02, patience=8, arm_after=0)
+WINDOWED = MHLR(haar_window=6, threshold=0.03, patience=8, arm_after=0, restart_after=3)
+LOSSES = [stairs(step) for step in range(STEPS)]
+
+
+def fit(
+    root: Path,
+    *callbacks: Callback,
+    module: Scripted | None = None,
+    loader: DataLoader[Tensor] | None = None,
+    ckpt_path: Path | None = None,
+    **settings: Any,
+) -> Trainer:
+    """One quiet fit on 10 batches an epoch; on the stairs unless another module is given."""
+    trainer = quiet_trainer(root, callbacks, **settings)
+    loader = batches(10) if loader is None else loader
+    trainer.fit(module or Scripted(), loader, ckpt_path=ckpt_path)
+    return trainer
+
+
+def state_of(callback: FastFaceCallback) -> Any:
+    """What goes into a checkpoint."""
+    return callback.state_dict()
+
+
+def losses_seen(callback: FastFaceCallback) -> list[float]:
+    """Every loss that a callback with a Tape was given."""
+    assert callback.state is not None
+    return list(callback.state.memory)
+
+
+# The length of the run ---------------------------------------------------------------------------
+
+
+def test_works_without_an_argument(tmp_path: Path) -> None:
+    """It finds length, base rate and loss; on a flat loss the rate falls, as a replay says."""
+    callback = FastFaceCallback()
+    trainer = fit(tmp_path, callback, module=Scripted(lambda *_: 4.0), max_epochs=20)
+    assert callback.changes == replay([4.0] * 200, FastFace(), total_steps=200, lr=LR)
+    assert callback.changes
+    assert trainer.optimizers[0].param_groups[0]["lr"] == callback.changes[-1].lr
+
+
+@pytest.mark.parametrize(
+    ("settings", "scheduling", "steps"),
+    [
+        ({"max_steps": 7}, None, 7),
+        ({"max_steps": 12, "max_epochs": -1}, None, 12),
+        ({"max_epochs": 3}, None, 30),
+        ({"max_epochs": 3, "max_steps": 25}, None, 25),
+        ({"max_epochs": 3, "accumulate_grad_batches": 4}, None, 9),
+        ({"max_epochs": 3, "limit_train_batches": 6}, None, 18),
+        ({"max_epochs": 3}, {0: 4, 2: 1}, 3 + 3 + 10),
+        ({"max_epochs": 3, "max_steps": 8}, {0: 4, 2: 1}, 8),
+        ({"max_epochs": -1, "max_steps": 8}, {0: 4, 2: 1}, 8),
+    ],
+)
+def test_total_steps_are_those_the_trainer_takes(
+    tmp_path: Path, settings: dict[str, int], scheduling: dict[int, int] | None, steps: int
+) -> None:
+    """Known beforehand, from every way to say them, and equal to the steps then really taken."""
+    callback = FastFaceCallback(Tape())
+    accumulation = [GradientAccumulationScheduler(scheduling)] if scheduling else []
+    trainer = fit(tmp_path, callback, *accumulation, **settings)
+    assert state_of(callback)["bound"]["total_steps"] == steps
+    assert trainer.global_step == callback.state.step == steps
+
+
+class Endless(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            yield torch.zeros(1)
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize("scheduling", [None, {0: 4, 2: 1}])
+@pytest.mark.parametrize(
+    ("settings", "loader"),
+    [({"max_epochs": -1}, batches(10)), ({"max_epochs": 1}, DataLoader(Endless()))],
+)
+def test_run_without_an_end_needs_total_steps(
+    tmp_path: Path, settings: dict[str, int], loader: Any, scheduling: dict[int, int] | None
+) -> None:
+    accumulation = [GradientAccumulationScheduler(scheduling)] if scheduling else []
+    with pytest.raises(MisconfigurationException, match=r"without an end.*total_steps=\.\.\."):
+        fit(tmp_path, FastFaceCallback(), *accumulation, loader=loader, **settings)
+    callback = FastFaceCallback(Tape(), total_steps=1000)
+    fit(tmp_path, callback, *accumulation, StopAt(3), loader=loader, **settings)
+    assert state_of(callback)["bound"]["total_steps"] == 1000
+    assert callback.state.step == 3
+
+
+@pytest.mark.parametrize("name", ["read_every", "total_steps"])
+def test_counts_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1 step, got 0"):
+        FastFaceCallback(**{name: 0})
+
+
+# One schedule step an optimizer step -------------------------------------------------------------
+
+
+def test_accumulated_loss_is_the_mean_of_its_micro_batches(tmp_path: Path) -> None:
+    """Undivided again; the last step of an epoch, with 2 micro-batches, is divided by 2."""
+    callback = FastFaceCallback(Tape())
+    fit(tmp_path, callback, max_epochs=2, accumulate_grad_batches=4)
+    micros = [4, 4, 2, 4, 4, 2]
+    means = [sum(stairs(step, k) for k in range(n)) / n for step, n in enumerate(micros)]
+    assert losses_seen(callback) == means
+
+
+def test_skipped_micro_batches_do_not_count(tmp_path: Path) -> None:
+    """training_step may return None: first, last, or in all micro-batches of an optimizer step."""
+    script = {
+        0: [None, 1.0, 2.0, 6.0],
+        1: [1.0, 3.0, None, None],
+        2: [None, None, None, None],
+        3: [5.0, None, 7.0, 9.0],
+    }
+    callback = FastFaceCallback(Tape())
+    module = Scripted(lambda step, micro: script[step][micro])
+    trainer = fit(tmp_path, callback, module=module, max_steps=4, accumulate_grad_batches=4,
+                  loader=batches(16))  # fmt: skip
+    assert losses_seen(callback) == [3.0, 2.0, 7.0]
+    assert trainer.global_step == 4
+
+
+def test_accumulation_that_changes_by_epoch_is_undone(tmp_path: Path) -> None:
+    callback = FastFaceCallback(Tape())
+    fit(tmp_path, callback, GradientAccumulationScheduler({0: 4, 1: 2}), max_epochs=2)
+    micros = [4, 4, 2, 2, 2, 2, 2, 2]
+    means = [sum(stairs(step, k) for k in range(n)) / n for step, n in enumerate(micros)]
+    assert losses_seen(callback) == means
+
+
+def test_loss_key_names_another_loss(tmp_path: Path) -> None:
+    """Under automatic optimization it is not divided by the accumulation, so not multiplied."""
+
+    class TwoLosses(Scripted):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return {"loss": self.scripted_loss(), "distillation": float(batch_idx)}
+
+    callback = FastFaceCallback(Tape(), loss_key="distillation")
+    fit(tmp_path, callback, module=TwoLosses(), max_epochs=1, accumulate_grad_batches=4)
+    assert losses_seen(callback) == [1.5, 5.5, 8.5]
+
+
+# The learning rates ------------------------------------------------------------------------------
+
+
+def test_rate_set_at_a_steps_end_holds_from_the_next(tmp_path: Path) -> None:
+    rates = LearningRates()
+    callback = FastFaceCallback(Tape(halve_after=(2, 6)))
+    fit(tmp_path, callback, rates, max_epochs=1)
+    expected = [LR] * 3 + [LR / 2] * 4 + [LR / 4] * 3
+    assert list(rates.first_group.values()) == expected
+    assert [(made.step, made.factor, made.lr) for made in callback.changes] == [
+        (2, 0.5, LR / 2),
+        (6, 0.5, LR / 4),
+    ]
+
+
+def test_every_group_keeps_its_own_base_rate(tmp_path: Path) -> None:
+    def groups(module: Scripted) -> Optimizer:
+        return SGD([{"params": [module.first]}, {"params": [module.second], "lr": 10 * LR}], lr=LR)
+
+    rates = LearningRates()
+    module = Scripted(optimizers=groups)
+    fit(tmp_path, FastFaceCallback(Tape(halve_after=(1, 3))), rates, module=module, max_steps=6)
+    scales = [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert list(rates.at.values()) == [[LR * scale, 10 * LR * scale] for scale in scales]
+
+
+def test_tensor_rate_is_set_in_place(tmp_path: Path) -> None:
+    """A capturable optimizer's graph reads the rate from the tensor that it was built with."""
+    rate = torch.tensor(LR)
+    module = Scripted(optimizers=lambda module: SGD(module.parameters(), lr=rate))
+    rates = LearningRates()
+    trainer = fit(
+        tmp_path, FastFaceCallback(Tape(halve_after=(1,))), rates, module=module, max_steps=4
+    )
+    assert trainer.optimizers[0].param_groups[0]["lr"] is rate
+    assert list(rates.first_group.values()) == [LR, LR, LR / 2, LR / 2]
+
+
+def test_warm_up_grows_linearly_from_the_very_first_step(tmp_path: Path) -> None:
+    rates = LearningRates()
+    fit(tmp_path, FastFaceCallback(Tape(warmup_steps=4)), rates, max_steps=6)
+    assert list(rates.first_group.values()) == [LR / 4, LR / 2, LR * 3 / 4, LR, LR, LR]
+
+
+@pytest.mark.parametrize("schedule", [FASTFACE, WINDOWED], ids=["FastFace", "MHLR"])
+@pytest.mark.parametrize("read_every", [1, 2, 8, 32])
+def test_blocks_change_no_decision_and_delay_by_less_than_a_block(
+    tmp_path: Path, schedule: FastFace | MHLR, read_every: int
+) -> None:
+    callback, rates = FastFaceCallback(schedule, read_every=read_every), LearningRates()
+    fit(tmp_path, callback, rates, max_epochs=20)
+    assert callback.changes == replay(LOSSES, schedule, total_steps=STEPS, lr=LR)
+    assert len(callback.changes) >= 6
+    bound = schedule.bind(STEPS)
+    expected = by_hand(LOSSES, bound, read_every)
+    assert rates.first_group == {step: expected[step] for step in range(STEPS)}
+    at_once = by_hand(LOSSES, bound)
+    for step, rate in rates.first_group.items():
+        assert rate in [at_once[max(0, step - late)] for late in range(read_every)]
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def test_second_scheduler_is_refused_by_name(tmp_path: Path) -> None:
+    def scheduled(module: LightningModule) -> Any:
+        optimizer = SGD(module.parameters(), lr=LR)
+        return [optimizer], [MultiStepLR(optimizer, [3])]
+
+    with pytest.raises(MisconfigurationException, match="FastFaceCallback and MultiStepLR"):
+        fit(tmp_path, FastFaceCallback(), module=Scripted(optimizers=scheduled), max_epochs=1)
+
+
+def test_weight_averaging_that_schedules_is_refused_by_name(tmp_path: Path) -> None:
+    averaging = StochasticWeightAveraging(swa_lrs=0.01)
+    with pytest.raises(MisconfigurationException, match="and StochasticWeightAveraging"):
+        fit(tmp_path, FastFaceCallback(), averaging, max_epochs=2)
+
+
+def test_second_callback_is_refused_by_lightning(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        quiet_trainer(tmp_path, [FastFaceCallback(), FastFaceCallback(MHLR())])
+
+
+def test_run_without_an_optimizer_is_refused(tmp_path: Path) -> None:
+    module = Scripted(optimizers=lambda module: None)
+    with pytest.raises(MisconfigurationException, match="needs an optimizer, got none"):
+        fit(tmp_path, FastFaceCallback(), module=module, max_epochs=1)
+
+
+# Manual optimization -----------------------------------------------------------------------------
+
+
+class Manual(Scripted):
+    """Steps each of its optimizers ``every`` so many batches; ``returns`` makes the outputs."""
+
+    def __init__(
+        self,
+        returns: Callable[[Tensor], Any] = lambda loss: {"total": loss},
+        every: tuple[int, ...] = (1,),
+    ) -> None:
+        super().__init__(optimizers=self.one_each)
+        self.automatic_optimization = False
+        self.returns, self.every = returns, every
+
+    @staticmethod
+    def one_each(module: LightningModule) -> list[Optimizer]:
+        assert isinstance(module, Manual)
+        parameters = [module.first, module.second]
+        return [SGD([parameters[k]], lr=LR * 4**k) for k in range(len(module.every))]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self.first.sum() * 0 + self.second.sum() * 0 + float(batch_idx)
+        self.manual_backward(loss)
+        optimizers = self.optimizers()
+        for optimizer, every in zip(
+            optimizers if isinstance(optimizers, list) else [optimizers], self.every, strict=True
+        ):
+            if (batch_idx + 1) % every == 0:
+                optimizer.step()
+        return self.returns(loss)
+
+
+@pytest.mark.parametrize("every", [(1,), (1, 1)], ids=["one optimizer", "two optimizers"])
+def test_manual_optimization_takes_the_loss_named(tmp_path: Path, every: tuple[int, ...]) -> None:
+    """Undivided; one schedule step a batch, though global_step moves by the optimizers' number."""
+    callback = FastFaceCallback(Tape(halve_after=(4,)), loss_key="total")
+    trainer = fit(tmp_path, callback, module=Manual(every=every), max_epochs=1)
+    assert losses_seen(callback) == [float(k) for k in range(10)]
+    assert trainer.global_step == 10 * len(every)
+    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == [
+        LR / 2 * 4**k for k in range(len(every))
+    ]
+
+
+def test_own_accumulation_is_averaged(tmp_path: Path) -> None:
+    callback = FastFaceCallback(Tape(), loss_key="total")
+    fit(tmp_path, callback, module=Manual(every=(5,)), max_epochs=1)
+    assert losses_seen(callback) == [2.0, 7.0]
+
+
+@pytest.mark.parametrize("every", [(1, 2), (1, 1), (3,)])
+def test_uneven_manual_steps_are_read_in_blocks_and_logged(
+    tmp_path: Path, every: tuple[int, ...]
+) -> None:
+    """global_step may jump over a block's end or a multiple of log_every_n_steps."""
+    one, eight = (
+        FastFaceCallback(Tape(), loss_key="total", read_every=read_every) for read_every in (1, 8)
+    )
+    fit(tmp_path, one, module=Manual(every=every), max_epochs=1, loader=batches(60))
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, eight, module=Manual(every=every), max_epochs=1, loader=batches(60),
+        logger=logger, log_every_n_steps=10)  # fmt: skip
+    assert losses_seen(one) == losses_seen(eight)
+    assert len(metrics(logger)["fastface/lr_scale"]) == 6
+
+
+def test_manual_optimization_needs_loss_key(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"under manual optimization.*loss_key"):
+        fit(tmp_path, FastFaceCallback(), module=Manual(), max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("returns", "got"),
+    [
+        (lambda loss: {"g_loss": loss, "d_loss": loss}, "g_loss, d_loss"),
+        (lambda loss: loss, "loss"),
+        (lambda loss: None, "nothing"),
+    ],
+    ids=["keys", "tensor", "None"],
+)
+def test_missing_loss_key_is_refused_with_the_keys_there_are(
+    tmp_path: Path, returns: Callable[[Tensor], Any], got: str
+) -> None:
+    module = Manual(returns)
+    with pytest.raises(MisconfigurationException, match=f"loss_key='total', got {got}$"):
+        fit(tmp_path, FastFaceCallback(loss_key="total"), module=module, max_epochs=1)
+
+
+# Mixed precision ---------------------------------------------------------------------------------
+
+OVERFLOWS = (2, 3, 7)
+
+
+class Overflowing(Scripted):
+    """Its gradients are infinite in some optimizer steps, its loss never."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.global_step in OVERFLOWS:
+            self.first.grad.fill_(math.inf)
+
+
+@pytest.mark.parametrize("read_every", [1, 4])
+def test_step_skipped_by_the_scaler_does_not_count(tmp_path: Path, read_every: int) -> None:
+    """Lightning counts it, the GradScaler did not take it: the schedule neither."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
+    callback = FastFaceCallback(Tape(), read_every=read_every)
+    trainer = fit(tmp_path, callback, module=Overflowing(), max_epochs=1,
+                  plugins=[MixedPrecision("16-mixed", "cpu", scaler)])  # fmt: skip
+    assert trainer.global_step == 10
+    assert scaler.get_scale() == 8.0 / 2 ** len(OVERFLOWS)
+    assert losses_seen(callback) == [stairs(k) for k in range(10) if k not in OVERFLOWS]
+
+
+class FusedLike(SGD):
+    """step() is always called and finds out on the device, as fused optimizers do."""
+
+    taken = 0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.found_inf = torch.tensor(float(self.taken in OVERFLOWS))
+        self.taken += 1
+        return closure() if closure else None
+
+
+@pytest.mark.parametrize("read_every", [1, 4])
+def test_step_a_fused_optimizer_skips_does_not_count(tmp_path: Path, read_every: int) -> None:
+    callback = FastFaceCallback(Tape(), read_every=read_every)
+    module = Scripted(optimizers=lambda module: FusedLike(module.parameters(), lr=LR))
+    fit(tmp_path, callback, module=module, max_epochs=1)
+    assert losses_seen(callback) == [stairs(k) for k in range(10) if k not in OVERFLOWS]
+
+
+# What is not training ----------------------------------------------------------------------------
+
+
+class Evaluated(Scripted):
+    """Has every other step too."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("metric", float(batch_idx))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return batch
+
+
+def test_validation_and_sanity_check_leave_the_schedule_alone(tmp_path: Path) -> None:
+    callback, rates = FastFaceCallback(Tape(halve_after=(4,))), LearningRates()
+    trainer = quiet_trainer(
+        tmp_path, [callback, rates], max_epochs=2, num_sanity_val_steps=2, val_check_interval=2
+    )
+    trainer.fit(Evaluated(), batches(10), batches(3))
+    assert losses_seen(callback) == LOSSES[:20]
+    assert list(rates.first_group.values()) == [LR] * 5 + [LR / 2] * 15
+
+
+def test_other_entry_points_leave_state_and_rate_alone(tmp_path: Path) -> None:
+    callback = FastFaceCallback(Tape(halve_after=(4,)))
+    module = Evaluated()
+    trainer = quiet_trainer(tmp_path, [callback], max_epochs=1)
+    trainer.fit(module, batches(10), batches(3))
+    optimizer, state = trainer.optimizers[0], state_of(callback)
+    trainer.validate(module, batches(3), verbose=False)
+    trainer.test(module, batches(3), verbose=False)
+    trainer.predict(module, batches(3))
+    assert state_of(callback) == state
+    assert optimizer.param_groups[0]["lr"] == LR / 2
+
+
+def test_fast_dev_run_leaves_state_and_rate_alone(tmp_path: Path) -> None:
+    """Also one that starts from a checkpoint."""
+    callback, rates = FastFaceCallback(Tape(warmup_steps=9)), LearningRates()
+    fit(tmp_path, callback, rates, fast_dev_run=4)
+    assert callback.state is None and state_of(callback) == {}
+    assert list(rates.first_group.values()) == [LR] * 4
+
+    fit(tmp_path, callback, max_steps=2).save_checkpoint(tmp_path / "two.ckpt")
+    fit(tmp_path, callback, fast_dev_run=4, ckpt_path=tmp_path / "two.ckpt")
+    assert callback.state is None
+
+
+# Waiting for the device --------------------------------------------------------------------------
+
+READING_METHODS = {"item", "tolist", "cpu", "numpy", "__array__", "__float__", "__int__",
+                   "__bool__", "__index__", "__contains__", "is_nonzero", "equal"}  # fmt: skip
+READING_OPERATORS = {
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.is_nonzero,
+    torch.ops.aten.equal,
+    torch.ops.aten.nonzero,
+    torch.ops.aten.masked_select,
+}
+
+
+class HostReads:
+    """Counts, in the functions watched, what would wait for an accelerator: values brought home."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.depth = 0
+        self.modes = (_Functions(self), _Operators(self))
+
+    def watch(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self.modes[0], self.modes[1]:
+                return hook(*args, **kwargs)
+
+        return watched
+
+
+class _Functions(TorchFunctionMode):
+    """Methods that read, also those that call no operator, such as tolist() of a CPU tensor."""
+
+    def __init__(self, reads: HostReads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = getattr(func, "__name__", "") in READING_METHODS
+        self.reads.count += reads and self.reads.depth == 0
+        self.reads.depth += reads
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.reads.depth -= reads
+
+
+class _Operators(TorchDispatchMode):
+    """Operators that read, whoever calls them."""
+
+    def __init__(self, reads: HostReads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = func.overloadpacket in READING_OPERATORS
+        self.reads.count += reads and self.reads.depth == 0
+        return func(*args, **(kwargs or {}))
+
+
+def watched_callback(reads: HostReads, *args: Any, **kwargs: Any) -> FastFaceCallback:
+    """A callback of whose work during the steps every read is counted."""
+    callback = FastFaceCallback(*args, **kwargs)
+    for name in ("on_train_batch_start", "on_train_batch_end", "_on_optimizer_step"):
+        setattr(callback, name, reads.watch(getattr(callback, name)))
+    return callback
+
+
+@pytest.mark.parametrize(
+    "read", [float, int, bool, Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, torch.nonzero]
+)
+def test_host_reads_are_counted(read: Callable[[Tensor], Any]) -> None:
+    """The instrument itself: each way to read counts once, arithmetic does not."""
+    reads = HostReads()
+    value = torch.tensor(3.0)
+    reads.watch(read)(value)
+    assert reads.count == 1
+    reads.watch(lambda: torch.stack([value, 2 * value]).mean())()
+    assert reads.count == 1
+
+
+def _two_tensor_groups(module: LightningModule) -> Optimizer:
+    groups = [{"params": [module.first]}, {"params": [module.second], "lr": torch.tensor(1.0)}]
+    return SGD(groups, lr=torch.tensor(LR))
+
+
+@pytest.mark.parametrize(("read_every", "allowed"), [(32, 10), (1, 320)])
+@pytest.mark.parametrize("log_every_n_steps", [50, 10])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_are_brought_to_the_host_once_a_block(
+    tmp_path: Path, read_every: int, allowed: int, log_every_n_steps: int, accumulate: int
+) -> None:
+    """320 steps, two groups with tensor rates, a logger: one read a block, none for logging."""
+    reads = HostReads()
+    callback = watched_callback(reads, WINDOWED, read_every=read_every)
+    fit(tmp_path, callback, module=Scripted(optimizers=_two_tensor_groups), max_epochs=1,
+        loader=batches(320 * accumulate), accumulate_grad_batches=accumulate,
+        logger=CSVLogger(tmp_path), log_every_n_steps=log_every_n_steps)  # fmt: skip
+    assert reads.count == allowed
+    assert callback.state.step == 320
+
+
+def test_skipped_steps_cost_no_further_read(tmp_path: Path) -> None:
+    """A fused optimizer's found_inf comes to the host together with the losses."""
+    reads = HostReads()
+    callback = watched_callback(reads, Tape(), read_every=32)
+    module = Scripted(optimizers=lambda module: FusedLike(module.parameters(), lr=LR))
+    fit(tmp_path, callback, module=module, max_epochs=1, loader=batches(64))
+    assert reads.count == 2
+    assert callback.state.step == 64 - len(OVERFLOWS)
+
+
+# Checkpoints and resume --------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+class SaveEvery(ModelCheckpoint):
+    """Keeps the checkpoint of every so many steps."""
+
+    def __init__(self, steps: int, root: Path) -> None:
+        super().__init__(root, "{step}", every_n_train_steps=steps, save_top_k=-1)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # Lightning forgets it on resume, and would save the same step again after its first
+        # micro-batch: a checkpoint without the gradient gathered so far.
+        self._last_global_step_saved = trainer.global_step
+
+
+def last_checkpoint(root: Path) -> Path | None:
+    """The one with the most steps."""
+    return max(root.glob("step=*.ckpt"), key=lambda path: int(path.stem[5:]), default=None)
+
+
+def test_checkpoint_holds_primitives_under_the_class_name(tmp_path: Path) -> None:
+    for schedule in (FASTFACE, WINDOWED):
+        callback = FastFaceCallback(schedule)
+        assert callback.state_key == "FastFaceCallback"
+        fit(tmp_path, callback, max_epochs=6).save_checkpoint(tmp_path / "a.ckpt")
+        saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+        assert saved["callbacks"]["FastFaceCallback"] == state_of(callback)
+        assert saved["callbacks"]["FastFaceCallback"]["changes"]
+
+
+@pytest.mark.parametrize("read_every", [1, 8])
+@pytest.mark.parametrize(
+    ("schedule", "accumulate"),
+    [
+        (FASTFACE, 1),
+        (WINDOWED, 1),
+        pytest.param(FASTFACE, 4, marks=pytest.mark.slow),
+        (WINDOWED, 4),
+    ],
+    ids=["FastFace", "MHLR", "FastFace accumulating", "MHLR accumulating"],
+)
+def test_killed_and_resumed_run_has_the_rates_of_the_uninterrupted(
+    tmp_path: Path, schedule: FastFace | MHLR, accumulate: int, read_every: int
+) -> None:
+    """Killed at random steps, mid-epoch too, and resumed from a checkpoint some steps older.
+
+    The uninterrupted run saves nothing: saving changes no rate either.
+    """
+    settings = {"max_steps": STEPS, "accumulate_grad_batches": accumulate}
+    loader = batches(30 * accumulate - accumulate // 2)
+    whole, whole_rates = FastFaceCallback(schedule, read_every=read_every), LearningRates()
+    fit(tmp_path, whole, whole_rates, loader=loader, **settings)
+    assert len(whole.changes) >= 6
+
+    kills = sorted(random.Random(read_every + accumulate).sample(range(8, STEPS), 5))
+    for kill in [*kills, STEPS]:
+        resumed, rates = FastFaceCallback(schedule, read_every=read_every), LearningRates()
+        start = last_checkpoint(tmp_path)
+        with pytest.raises(Killed) if kill < STEPS else nullcontext():
+            fit(tmp_path, resumed, rates, KillAt(kill), SaveEvery(7, tmp_path), loader=loader,
+                ckpt_path=start, **settings)  # fmt: skip
+        first = int(start.stem[5:]) if start else 0
+        last = min(kill, STEPS - 1)
+        assert rates.at == {step: whole_rates.at[step] for step in range(first, last + 1)}
+    assert state_of(resumed) == state_of(whole)
+
+
+def test_checkpoint_at_an_exception_holds_the_losses_not_read_yet(tmp_path: Path) -> None:
+    whole = FastFaceCallback(FASTFACE, read_every=32)
+    fit(tmp_path, whole, max_steps=STEPS)
+    resumed = FastFaceCallback(FASTFACE, read_every=32)
+    with pytest.raises(Killed):
+        fit(tmp_path, resumed, KillAt(75), OnExceptionCheckpoint(tmp_path, "died"), max_steps=STEPS)
+    fit(tmp_path, resumed, max_steps=STEPS, ckpt_path=tmp_path / "died.ckpt")
+    assert state_of(resumed) == state_of(whole)
+
+
+def test_longer_resume_keeps_the_windows_it_was_bound_to(tmp_path: Path) -> None:
+    """Otherwise its responses would change their meaning in the middle of the run."""
+    callback = FastFaceCallback()
+    fit(tmp_path, callback, max_epochs=6).save_checkpoint(tmp_path / "a.ckpt")
+    longer = FastFaceCallback()
+    fit(tmp_path, longer, max_epochs=20, ckpt_path=tmp_path / "a.ckpt")
+    assert state_of(longer)["bound"] == state_of(callback)["bound"]
+    assert longer.changes == replay(LOSSES, FastFace().bind(60), total_steps=200, lr=LR)
+    assert longer.changes != replay(LOSSES, FastFace(), total_steps=200, lr=LR)
+
+
+@pytest.mark.parametrize(
+    ("wrote", "resumes", "named"),
+    [
+        (FASTFACE, WINDOWED, "FastFace"),
+        (MHLR(), MHLR(haar_window=50), "haar_window=None"),
+        (FastFace(patience=7), FastFace(), "patience=7"),
+    ],
+)
+def test_checkpoint_of_another_schedule_is_refused(
+    tmp_path: Path, wrote: FastFace | MHLR, resumes: FastFace | MHLR, named: str
+) -> None:
+    fit(tmp_path, FastFaceCallback(wrote), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=rf"written by another schedule \({named}\) than"):
+        fit(tmp_path, FastFaceCallback(resumes), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_checkpoint_of_another_scheduler_is_refused(tmp_path: Path) -> None:
+    def scheduled(module: LightningModule) -> Any:
+        optimizer = SGD(module.parameters(), lr=LR)
+        return [optimizer], [MultiStepLR(optimizer, [3])]
+
+    trainer = fit(tmp_path, module=Scripted(optimizers=scheduled), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(MisconfigurationException, match="another scheduler set"):
+        fit(tmp_path, FastFaceCallback(), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_checkpoint_without_state_warns_and_starts_anew(tmp_path: Path) -> None:
+    """From the rates of configure_optimizers, and with its warm-up, at the step resumed from."""
+
+    def faster(module: LightningModule) -> Optimizer:
+        return SGD(module.parameters(), lr=8 * LR)
+
+    trainer = fit(tmp_path, module=Scripted(optimizers=faster), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    callback, rates = FastFaceCallback(Tape(warmup_steps=2)), LearningRates()
+    with pytest.warns(UserWarning, match="no state of FastFaceCallback.*anew at step 10"):
+        fit(tmp_path, callback, rates, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert rates.first_group == {step: LR if step > 10 else LR / 2 for step in range(10, 20)}
+    assert callback.state.step == 10
+
+
+# Logs --------------------------------------------------------------------------------------------
+
+
+def metrics(logger: CSVLogger) -> dict[str, dict[int, float]]:
+    """Each column of metrics.csv: its values by their steps."""
+    columns: dict[str, dict[int, float]] = {}
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            for name, value in row.items():
+                if value:
+                    columns.setdefault(name, {})[step] = float(value)
+    return columns
+
+
+def test_metrics_tell_scale_response_threshold_flat_steps_and_rate(tmp_path: Path) -> None:
+    """As they stand at each step that is logged: the rate is the next step's."""
+    logger = CSVLogger(tmp_path)
+    callback = FastFaceCallback(WINDOWED)
+    fit(tmp_path, callback, max_epochs=20, logger=logger, log_every_n_steps=5)
+    columns, bound = metrics(logger), WINDOWED.bind(STEPS)
+    state = bound.init()
+    for step, loss in enumerate(LOSSES):
+        state = bound.update(state, loss)
+        if step % 5 != 4:
+            assert step not in columns["fastface/lr_scale"]
+            continue
+        assert columns["fastface/lr_scale"][step] == state.scale
+        assert columns["fastface/plateau_steps"][step] == state.plateau_steps
+        assert columns["fastface/threshold"][step] == pytest.approx(0.03)
+        assert columns["lr-SGD"][step] == LR * state.scale
+        if step < 12:  # undefined as yet
+            assert step not in columns["fastface/response"]
+        else:
+            assert columns["fastface/response"][step] == pytest.approx(state.response)
+
+
+def test_groups_are_named_as_lightning_names_them(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    module = Scripted(optimizers=_two_tensor_groups)
+    fit(tmp_path, FastFaceCallback(Tape()), module=module, max_epochs=1, logger=logger,
+        log_every_n_steps=5)  # fmt: skip
+    columns = metrics(logger)
+    assert {name for name in columns if name.startswith("lr")} == {"lr-SGD/pg1", "lr-SGD/pg2"}
+    assert columns["lr-SGD/pg1"][4] == LR and columns["lr-SGD/pg2"][4] == 1
+
+
+def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
+    fit(tmp_path, FastFaceCallback(), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, FastFaceCallback(), max_epochs=3, ckpt_path=tmp_path / "a.ckpt", logger=logger,
+        log_every_n_steps=4)  # fmt: skip
+    assert list(metrics(logger)["lr-SGD"]) == [11, 15, 19, 23, 27]
+
+
+def test_progress_bar_shows_rate_and_progress_to_the_next_division(tmp_path: Path) -> None:
+    callback = FastFaceCallback(FastFace(literal=True, ema_window=1, threshold=1.0, patience=9))
+    trainer = fit(tmp_path, callback, max_steps=6, log_every_n_steps=1)
+    assert callback.state.plateau_steps == 5  # the first loss has no drop
+    assert trainer.progress_bar_metrics == {"lr": LR, "plateau": 0.5}
+
+
+def test_each_change_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = FastFaceCallback(FASTFACE)
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        fit(tmp_path, callback, max_steps=60)
+    assert [made.step for made in callback.changes] == [34, 43]
+    assert caplog.messages.count(FASTFACE.bind(60).describe()) == 1
+    assert [line for line in caplog.messages if line.startswith("step ")] == [
+        "step 34: loss flat for 9 steps, lr 0.125 -> 0.0625",
+        "step 43: loss flat for 9 steps, lr 0.0625 -> 0.03125",
+    ]
+
+
+def test_nan_is_left_out_and_warned_of_once_with_its_step(tmp_path: Path) -> None:
+    script = {3: math.nan, 4: math.inf, 8: -math.inf}
+    callback = FastFaceCallback(Tape(), read_every=4)
+    module = Scripted(lambda step, micro: script.get(step, 1.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, callback, module=module, max_epochs=1)
+    said = [str(w.message) for w in caught if "the loss is" in str(w.message)]
+    assert len(said) == 1 and said[0].startswith("step 3: the loss is nan; ")
+    assert losses_seen(callback) == [1.0] * 7
+    assert callback.state.nonfinite == 3
+
+
+@pytest.mark.parametrize("read_every", [1, 4])
+def test_too_many_nan_in_a_row_stop_the_training(tmp_path: Path, read_every: int) -> None:
+    callback = FastFaceCallback(Tape(max_nonfinite=3), read_every=read_every)
+    module = Scripted(lambda step, micro: math.nan if step >= 2 else 1.0)
+    with pytest.raises(ValueError, match=r"at most max_nonfinite=3 losses in a row .*, got 4"):
+        fit(tmp_path, callback, module=module, max_epochs=1)
+
+
+# Reuse -------------------------------------------------------------------------------------------
+
+
+def hooks_of(trainer: Trainer) -> int:
+    return sum(len(o._optimizer_step_post_hooks) for o in trainer.optimizers)
+
+
+def test_second_fit_of_the_same_callback_starts_anew(tmp_path: Path) -> None:
+    callback = FastFaceCallback(FASTFACE)
+    fit(tmp_path, callback, max_steps=60)
+    first = state_of(callback)
+    assert callback.changes
+    module, rates = Scripted(lambda step, micro: 8 - step / 10), LearningRates()
+    fit(tmp_path, callback, rates, module=module, max_steps=60)
+    assert callback.changes == [] and set(rates.first_group.values()) == {LR}
+    fit(tmp_path, callback, max_steps=60)
+    assert state_of(callback) == first
+
+
+def test_last_block_is_read_at_the_end(tmp_path: Path) -> None:
+    callback = FastFaceCallback(Tape(), read_every=32)
+    fit(tmp_path, callback, max_epochs=1)
+    assert losses_seen(callback) == LOSSES[:10]
+
+
+def test_optimizer_hooks_are_removed_at_the_end_and_at_an_exception(tmp_path: Path) -> None:
+    class Watch(KillAt):
+        """What the optimizer has attached to it while it trains, and after an exception."""
+
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            self.during, self.optimizers = hooks_of(trainer), trainer.optimizers
+            super().on_train_batch_start(trainer)
+
+    for kill in (5, 100):
+        watch = Watch(kill)
+        with pytest.raises(Killed) if kill == 5 else nullcontext():
+            fit(tmp_path, FastFaceCallback(), watch, max_epochs=1)
+        assert watch.during == 1
+        assert all(not o._optimizer_step_post_hooks for o in watch.optimizers)

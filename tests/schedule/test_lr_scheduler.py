@@ -1,0 +1,278 @@
+"""FastFaceLR is a torch scheduler like any other, stepped with the loss."""
+
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from curves import training_curve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from fastface_lightning import MHLR, FastFace, FastFaceLR
+from fastface_lightning.schedule.plateau import PlateauSchedule
+from fastface_lightning.schedule.replay import states
+
+FLAT = MHLR(haar_window=2, patience=2, arm_after=0)  # on a flat loss: halves at step 6, 9, 12
+
+
+@pytest.fixture(autouse=True)
+def no_warnings() -> Iterator[None]:
+    """Right use warns of nothing, `lr_scheduler.step()` before `optimizer.step()` included."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch's own warnings otherwise come once a process
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    torch.set_warn_always(before)
+
+
+def sgd(*lrs: float) -> SGD:
+    return SGD([{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in lrs], lr=1.0)
+
+
+def rates(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def drive(optimizer: Optimizer, scheduler: FastFaceLR, losses: list[Any]) -> list[list[float]]:
+    """The learning rates after each step."""
+    trace = []
+    for loss in losses:
+        optimizer.step()
+        scheduler.step(loss)
+        trace.append(rates(optimizer))
+    return trace
+
+
+# torch's idioms ----------------------------------------------------------------------------------
+
+
+def test_constructing_leaves_the_learning_rate_and_counts_no_step() -> None:
+    optimizer = sgd(0.1, 0.01)
+    scheduler = FastFaceLR(optimizer, total_steps=100)
+    assert rates(optimizer) == scheduler.base_lrs == scheduler.get_last_lr() == [0.1, 0.01]
+    assert scheduler.last_epoch == 0 and scheduler.state.step == 0
+    assert scheduler.schedule == FastFace().bind(100)
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.1, 0.01]
+
+
+def test_every_group_is_its_base_rate_times_the_scale() -> None:
+    optimizer = sgd(0.1, 0.01)
+    scheduler = FastFaceLR(optimizer, 100, FLAT)
+    losses = [3.0] * 14
+    trace = drive(optimizer, scheduler, losses)
+    scales = [state.scale for state in states(losses, FLAT.bind(100))]
+    assert scales[-1] == 0.125
+    assert trace == [[0.1 * scale, 0.01 * scale] for scale in scales]
+    assert scheduler.get_last_lr() == trace[-1]
+    assert scheduler.last_epoch == 14
+
+
+def test_warmup_holds_from_the_first_step() -> None:
+    optimizer = sgd(0.4)
+    scheduler = FastFaceLR(optimizer, 100, FastFace(warmup_steps=4))
+    assert rates(optimizer) == [0.1]
+    assert drive(optimizer, scheduler, [3.0] * 4) == [[0.2], [pytest.approx(0.3)], [0.4], [0.4]]
+
+
+def test_tensor_learning_rates_are_set_in_place() -> None:
+    # capturable and compiled optimizers hold on to the tensor itself.
+    rate = torch.tensor(0.5)
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=rate)
+    scheduler = FastFaceLR(optimizer, 100, FLAT)
+    held = optimizer.param_groups[0]["lr"]
+    drive(optimizer, scheduler, [3.0] * 7)
+    assert optimizer.param_groups[0]["lr"] is held
+    assert held.item() == 0.25
+    assert scheduler.base_lrs[0] == 0.5
+
+
+@pytest.mark.parametrize(
+    "as_tensor",
+    [torch.tensor, lambda x: torch.tensor([x]), lambda x: torch.tensor(x, requires_grad=True)],
+    ids=["scalar", "one element", "in a graph"],
+)
+def test_losses_may_be_tensors(as_tensor: Any) -> None:
+    losses = training_curve(60).losses
+    plain, tensors = sgd(0.1), sgd(0.1)
+    by_float = FastFaceLR(plain, 60)
+    by_tensor = FastFaceLR(tensors, 60)
+    drive(plain, by_float, [float(torch.tensor(loss)) for loss in losses])
+    drive(tensors, by_tensor, [as_tensor(loss) for loss in losses])
+    assert by_tensor.state == by_float.state
+    assert all(not isinstance(value, torch.Tensor) for value in by_tensor.state)
+
+
+def test_step_without_a_loss_is_refused() -> None:
+    scheduler = FastFaceLR(sgd(0.1), 100)
+    with pytest.raises(ValueError, match=r"step\(loss\) takes the loss of .*, got None"):
+        scheduler.step()
+    assert scheduler.state.step == 0 and scheduler.last_epoch == 0
+
+
+@pytest.mark.parametrize("total_steps", [0, 1.5, math.inf])
+def test_total_steps_are_checked(total_steps: Any) -> None:
+    with pytest.raises(ValueError, match="total_steps must be at least 1 step, got"):
+        FastFaceLR(sgd(0.1), total_steps)
+
+
+def test_nan_warns_once_and_names_the_step() -> None:
+    optimizer = sgd(0.1)
+    scheduler = FastFaceLR(optimizer, 100, FLAT)
+    drive(optimizer, scheduler, [3.0, 3.0])
+    with pytest.warns(UserWarning, match="step 2: the loss is nan; such losses are left out"):
+        drive(optimizer, scheduler, [math.nan])
+    drive(optimizer, scheduler, [3.0, math.inf, 3.0])
+    assert (scheduler.state.step, scheduler.state.nonfinite) == (4, 2)
+    assert scheduler.last_epoch == 6
+
+
+def test_too_many_nan_end_the_run() -> None:
+    optimizer = sgd(0.1)
+    scheduler = FastFaceLR(optimizer, 100, FastFace(max_nonfinite=1))
+    with (
+        pytest.warns(UserWarning, match="the loss is nan"),
+        pytest.raises(ValueError, match="at most max_nonfinite=1 losses in a row"),
+    ):
+        drive(optimizer, scheduler, [math.nan] * 2)
+
+
+def test_stepping_before_the_optimizer_warns_as_torch_does() -> None:
+    scheduler = FastFaceLR(sgd(0.1), 100)
+    with pytest.warns(UserWarning, match=r"`lr_scheduler.step\(\)` before `optimizer.step\(\)`"):
+        scheduler.step(1.0)
+
+
+# Checkpoints -------------------------------------------------------------------------------------
+
+
+def through_a_file(saved: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_loading_twice_is_loading_once() -> None:
+    optimizer = sgd(0.1)
+    scheduler = FastFaceLR(optimizer, 100, FLAT)
+    drive(optimizer, scheduler, [3.0] * 8)
+    saved = through_a_file(scheduler.state_dict())
+    fresh_optimizer = sgd(0.1)
+    fresh = FastFaceLR(fresh_optimizer, 100, FLAT)
+    fresh.load_state_dict(saved)
+    fresh.load_state_dict(saved)
+    assert repr(fresh.state_dict()) == repr(scheduler.state_dict())
+    drive(optimizer, scheduler, [3.0] * 9)
+    fresh_optimizer.load_state_dict(optimizer.state_dict())
+    drive(fresh_optimizer, fresh, [3.0] * 9)
+    assert fresh.get_last_lr() == scheduler.get_last_lr()
+    # Going on has not touched what was saved.
+    fresh.load_state_dict(saved)
+    assert fresh.state.step == 8 and fresh.last_epoch == 8
+
+
+def test_a_state_dict_is_a_snapshot() -> None:
+    optimizer = sgd(0.1)
+    scheduler = FastFaceLR(optimizer, 100, FLAT)
+    saved = scheduler.state_dict()
+    before = repr(saved)
+    drive(optimizer, scheduler, [3.0] * 20)
+    assert repr(saved) == before
+
+
+def test_loading_keeps_the_length_the_run_was_bound_to() -> None:
+    saved = FastFaceLR(sgd(0.1), 5000).state_dict()
+    other = FastFaceLR(sgd(0.1), 10)
+    other.load_state_dict(saved)
+    assert other.schedule == FastFace().bind(5000)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [(FastFace(), "MHLR"), (MHLR(haar_window=3), "haar_window=2")], ids=repr
+)
+def test_checkpoint_of_another_schedule_is_refused(given: PlateauSchedule, named: str) -> None:
+    saved = FastFaceLR(sgd(0.1), 100, MHLR(haar_window=2)).state_dict()
+    other = FastFaceLR(sgd(0.1), 100, given)
+    before = repr(other.state_dict())
+    with pytest.raises(ValueError, match=rf"was written by another schedule \({named}\) than"):
+        other.load_state_dict(saved)
+    assert repr(other.state_dict()) == before
+
+
+@given(
+    schedule=st.sampled_from([FastFace(), FastFace(released=True), FLAT, MHLR(warmup_steps=0.1)]),
+    cuts=st.lists(st.integers(0, 150), max_size=3, unique=True).map(sorted),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    schedule: PlateauSchedule, cuts: list[int], seed: int
+) -> None:
+    losses = training_curve(150, seed=seed, speed=80).losses
+
+    def fresh() -> tuple[AdamW, FastFaceLR]:
+        groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in (0.3, 0.07)]
+        optimizer = AdamW(groups)
+        return optimizer, FastFaceLR(optimizer, 150, schedule)
+
+    optimizer, scheduler = fresh()
+    whole = drive(optimizer, scheduler, losses)
+    parts: list[list[float]] = []
+    optimizer, scheduler = fresh()
+    for start, stop in zip([0, *cuts], [*cuts, 150], strict=True):
+        saved = through_a_file([optimizer.state_dict(), scheduler.state_dict()])
+        optimizer, scheduler = fresh()
+        optimizer.load_state_dict(saved[0])
+        scheduler.load_state_dict(saved[1])
+        parts += drive(optimizer, scheduler, losses[start:stop])
+    assert parts == whole
+
+
+def test_last_epoch_resumes_from_the_groups_initial_rates() -> None:
+    # torch's other way to go on: groups that carry initial_lr, last_epoch given.
+    optimizer = sgd(0.1)
+    scheduler = FastFaceLR(optimizer, 100, FLAT)
+    drive(optimizer, scheduler, [3.0] * 10)
+    again = sgd(0.7)
+    again.load_state_dict(optimizer.state_dict())
+    resumed = FastFaceLR(again, 100, FLAT, last_epoch=9)
+    resumed.load_state_dict(scheduler.state_dict())
+    assert resumed.base_lrs == [0.1] and resumed.last_epoch == 10
+    assert drive(again, resumed, [3.0] * 5) == drive(optimizer, scheduler, [3.0] * 5)
+
+
+# A real run --------------------------------------------------------------------------------------
+
+
+def test_a_toy_problem_ends_nearer_to_its_minimum_than_without() -> None:
+    # Linear regression with noisy gradients: SGD stalls at a floor its learning rate sets, and the
+    # divisions lower it.
+    def excess_loss(scheduled: bool) -> float:
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(1)
+        truth = torch.randn(8, 1, generator=generator)
+        model = nn.Linear(8, 1, bias=False)
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = FastFaceLR(optimizer, total_steps=1500) if scheduled else None
+        for _ in range(1500):
+            x = torch.randn(8, 8, generator=generator)
+            y = x @ truth + torch.randn(8, 1, generator=generator)
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step(loss.detach())
+        if scheduler is not None:
+            assert scheduler.state.decays >= 2
+            assert rates(optimizer) == [0.1 * scheduler.state.scale]
+        return (model.weight - truth.T).square().sum().item()
+
+    assert excess_loss(scheduled=True) < excess_loss(scheduled=False) / 5

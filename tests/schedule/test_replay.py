@@ -1,0 +1,241 @@
+"""Replaying a recorded loss: the authors' own run, and the files a curve is read from."""
+
+import gzip
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from curves import training_curve
+
+from fastface_lightning import MHLR, FastFace, replay
+from fastface_lightning.schedule.plateau import PlateauSchedule
+from fastface_lightning.schedule.replay import Change, Recording, read_losses, states
+
+# The authors' log --------------------------------------------------------------------------------
+
+TOTAL_STEPS = 202_320
+FIRST_SEEN = [
+    54280, 72870, 94820, 113110, 135870, 143870, 151870, 159870, 175830, 183830, 191830, 199830,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recording(shared_data: Path) -> Recording:
+    """ResNet-100 on MS1MV3, as its authors logged it: loss and learning rate of every step."""
+    return read_losses(shared_data / "traces" / "ms1mv3_r100_training.log.gz")
+
+
+def logged_changes(lrs: list[float]) -> list[tuple[int, float]]:
+    """(0-based step, factor) wherever the logged learning rate differs from the row before.
+
+    A row stands for the 10 steps up to its own; only its last step is known to have the new rate.
+    """
+    return [
+        (step + 9, lrs[step] / lrs[step - 1])
+        for step in range(1, len(lrs))
+        if lrs[step] != lrs[step - 1]
+    ]
+
+
+def test_log_holds_a_loss_and_a_learning_rate_for_every_step(recording: Recording) -> None:
+    # The first row, step 20, averages 20 steps; every later one 10.
+    assert len(recording.losses) == len(recording.lrs) == TOTAL_STEPS
+    assert recording.losses[:31] == [46.5333] * 20 + [46.6299] * 10 + [47.0136]
+    assert recording.lrs[0] == 0.02
+
+
+def test_mhlr_repeats_the_learning_rate_of_the_authors_run(recording: Recording) -> None:
+    ours = replay(recording.losses, MHLR(haar_window=4000), TOTAL_STEPS, lr=0.02)
+    logged = logged_changes(recording.lrs)
+    assert [step + 1 for step, _ in logged] == FIRST_SEEN
+    assert [change.factor for change in ours] == [0.5] * 7 + [4.0] + [0.5] * 3 + [4.0]
+    # The log rounds its rates to six decimals, so its later factors are known to 1 % only.
+    assert [change.factor for change in ours] == pytest.approx([f for _, f in logged], rel=0.01)
+    assert [change.step for change in ours] == pytest.approx([step for step, _ in logged], abs=15)
+    assert ours[0] == Change(step=54271, factor=0.5, lr=0.01)
+    assert [change.lr for change in ours] == pytest.approx(
+        [recording.lrs[change.step + 20] for change in ours], abs=5.1e-7
+    )
+
+
+def test_fastface_divides_the_authors_run_at_most_eight_times(recording: Recording) -> None:
+    # Neither variant divides in the first quarter, where the loss rises and then falls fast.
+    for schedule in (FastFace(), FastFace(literal=True)):
+        changes = replay(recording.losses, schedule, TOTAL_STEPS, lr=0.02)
+        assert 1 <= len(changes) <= 8
+        assert changes[0].step > TOTAL_STEPS / 4
+
+
+# Replay is stepping ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        FastFace(),
+        FastFace(literal=True, ema_window=30, haar_window=30, threshold=1e-3),
+        FastFace(released=True, ema_window=30, haar_window=30, threshold=1e-3),
+        MHLR(),
+        MHLR(warmup_steps=50),
+    ],
+    ids=repr,
+)
+def test_replay_equals_stepping_by_hand(schedule: PlateauSchedule) -> None:
+    losses = training_curve(2000, speed=60).losses
+    losses[700] = math.nan
+    bound = schedule.bind(2000)
+    state, by_hand = bound.init(), []
+    for step, loss in enumerate(losses):
+        before, state = state, bound.update(state, loss)
+        if state.scale != before.scale and step >= 50:
+            by_hand.append((step, state.scale / before.scale, 0.1 * state.scale))
+    assert by_hand
+    assert replay(losses, schedule, 2000, lr=0.1) == by_hand
+    assert replay(losses, bound, 2000, lr=0.1) == by_hand
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [FastFace(warmup_steps=0.1), MHLR(warmup_steps=0.1, haar_window=20, threshold=0.01)],
+    ids=repr,
+)
+def test_warmup_is_no_change(schedule: PlateauSchedule) -> None:
+    straight_fall = [10 - step / 200 for step in range(1000)]
+    assert replay(straight_fall, schedule, 1000, lr=0.1) == []
+
+
+def test_states_are_lazy_and_one_a_loss() -> None:
+    endless = states(iter(float, 1), FastFace().bind(10))
+    assert [next(endless).step for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("total_steps", [0, -1])
+def test_total_steps_are_checked(total_steps: int) -> None:
+    with pytest.raises(ValueError, match="total_steps must be at least 1 step, got"):
+        replay([1.0], FastFace(), total_steps, lr=0.1)
+
+
+@pytest.mark.parametrize("lr", [-0.1, math.nan])
+def test_learning_rate_is_checked(lr: float) -> None:
+    with pytest.raises(ValueError, match=f"lr must .*, got {lr}"):
+        replay([1.0], FastFace(), 10, lr)
+
+
+# Files -------------------------------------------------------------------------------------------
+
+LOG = (
+    "Training: 2023-12-28 00:21:17-rank_id: 0\n"
+    "Training: Speed 1 samples/sec   Loss 4.5   LearningRate 0.020000   Epoch: 0   Global Step: 3\n"
+    "[lfw][3]XNorm: 22.4\n"
+    "Training: Speed 1 samples/sec   Loss 4.0   LearningRate 0.010000   Epoch: 0   Global Step: 5\n"
+)
+
+Write = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(name: str, text: str) -> Path:
+        data = text.encode()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["training.log", "training.log.gz", "other.txt"])
+def test_a_log_row_stands_for_the_steps_since_the_row_before(write: Write, name: str) -> None:
+    losses, lrs = read_losses(write(name, LOG))
+    assert losses == [4.5] * 3 + [4.0] * 2
+    assert lrs == [0.02] * 3 + [0.01] * 2
+
+
+def test_a_log_without_learning_rates(write: Write) -> None:
+    assert read_losses(write("a.log", "Loss 4.5   Global Step: 2")) == ([4.5, 4.5], [])
+
+
+@pytest.mark.parametrize("column", ["train/loss", "train_loss", "loss"])
+@pytest.mark.parametrize("name", ["loss.csv", "metrics.csv.gz"])
+def test_csv_without_steps_has_one_a_row(write: Write, name: str, column: str) -> None:
+    assert read_losses(write(name, f"{column}\n3.0\n2.0\n1.0\n")).losses == [3.0, 2.0, 1.0]
+
+
+def test_csv_with_0_based_steps_is_filled_between_them(write: Write) -> None:
+    # Lightning's metrics.csv: a training row every n steps, a validation row without a loss.
+    path = write(
+        "metrics.csv",
+        "epoch,lr-SGD,step,train/loss,val/accuracy\n0,0.1,1,3.0,\n0,,3,,0.9\n0,0.05,3,2.0,\n",
+    )
+    assert read_losses(path) == ([3.0, 3.0, 2.0, 2.0], [0.1, 0.1, 0.05, 0.05])
+
+
+def test_csv_column_can_be_named(write: Write) -> None:
+    path = write("a.csv", "loss,other\n1.0,5.0\n")
+    assert read_losses(path, column="other").losses == [5.0]
+    assert read_losses(path).losses == [1.0]
+
+
+def test_nan_losses_are_read_as_they_are(write: Write) -> None:
+    losses = read_losses(write("a.csv", "loss\n1.0\nnan\n")).losses
+    assert losses[0] == 1.0 and math.isnan(losses[1])
+
+
+def test_what_is_read_can_be_replayed(write: Write) -> None:
+    losses = training_curve(300).losses
+    path = write("loss.csv", "loss\n" + "\n".join(map(repr, losses)))
+    assert read_losses(path).losses == losses
+    assert replay(read_losses(path).losses, FastFace(), 300, 0.1) == replay(
+        losses, FastFace(), 300, 0.1
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.csv",
+            "step,accuracy\n1,2\n",
+            "no column train/loss or train_loss or loss, only step, accuracy",
+        ),
+        ("a.csv", "", "no column train/loss or train_loss or loss, only none"),
+        ("a.csv", "loss\n", "log must hold at least one loss, got none in "),
+        ("a.log", "", "log must hold at least one loss, got none in "),
+        ("a.log.gz", "no line of a training log", "log must hold at least one loss, got none in "),
+    ],
+)
+def test_a_file_without_a_loss_is_refused(write: Write, name: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_losses(write(name, text))
+
+
+def test_a_missing_file_or_column_is_refused_by_name(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"log must be an existing file, got .*nowhere\.log"):
+        read_losses(tmp_path / "nowhere.log")
+    with pytest.raises(ValueError, match="log must be an existing file"):
+        read_losses(tmp_path)
+    with pytest.raises(ValueError, match="no column mine, only loss, step"):
+        read_losses(write("a.csv", "loss,step\n1,2\n"), column="mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.log", "Loss 4.5x   Global Step: 2"),
+        ("a.csv", "loss\nhigh\n"),
+        ("a.csv", "loss,step\n1,\n"),
+    ],
+)
+def test_a_value_that_is_no_number_is_refused_with_its_file(
+    write: Write, name: str, text: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{name}"):
+        read_losses(write(name, text))
+
+
+def test_a_gz_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.log.gz"
+    path.write_text(LOG)
+    with pytest.raises(ValueError, match=r"a\.log\.gz"):
+        read_losses(path)

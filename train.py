@@ -1,0 +1,149 @@
+"""Train a face recogniser: ``python train.py model=r100 data=webface12m``; ``--help`` says more."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from omegaconf import DictConfig, OmegaConf
+
+from fastface_lightning import FastFaceCallback
+from fastface_lightning.data import FaceDataModule
+from fastface_lightning.module import FaceModule
+from fastface_lightning.program import program
+from fastface_lightning.report import print_summary
+from fastface_lightning.run_record import ResumableCSVLogger, RunRecord
+from fastface_lightning.schedule import PlateauSchedule
+
+log = logging.getLogger(__name__)
+HERE = Path(__file__).resolve().parent
+
+# `${steps:0.5}` in a config is half of the run, in optimizer steps, once the run's length is known.
+OmegaConf.register_new_resolver(
+    "steps", lambda share, *, _root_: int(share * _root_.total_steps), replace=True
+)
+
+
+@program(config_path=HERE / "conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Train, verify and leave a record in the run folder; returns the verification accuracy."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    checkpoint = checkpoint_to_resume(cfg, folder)
+    resolve_device(cfg)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    seed_everything(cfg.seed, workers=True, verbose=False)
+
+    data: FaceDataModule = instantiate(cfg.data)
+    data.setup("fit")
+    schedule = instantiate(cfg.schedule)
+    module = build_module(cfg, data, schedule)
+    record = RunRecord()
+    trainer = build_trainer(cfg, folder, schedule, record, checkpoint)
+
+    if checkpoint is None and data.verify_names:
+        log.info("verifying the untrained network")
+        trainer.validate(module, data, verbose=False)
+        record.untrained = dict(record.accuracy)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    if data.verify_names and record.verified_step != trainer.global_step:
+        trainer.validate(module, data, verbose=False)
+    results = record.write(trainer, folder)
+    print_summary(results, folder)
+    accuracies = [found["accuracy"] for found in results["verification"].values()]
+    return sum(accuracies) / len(accuracies) if accuracies else None
+
+
+def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceModule:
+    """The network, its classifier and its optimizer; a torch schedule comes with the optimizer."""
+    classifier = instantiate(
+        cfg.classifier,
+        num_classes=data.num_classes,
+        embedding_size=cfg.model.embedding_size,
+        margin=instantiate(cfg.margin),
+    )
+    return FaceModule(
+        instantiate(cfg.model),
+        classifier,
+        instantiate(cfg.optimizer),
+        None if isinstance(schedule, PlateauSchedule) else functools.partial(torch_schedule, cfg),
+        data.verify_names,
+    )
+
+
+def torch_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    """One of torch's own schedulers, its milestones resolved for a run of ``total_steps``."""
+    cfg.total_steps = total_steps
+    return instantiate(cfg.schedule)(optimizer)
+
+
+def build_trainer(
+    cfg: DictConfig, folder: Path, schedule: Any, record: RunRecord, checkpoint: Path | None
+) -> Trainer:
+    """The trainer with everything that watches the run."""
+    callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values()]
+    if isinstance(schedule, PlateauSchedule):
+        callbacks.append(FastFaceCallback(schedule))
+    loggers = [instantiate(logger) for logger in cfg.logger.values()]
+    for logger in loggers:
+        if checkpoint is not None and isinstance(logger, ResumableCSVLogger):
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            logger.resume_step = saved["global_step"]
+    return instantiate(
+        cfg.trainer,
+        callbacks=[*callbacks, record],
+        logger=loggers or False,
+        default_root_dir=str(folder),
+        **loss_scaling(cfg),
+    )
+
+
+def resolve_device(cfg: DictConfig) -> None:
+    """Replace the settings that say ``auto`` by what the device is good at."""
+    cuda = torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
+    if cuda:
+        torch.set_float32_matmul_precision("high")
+    if cfg.model.channels_last == "auto":
+        cfg.model.channels_last = cuda
+    if cfg.trainer.precision == "auto":
+        half = "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(False) else "16-mixed"
+        cfg.trainer.precision = half if cuda else "32-true"
+    if cfg.trainer.benchmark is None:
+        cfg.trainer.benchmark = cuda
+
+
+def loss_scaling(cfg: DictConfig) -> dict[str, Any]:
+    """The paper's loss scaler for float16: it grows every 100 steps, not every 2000."""
+    if cfg.trainer.precision != "16-mixed":
+        return {}
+    scaler = torch.amp.GradScaler("cuda", growth_interval=100)
+    return {"plugins": MixedPrecision("16-mixed", "cuda", scaler), "precision": None}
+
+
+def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
+    """The checkpoint to go on from, if any; a finished or broken-off run is never overwritten."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if cfg.resume is None:
+        if last.exists():
+            raise ValueError(
+                f"the run folder must be new, got {folder} with a run in it: resume=auto goes on "
+                f"with it, another hydra.run.dir starts anew"
+            )
+        return None
+    if cfg.resume == "auto":
+        return last if last.exists() else None
+    checkpoint = Path(cfg.resume)
+    if not checkpoint.is_file():
+        raise ValueError(f"resume must be 'auto' or a checkpoint file, got {checkpoint}")
+    return checkpoint
+
+
+if __name__ == "__main__":
+    main()
