@@ -43,7 +43,8 @@ def main(cfg: DictConfig) -> float | None:
 
     data: FaceDataModule = instantiate(cfg.data)
     data.setup("fit")
-    schedule = instantiate(cfg.schedule)
+    # torch's schedulers are built with the optimizer, once the run's length is known.
+    schedule = None if cfg.schedule.get("_partial_") else instantiate(cfg.schedule)
     module = build_module(cfg, data, schedule)
     record = RunRecord()
     trainer = build_trainer(cfg, folder, schedule, record, checkpoint)
@@ -61,7 +62,9 @@ def main(cfg: DictConfig) -> float | None:
     return sum(accuracies) / len(accuracies) if accuracies else None
 
 
-def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceModule:
+def build_module(
+    cfg: DictConfig, data: FaceDataModule, schedule: PlateauSchedule | None
+) -> FaceModule:
     """The network, its classifier and its optimizer; a torch schedule comes with the optimizer."""
     classifier = instantiate(
         cfg.classifier,
@@ -73,7 +76,7 @@ def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceMo
         instantiate(cfg.model),
         classifier,
         instantiate(cfg.optimizer),
-        None if isinstance(schedule, PlateauSchedule) else functools.partial(torch_schedule, cfg),
+        functools.partial(torch_schedule, cfg) if schedule is None else None,
         data.verify_names,
     )
 
@@ -85,11 +88,15 @@ def torch_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, total_step
 
 
 def build_trainer(
-    cfg: DictConfig, folder: Path, schedule: Any, record: RunRecord, checkpoint: Path | None
+    cfg: DictConfig,
+    folder: Path,
+    schedule: PlateauSchedule | None,
+    record: RunRecord,
+    checkpoint: Path | None,
 ) -> Trainer:
     """The trainer with everything that watches the run."""
     callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values()]
-    if isinstance(schedule, PlateauSchedule):
+    if schedule is not None:
         callbacks.append(FastFaceCallback(schedule))
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
     for logger in loggers:

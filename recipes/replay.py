@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -28,16 +29,15 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 def main(cfg: DictConfig) -> int:
     """Print the changes, write replay.json and replay.png; returns the number of changes."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    schedule = instantiate(cfg.schedule)
-    if not isinstance(schedule, PlateauSchedule):
+    if cfg.schedule.get("_partial_"):
         raise ValueError(
-            "schedule must be fastface, fastface_released or mhlr, got "
-            f"{getattr(schedule, 'func', schedule).__name__}, which does not look at the loss alone"
+            f"schedule must be fastface, fastface_released or mhlr, got {cfg.schedule._target_}"
         )
+    given: PlateauSchedule = instantiate(cfg.schedule)
     losses, logged = read_losses(cfg.log, cfg.column)
     total_steps = cfg.total_steps or len(losses)
     lr = cfg.lr or (logged[0] if logged else 1.0)
-    schedule = schedule.bind(total_steps)
+    schedule = given.bind(total_steps)
     changes = replay(losses, schedule, total_steps, lr)
 
     in_log = changes_in(logged)
@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> int:
     Console().print(table_of(changes, in_log))
     found = {
         "log": str(cfg.log),
-        "schedule": repr(instantiate(cfg.schedule)),
+        "schedule": repr(given),
         "total_steps": total_steps,
         "changes": [change._asdict() for change in changes],
         "changes_in_log": [change._asdict() for change in in_log],
@@ -60,7 +60,7 @@ def changes_in(lrs: list[float]) -> list[Change]:
     """Changes of a logged learning rate, at the last step before each new value."""
     return [
         Change(step, after / before, after)
-        for step, (before, after) in enumerate(zip(lrs, lrs[1:], strict=False))
+        for step, (before, after) in enumerate(itertools.pairwise(lrs))
         if after != before
     ]
 
@@ -105,7 +105,7 @@ def draw(
         lr=[lr * state.scale for state, _ in trace],
         logged_lr=logged[::every] or None,
         changes=[change.step for change in changes],
-        title=repr(schedule).split("(")[0] + f" on {len(losses):,} steps: {len(changes)} changes",
+        title=f"{type(schedule).__name__} on {len(losses):,} steps: {len(changes)} changes",
     )
 
 

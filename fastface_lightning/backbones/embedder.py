@@ -65,7 +65,7 @@ def build_backbone(
         embedding_size: D, at least 1.
         pretrained: start from timm's ImageNet weights; only for models timm has weights for.
         dropout: probability of dropping a feature before the last linear layer, in [0, 1).
-        channels_last: store the weights in NHWC order, faster on tensor cores.
+        channels_last: store the weights in NHWC order, faster on tensor cores and on processors.
         timm_kwargs: passed to ``timm.create_model``, such as ``drop_path_rate``.
 
     Returns:

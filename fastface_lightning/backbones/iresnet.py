@@ -154,7 +154,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def iresnet_tiny(pretrained: bool = False, **kwargs: Any) -> IResNet:
-    """One block a stage, 16 to 128 channels: trains on a laptop's processor."""
+    """One block a stage, 16 to 128 channels, 3.5 M parameters: for processors and trials."""
     kwargs.setdefault("width", 16)
     return create(IResNet, "iresnet_tiny", pretrained, layers=(1, 1, 1, 1), **kwargs)
 
@@ -185,5 +185,5 @@ def iresnet100(pretrained: bool = False, **kwargs: Any) -> IResNet:
 
 @register_model
 def iresnet200(pretrained: bool = False, **kwargs: Any) -> IResNet:
-    """IResNet-200: the largest, twice the blocks of IResNet-100."""
+    """IResNet-200: 118.8 M parameters at D = 512, twice the blocks of IResNet-100."""
     return create(IResNet, "iresnet200", pretrained, layers=(6, 26, 60, 6), **kwargs)

@@ -222,7 +222,7 @@ def mobilefacenet(pretrained: bool = False, **kwargs: Any) -> MobileFaceNet:
 
 @register_model
 def mobilefacenet_large(pretrained: bool = False, **kwargs: Any) -> MobileFaceNet:
-    """Twice the width and depth, InsightFace's ``mbf_large``."""
+    """Twice the width and depth, InsightFace's ``mbf_large``: 6.3 M parameters at D = 512."""
     return create(
         MobileFaceNet, "mobilefacenet_large", pretrained, blocks=(2, 8, 12, 4), scale=4, **kwargs
     )

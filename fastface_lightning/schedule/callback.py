@@ -164,8 +164,7 @@ class FastFaceCallback(Callback):
             self._log(trainer, pl_module)
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
-        automatic = pl_module.automatic_optimization
-        if not outputs and (automatic or not self._stepped):
+        if not outputs and (pl_module.automatic_optimization or not self._stepped):
             return  # training_step returned None: this micro-batch was skipped
         key = self.loss_key or "loss"
         if key not in outputs:
@@ -174,7 +173,7 @@ class FastFaceCallback(Callback):
                 f"training_step must return loss_key={key!r}, got {returned}"
             )
         loss = torch.as_tensor(outputs[key], dtype=torch.float32, device=pl_module.device)
-        divided_by = trainer.accumulate_grad_batches if key == "loss" and automatic else 1
+        divided_by = trainer.accumulate_grad_batches if key == "loss" else 1
         self._micro.append(loss.detach().reshape(()) * divided_by)
 
     def _close_step(self, trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ class Report(Callback):
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
 @pytest.mark.parametrize("read_every", [1, 8])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated")
 def test_ranks_decide_on_their_mean_loss(tmp_path: Path, read_every: int) -> None:
@@ -54,7 +55,7 @@ def test_ranks_decide_on_their_mean_loss(tmp_path: Path, read_every: int) -> Non
     trainer = quiet_trainer(
         tmp_path,
         [callback, rates, Report(tmp_path, callback, rates)],
-        strategy="ddp_spawn",
+        strategy="ddp_fork",
         devices=2,
         max_epochs=1,
         use_distributed_sampler=False,

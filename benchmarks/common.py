@@ -1,0 +1,66 @@
+"""What every benchmark shares: medians of paired timings, a table, and a JSON with its hardware."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def medians(sides: dict[str, Callable[[], None]], repeats: int = 7) -> dict[str, float]:
+    """Median seconds of each side; the sides take turns, after one turn of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def report(name: str, title: str, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Print ``rows`` as a table and write them to ``benchmarks/results/<name>.json``."""
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console = Console(width=120)
+    console.print(table)
+    for fact, value in facts.items():
+        console.print(f"{fact}: {value}")
+    RESULTS.mkdir(exist_ok=True)
+    packages = ("torch", "lightning", "numpy")
+    written = {
+        "title": title,
+        "rows": rows,
+        **facts,
+        "processor": processor(),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(written, indent=2) + "\n")
+
+
+def processor() -> str:
+    """The processor's name and number of cores, as far as the system tells."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if models:
+            return f"{models[0].split(':')[1].strip()}, {len(models)} logical cores"
+    return name

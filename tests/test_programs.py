@@ -1,0 +1,332 @@
+"""The programs as a user meets them: what a run leaves, how it resumes, what bad input gets."""
+
+import csv
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "data.num_identities=8",
+    "data.images_per_identity=4",
+    "data.verify_identities=6",
+    "data.verify_pairs=20",
+    "data.batch_size=8",
+    "~callbacks.progress",
+]
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+    folder: Path
+
+
+Run = Callable[..., Ended]
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"program_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a program in this process, with a run folder of its own."""
+
+    def run(*arguments: str, program: str = "train.py", folder: str = "run") -> Ended:
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.chdir(tmp_path)
+        # Handlers of an earlier test's run write to a stream that its capture has closed.
+        monkeypatch.setattr(logging, "raiseExceptions", False)
+        run_dir = tmp_path / folder
+        argv = [program, *arguments, f"hydra.run.dir={run_dir}"]
+        monkeypatch.setattr(sys, "argv", argv)
+        code = 0
+        try:
+            load(ROOT / program).main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return Ended(code, out, err, run_dir)
+
+    return run
+
+
+def small(*more: str) -> list[str]:
+    return [*SMALL, *more]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> Path:
+    """A tiny tree in the web-face sets' layout: six people, four noisy images each."""
+    rng = np.random.default_rng(0)
+    for person in range(6):
+        folder = tmp_path / "faces" / f"person_{person}"
+        folder.mkdir(parents=True)
+        for image in range(4):
+            pixels = rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{image}.jpg")
+    return tmp_path / "faces"
+
+
+def test_a_run_leaves_what_the_readme_promises(run: Run) -> None:
+    ended = run(*small("trainer.max_epochs=2", "trainer.log_every_n_steps=1"))
+    assert ended.code == 0, ended.err
+    results = json.loads((ended.folder / "results.json").read_text())
+    assert results["steps"] == 8 and results["images"] == 64
+    verified = results["verification"]["synthetic"]
+    assert 0 <= verified["accuracy"] <= 1 and 0 <= verified["untrained_accuracy"] <= 1
+    assert results["images_per_second"] > 0 and results["wall_seconds"] > 0
+    assert results["peak_memory_bytes"] > 1e7 and results["final_loss"] > 0
+    assert {"step", "train/loss", "fastface/lr_scale", "lr-SGD"} <= set(rows(ended.folder)[0])
+    assert [float(r["step"]) for r in rows(ended.folder) if r["train/loss"]] == list(range(8))
+    checkpoint = torch.load(ended.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 8
+    assert (ended.folder / "schedule.png").stat().st_size > 10_000
+    assert "FastFace" in (ended.folder / "config.yaml").read_text()
+    assert "verification synthetic" in ended.out and "untrained" in ended.out
+
+
+def test_verifies_at_the_end_also_when_steps_end_the_run(run: Run) -> None:
+    results = run(*small("trainer.max_steps=2")).folder / "results.json"
+    assert "synthetic" in json.loads(results.read_text())["verification"]
+
+
+def test_a_run_folder_is_never_overwritten(run: Run) -> None:
+    assert run(*small("trainer.max_steps=1")).code == 0
+    again = run(*small("trainer.max_steps=1"))
+    assert again.code == 2
+    assert "error: the run folder must be new" in again.err and "resume=auto" in again.err
+
+
+def test_resume_goes_on_with_its_metrics_and_its_schedule(run: Run) -> None:
+    """Rows before the checkpoint stay, and steps, images and time add up."""
+    steps = ["trainer.log_every_n_steps=1", "checkpoint.every_n_steps=1", "trainer.max_epochs=2"]
+    first = run(*small("trainer.max_steps=5", *steps))
+    with (first.folder / "metrics.csv").open("a") as file:  # a row past the checkpoint
+        file.write(rows_line(first.folder, step=7))
+    # The schedule was bound to five steps; the resumed run keeps it.
+    second = run(*small("resume=auto", "trainer.max_steps=8", *steps))
+    assert second.code == 0, second.err
+    results = json.loads((second.folder / "results.json").read_text())
+    assert results["steps"] == 8 and results["images"] == 64
+    assert results["verification"]["synthetic"]["untrained_accuracy"] is not None
+    assert [float(r["step"]) for r in rows(second.folder) if r["train/loss"]] == list(range(8))
+
+
+def rows_line(folder: Path, step: int) -> str:
+    names = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    values = {"step": str(step), "train/loss": "1.0", "epoch": "0"}
+    return ",".join(values.get(name, "") for name in names) + "\n"
+
+
+def test_resume_auto_starts_anew_where_there_is_nothing(run: Run) -> None:
+    assert run(*small("resume=auto", "trainer.max_steps=1")).code == 0
+
+
+def test_resume_from_any_checkpoint_into_another_folder(run: Run) -> None:
+    first = run(*small("trainer.max_steps=2"))
+    file = first.folder / "checkpoints" / "last.ckpt"
+    second = run(*small(f"resume={file}", "trainer.max_steps=3"), folder="other")
+    assert second.code == 0, second.err
+    assert json.loads((second.folder / "results.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ("fastface", "mhlr", "written by another schedule (FastFace) than MHLR()"),
+        ("cosine", "fastface", "must come from"),
+        ("fastface", "cosine", "written with no torch scheduler for a run with CosineAnnealingLR"),
+        ("cosine", "multistep", "written with CosineAnnealingLR for a run with MultiStepLR"),
+    ],
+)
+def test_a_checkpoint_of_another_schedule_is_refused(
+    run: Run, first: str, then: str, message: str
+) -> None:
+    assert run(*small(f"schedule={first}", "trainer.max_steps=1")).code == 0
+    ended = run(*small(f"schedule={then}", "trainer.max_steps=2", "resume=auto"))
+    assert ended.code == 2, ended.out
+    assert message in ended.err and ended.err.count("error:") == 1
+    assert "Traceback" not in ended.err
+
+
+BAD_INPUT = [
+    (["foo=1"], "Could not override 'foo'"),
+    (["schedule=nonsense"], "Could not find 'schedule/nonsense' Available options"),
+    (["schedule.ema_window=0"], "ema_window must be at least 1 step, got 0"),
+    (["schedule.threshold=-1"], "threshold must be at least 0 and finite, got -1"),
+    (["schedule.patience=1.5"], "patience must be a whole number of steps or a share"),
+    (["schedule=mhlr", "schedule.haar_window=1"], "haar_window must be at least 2 steps, got 1"),
+    (["data=folder"], "data.root"),
+    (["data=folder", "data.root=nowhere"], "no folder nowhere; expected nowhere/<identity>"),
+    (
+        ["data=webface12m", "model=r100"],
+        "webface12m: no folder data/webface12m; expected data/webface12m/<identity>/<image>.jpg "
+        "with 617,970 identities and 12,720,066 images",
+    ),
+    (["data=lfw", "data.root=nowhere"], "lfw: no nowhere"),
+    (["resume=nowhere.ckpt"], "resume must be 'auto' or a checkpoint file, got nowhere.ckpt"),
+    (["model=timm", "model.name=convnxt_tiny"], "convnext_tiny"),
+    (["margin.m=5"], "m must lie in [0, 2), got 5"),
+    (["trainer.max_epochs=-1"], "needs the length of the run"),
+    (["data.batch_size=33"], "batch_size 33 is larger than the 32 training images"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=lambda x: str(x)[:40])
+def test_bad_input_gets_one_sentence(run: Run, arguments: list[str], message: str) -> None:
+    own_data = any(argument.startswith("data=") for argument in arguments)
+    base = ["~callbacks.progress"] if own_data else small()
+    ended = run(*base, *arguments)
+    assert ended.code == 2
+    assert message in ended.err
+    last = ended.err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Traceback" not in ended.err
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("omegaconf.OmegaConf.save", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(*small("trainer.max_steps=1"))
+
+
+def test_folder_with_held_out_people(run: Run, faces: Path) -> None:
+    ended = run(
+        "~callbacks.progress",
+        "data=folder",
+        f"data.root={faces}",
+        "data.held_out=0.5",
+        "data.verify_pairs=10",
+        "data.batch_size=4",
+        "data.num_workers=0",
+        "trainer.max_epochs=1",
+    )
+    assert ended.code == 0, ended.err
+    results = json.loads((ended.folder / "results.json").read_text())
+    assert "held_out" in results["verification"]
+
+
+def test_bad_files_are_named_and_skipped(run: Run, faces: Path) -> None:
+    """A truncated JPEG costs a warning with its name; more than data.max_bad stop the run."""
+    victim = faces / "person_1" / "2.jpg"
+    victim.write_bytes(victim.read_bytes()[:500])
+    base = ["~callbacks.progress", "data=folder", f"data.root={faces}", "data.held_out=0"]
+    base += ["data.batch_size=4", "data.num_workers=0", "trainer.max_epochs=1"]
+    ended = run(*base)
+    assert ended.code == 0, ended.err
+    assert str(victim) in ended.out + ended.err
+    stopped = run(*base, "data.max_bad=0", folder="other")
+    assert stopped.code == 2
+    assert "max_bad" in stopped.err and str(victim) in stopped.err
+
+
+@pytest.mark.slow
+def test_the_paper_run_trains_on_a_tree_in_its_layout(run: Run, faces: Path) -> None:
+    """r100 on WebFace12M's layout, two steps."""
+    ended = run(
+        "~callbacks.progress",
+        "model=r100",
+        "data=webface12m",
+        f"data.root={faces}",
+        "data.batch_size=4",
+        "data.num_workers=0",
+        "trainer.max_steps=2",
+    )
+    assert ended.code == 0, ended.err
+    assert json.loads((ended.folder / "results.json").read_text())["steps"] == 2
+    assert "expected 617,970 identities" in ended.out + ended.err
+
+
+def test_lfw_view_1(run: Run, shared_data: Path) -> None:
+    ended = run(
+        "~callbacks.progress",
+        "data=lfw",
+        f"data.root={shared_data / 'lfw112'}",
+        "data.num_workers=0",
+        "data.batch_size=8",
+        "trainer.max_steps=2",
+        "trainer.limit_val_batches=2",
+    )
+    assert ended.code == 0, ended.err
+    assert "Betsy_Coffin" in ended.out + ended.err
+
+
+def test_sweep_runs_every_combination(run: Run, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    ended = run(
+        "-m",
+        f"hydra.sweep.dir={sweep}",
+        "schedule.ema_window=10,20",
+        "schedule.haar_window=10,20",
+        *small("trainer.max_steps=2"),
+    )
+    assert ended.code == 0, ended.err
+    assert len(list(sweep.glob("*/results.json"))) == 4
+
+
+def test_help_is_for_people(run: Run) -> None:
+    ended = run("--help")
+    assert ended.code == 0
+    assert "Choose a part" in ended.out and "schedule: constant, cosine, fastface" in ended.out
+
+
+def test_replay_of_a_csv(run: Run, tmp_path: Path) -> None:
+    log = tmp_path / "loss.csv"
+    log.write_text("loss\n" + "\n".join(str(5 - min(t, 400) / 100) for t in range(2000)))
+    ended = run(
+        f"log={log}",
+        "schedule=mhlr",
+        "schedule.haar_window=40",
+        "lr=0.1",
+        program="recipes/replay.py",
+    )
+    assert ended.code == 0, ended.err
+    found = json.loads((ended.folder / "replay.json").read_text())
+    assert found["total_steps"] == 2000
+    assert found["changes"][0] == {"step": 516, "factor": 0.5, "lr": 0.05}
+    assert (ended.folder / "replay.png").stat().st_size > 10_000
+    assert "516" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "log"),
+        (["log=nowhere"], "log must be an existing file, got nowhere"),
+        (
+            ["log=nowhere", "schedule=cosine"],
+            "schedule must be fastface, fastface_released or mhlr",
+        ),
+    ],
+)
+def test_replay_refuses_bad_input(run: Run, arguments: list[str], message: str) -> None:
+    ended = run(*arguments, program="recipes/replay.py")
+    assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err
