@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from common import medians, report
 from lightning.pytorch import LightningModule, Trainer
@@ -29,22 +30,28 @@ def curve(steps: int) -> list[float]:
 
 
 class NaiveMHLR:
-    """MHLR as its definition reads: every window is summed anew at every step."""
+    """MHLR as its definition reads: every window is summed anew at every step.
 
-    def __init__(self, m: int, threshold: float = 0.06) -> None:
-        self.m, self.threshold = m, threshold
+    Args:
+        m: window.
+        total: sums a list; Python's own ``sum`` is the fastest way there is for a list.
+        threshold: of the response.
+    """
+
+    def __init__(self, m: int, total: Callable[[list[float]], float], threshold=0.06) -> None:
+        self.m, self.total, self.threshold = m, total, threshold
         self.losses: deque[float] = deque(maxlen=m)
         self.means: deque[float] = deque(maxlen=m)
         self.count, self.plateaus, self.scale = 0, 0, 1.0
 
     def step(self, loss: float) -> None:
-        m, half = self.m, self.m // 2
+        m, half, total = self.m, self.m // 2, self.total
         if len(self.means) == m:
             means = list(self.means)
-            self.decide((sum(means[:half]) - sum(means[half:])) / m)
+            self.decide((total(means[:half]) - total(means[half:])) / m)
         self.losses.append(loss)
         if len(self.losses) == m:
-            self.means.append(sum(self.losses) / m)
+            self.means.append(total(list(self.losses)) / m)
 
     def decide(self, response: float) -> None:
         if response >= self.threshold:
@@ -70,6 +77,19 @@ def run_schedule(schedule: PlateauSchedule, losses: list[float]) -> Callable[[],
     return run
 
 
+def run_naive(losses: list[float], total: Callable[[Any], float]) -> Callable[[], None]:
+    """200 steps of the naive MHLR with full windows, as they are for most of a run."""
+    schedule = NaiveMHLR(WINDOW, total)
+    for loss in losses[: 2 * WINDOW]:
+        schedule.step(loss)
+
+    def run() -> None:
+        for loss in losses[:200]:
+            schedule.step(loss)
+
+    return run
+
+
 def run_torch(losses: list[float], make: Callable[[Any], Any]) -> Callable[[], None]:
     """All of ``losses`` through a torch scheduler."""
 
@@ -86,20 +106,13 @@ def run_torch(losses: list[float], make: Callable[[Any], Any]) -> Callable[[], N
 def steps_table() -> list[dict[str, Any]]:
     """Microseconds a step of each schedule, paired in one run."""
     losses = curve(40_000)
-    warm = NaiveMHLR(WINDOW)
-    for loss in losses[: 2 * WINDOW]:  # full windows, as for most of a run
-        warm.step(loss)
-
-    def naive() -> None:
-        for loss in losses[:200]:
-            warm.step(loss)
-
+    naive = {"sum()": run_naive(losses, sum), "numpy": run_naive(losses, np.sum)}
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
     sides: dict[str, tuple[Callable[[], None], int]] = {
         "ReduceLROnPlateau.step": (run_torch(losses, plateau), len(losses)),
         "FastFace.update": (run_schedule(FastFace(), losses), len(losses)),
         f"MHLR.update, m={WINDOW}": (run_schedule(MHLR(haar_window=WINDOW), losses), len(losses)),
-        f"naive MHLR, m={WINDOW}": (naive, 200),
+        **{f"naive MHLR by {by}, m={WINDOW}": (side, 200) for by, side in naive.items()},
         "FastFaceLR.step": (run_torch(losses, lambda o: FastFaceLR(o, 40_000)), len(losses)),
     }
     for m in (100, 1000, 16_000):
@@ -148,7 +161,7 @@ class Idle(LightningModule):
         return DataLoader(Batches(), batch_size=1)  # type: ignore[return-value]
 
 
-def fit(callbacks: list[Any]) -> Callable[[], None]:
+def fit(callbacks: list[Any], log_every: int) -> Callable[[], None]:
     """A run of 2000 empty steps."""
 
     def run() -> None:
@@ -160,7 +173,7 @@ def fit(callbacks: list[Any]) -> Callable[[], None]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            log_every_n_steps=10,
+            log_every_n_steps=log_every,
         )
         trainer.fit(Idle())
 
@@ -169,7 +182,7 @@ def fit(callbacks: list[Any]) -> Callable[[], None]:
 
 def default_step() -> Callable[[], None]:
     """Forward, backward and update of the default run's network at its batch size."""
-    net = build_backbone("iresnet_tiny", 128)
+    net = build_backbone("iresnet_tiny", 128, channels_last=True)
     head = FullClassifier(500, 128)
     optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
     images, labels = torch.randn(64, 3, 112, 112), torch.randint(0, 500, (64,))
@@ -188,18 +201,30 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     rows = steps_table()
     by_name = {row["schedule"]: row["us a step"] for row in rows}
-    sides = {"without": fit([]), "with": fit([FastFaceCallback()]), "step": default_step()}
-    taken = medians(sides, repeats=9)
-    cost = (taken["with"] - taken["without"]) / len(Batches())
+    sides = {
+        "without": fit([], 10),
+        "with": fit([FastFaceCallback()], 10),
+        "without, no logging": fit([], 0),
+        "with, no logging": fit([FastFaceCallback()], 0),
+        "step": default_step(),
+    }
+    taken = {name: seconds * 1e6 for name, seconds in medians(sides, repeats=7).items()}
+    steps = len(Batches())
+    cost = (taken["with"] - taken["without"]) / steps
+    mhlr = by_name[f"MHLR.update, m={WINDOW}"]
     report(
         "schedule_step",
         "Schedules, microseconds a step",
         rows,
-        trainer_step_us=taken["without"] / len(Batches()) * 1e6,
-        callback_us_a_step=cost * 1e6,
-        default_training_step_us=taken["step"] * 1e6,
+        mhlr_over_fastface=mhlr / by_name["FastFace.update"],
+        naive_sum_over_mhlr=by_name[f"naive MHLR by sum(), m={WINDOW}"] / mhlr,
+        naive_numpy_over_mhlr=by_name[f"naive MHLR by numpy, m={WINDOW}"] / mhlr,
+        empty_trainer_step_us=taken["without"] / steps,
+        callback_us_a_step_logging_every_10=cost,
+        callback_us_a_step_no_logging=(taken["with, no logging"] - taken["without, no logging"])
+        / steps,
+        default_training_step_us=taken["step"],
         callback_share_of_default_step=cost / taken["step"],
-        naive_over_mhlr=by_name[f"naive MHLR, m={WINDOW}"] / by_name[f"MHLR.update, m={WINDOW}"],
     )
 
 

@@ -104,7 +104,7 @@ class FastFace(PlateauSchedule):
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
         alpha, beta = self.alpha, self.beta
         assert alpha is not None and beta is not None
-        window = self.ema_window or 1 / alpha
+        window = self.ema_window or round(1 / alpha)
         seen = state.step - self.warmup_steps
         if self.literal or self.released:
             return self._detect_verbatim(state, loss, int(seen), alpha, beta)
@@ -128,9 +128,9 @@ class FastFace(PlateauSchedule):
         drop = before - level
         response = drop if seen == 1 and self.literal else response + beta * (drop - response)
         if not self.released:
-            return self._decide(state, level, response, 1 / alpha)
+            return self._decide(state, level, response, self.ema_window or round(1 / alpha))
         due = state.memory[0] if state.memory else state.scale
-        decided = self._decide(state._replace(scale=due), level, response, 1 / alpha)
+        decided = self._decide(state._replace(scale=due), level, response, 1000)
         return decided._replace(scale=due, memory=(decided.scale,))
 
     def _windows(self) -> str:

@@ -96,10 +96,13 @@ class MHLR(PlateauSchedule):
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
         m = self.haar_window
         assert m is not None
-        total, past, length = state.memory
-        numerator, denominator = loss.as_integer_ratio()
-        total += numerator * _PER_UNIT // denominator
-        q = _append(past, length, past[length - 1] + total, keep=2 * m + 2)
+        total, q, length = state.memory
+        total += int(loss * _PER_UNIT)
+        if length != len(q) or length >= 4 * m + 4:
+            # Another state went on from the same place; or it is time, once in 2m steps, to let go
+            # of what is too old. A new list leaves earlier states theirs.
+            q = q[length - 2 * m - 2 : length]
+        q.append(q[-1] + total)
         seen = int(state.step - self.warmup_steps)
         # q[-1 - k] is Q_{i-k}, and Q_i - Q_{i-1} the sum of all losses up to i.
         level = (total - q[-1 - m] + q[-2 - m]) / (min(seen + 1, m) * _PER_UNIT)
@@ -124,15 +127,3 @@ class MHLR(PlateauSchedule):
 def default_window(total_steps: int) -> int:
     """Window for a run of ``total_steps``, in optimizer steps; even."""
     return max(2, int(0.015 * total_steps) // 2 * 2)
-
-
-def _append(past: list[int], length: int, value: int, keep: int) -> list[int]:
-    """``past[:length]`` and ``value``, of which at least the last ``keep`` entries.
-
-    O(1) on average: the list is extended in place, which no earlier state can see, and cut to
-    ``keep`` entries once in ``keep`` steps, or when another state went on from the same place.
-    """
-    if len(past) > length or length >= 2 * keep:
-        past = past[length - keep + 1 : length]
-    past.append(value)
-    return past

