@@ -107,7 +107,7 @@ class FastFace(PlateauSchedule):
         window = self.ema_window or round(1 / alpha)
         seen = state.step - self.warmup_steps
         if self.literal or self.released:
-            return self._detect_verbatim(state, loss, int(seen), alpha, beta)
+            return self._detect_verbatim(state, loss, int(seen), window)
         if seen == 0:
             return self._decide(state, loss, 0.0, window)
         level = state.level + max(alpha, 1 / (seen + 1)) * (loss - state.level)
@@ -115,8 +115,10 @@ class FastFace(PlateauSchedule):
         return self._decide(state, level, response, window)
 
     def _detect_verbatim(
-        self, state: PlateauState, loss: float, seen: int, alpha: float, beta: float
+        self, state: PlateauState, loss: float, seen: int, window: int
     ) -> PlateauState:
+        alpha, beta = self.alpha, self.beta
+        assert alpha is not None and beta is not None
         if seen == 0:
             return state._replace(step=state.step + 1, level=loss, nonfinite_run=0)
         before, response = state.level, state.response
@@ -128,9 +130,9 @@ class FastFace(PlateauSchedule):
         drop = before - level
         response = drop if seen == 1 and self.literal else response + beta * (drop - response)
         if not self.released:
-            return self._decide(state, level, response, self.ema_window or round(1 / alpha))
+            return self._decide(state, level, response, window)
         due = state.memory[0] if state.memory else state.scale
-        decided = self._decide(state._replace(scale=due), level, response, 1000)
+        decided = self._decide(state._replace(scale=due), level, response, window)
         return decided._replace(scale=due, memory=(decided.scale,))
 
     def _windows(self) -> str:
