@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from fastface_lightning.run_record import processor_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -47,20 +50,10 @@ def report(name: str, title: str, rows: list[dict[str, Any]], **facts: Any) -> N
         "title": title,
         "rows": rows,
         **facts,
-        "processor": processor(),
+        "processor": processor_name(),
+        "logical_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(written, indent=2) + "\n")
-
-
-def processor() -> str:
-    """The processor's name and number of cores, as far as the system tells."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if models:
-            return f"{models[0].split(':')[1].strip()}, {len(models)} logical cores"
-    return name
