@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from fastface_lightning import FastFaceCallback
@@ -38,7 +39,8 @@ def main(cfg: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = checkpoint_to_resume(cfg, folder)
     resolve_device(cfg)
-    OmegaConf.save(cfg, folder / "config.yaml")
+    if rank_zero_only.rank == 0:
+        OmegaConf.save(cfg, folder / "config.yaml")
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     data: FaceDataModule = instantiate(cfg.data)
@@ -57,7 +59,8 @@ def main(cfg: DictConfig) -> float | None:
     if data.verify_names and record.verified_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
     results = record.write(trainer, folder)
-    print_summary(results, folder)
+    if trainer.is_global_zero:
+        print_summary(results, folder)
     accuracies = [found["accuracy"] for found in results["verification"].values()]
     return sum(accuracies) / len(accuracies) if accuracies else None
 

@@ -22,7 +22,7 @@ SMALL = [
     "data.verify_identities=6",
     "data.verify_pairs=20",
     "data.batch_size=8",
-    "~callbacks.progress",
+    "trainer.enable_progress_bar=false",
 ]
 
 
@@ -198,7 +198,7 @@ BAD_INPUT = [
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=lambda x: str(x)[:40])
 def test_bad_input_gets_one_sentence(run: Run, arguments: list[str], message: str) -> None:
     own_data = any(argument.startswith("data=") for argument in arguments)
-    base = ["~callbacks.progress"] if own_data else small()
+    base = ["trainer.enable_progress_bar=false"] if own_data else small()
     ended = run(*base, *arguments)
     assert ended.code == 2
     assert message in ended.err
@@ -220,7 +220,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(
 
 def test_folder_with_held_out_people(run: Run, faces: Path) -> None:
     ended = run(
-        "~callbacks.progress",
+        "trainer.enable_progress_bar=false",
         "data=folder",
         f"data.root={faces}",
         "data.held_out=0.5",
@@ -238,7 +238,12 @@ def test_bad_files_are_named_and_skipped(run: Run, faces: Path) -> None:
     """A truncated JPEG costs a warning with its name; more than data.max_bad stop the run."""
     victim = faces / "person_1" / "2.jpg"
     victim.write_bytes(victim.read_bytes()[:500])
-    base = ["~callbacks.progress", "data=folder", f"data.root={faces}", "data.held_out=0"]
+    base = [
+        "trainer.enable_progress_bar=false",
+        "data=folder",
+        f"data.root={faces}",
+        "data.held_out=0",
+    ]
     base += ["data.batch_size=4", "data.num_workers=0", "trainer.max_epochs=1"]
     ended = run(*base)
     assert ended.code == 0, ended.err
@@ -252,7 +257,7 @@ def test_bad_files_are_named_and_skipped(run: Run, faces: Path) -> None:
 def test_the_paper_run_trains_on_a_tree_in_its_layout(run: Run, faces: Path) -> None:
     """r100 on WebFace12M's layout, two steps."""
     ended = run(
-        "~callbacks.progress",
+        "trainer.enable_progress_bar=false",
         "model=r100",
         "data=webface12m",
         f"data.root={faces}",
@@ -267,7 +272,7 @@ def test_the_paper_run_trains_on_a_tree_in_its_layout(run: Run, faces: Path) -> 
 
 def test_lfw_view_1(run: Run, shared_data: Path) -> None:
     ended = run(
-        "~callbacks.progress",
+        "trainer.enable_progress_bar=false",
         "data=lfw",
         f"data.root={shared_data / 'lfw112'}",
         "data.num_workers=0",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastface_lightning.margins import CosFace, Margin
+from ..margins import CosFace, Margin
 
 
 class FullClassifier(nn.Module):

@@ -1,17 +1,17 @@
 """Faces as tensors: sets of identities to train on, and sets of pairs to verify on."""
 
-from fastface_lightning.data.datamodule import (
+from .datamodule import (
     FaceDataModule,
     FolderData,
     LFWData,
     SyntheticData,
     split_identities,
 )
-from fastface_lightning.data.folder import IdentityFolder, identity_names
-from fastface_lightning.data.image import decode_image
-from fastface_lightning.data.order import EpochSampler, epoch_order
-from fastface_lightning.data.synthetic import SyntheticFaces, synthetic_pairs
-from fastface_lightning.data.verification import (
+from .folder import IdentityFolder, identity_names
+from .image import decode_image
+from .order import EpochSampler, epoch_order
+from .synthetic import SyntheticFaces, synthetic_pairs
+from .verification import (
     VerificationPairs,
     held_out_pairs,
     interleaved,

@@ -16,10 +16,10 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fastface_lightning.data.folder import IdentityFolder, identity_names
-from fastface_lightning.data.order import EpochSampler
-from fastface_lightning.data.synthetic import SyntheticFaces, synthetic_pairs
-from fastface_lightning.data.verification import (
+from .folder import IdentityFolder, identity_names
+from .order import EpochSampler
+from .synthetic import SyntheticFaces, synthetic_pairs
+from .verification import (
     VerificationPairs,
     held_out_pairs,
     read_pairs,

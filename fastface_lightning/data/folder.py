@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastface_lightning.data.image import IMAGE_SUFFIXES, decode_image
+from .image import IMAGE_SUFFIXES, decode_image
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fastface_lightning.data.folder import IdentityFolder, abridged
-from fastface_lightning.data.image import IMAGE_SUFFIXES, decode_image
+from .folder import IdentityFolder, abridged
+from .image import IMAGE_SUFFIXES, decode_image
 
 logger = logging.getLogger(__name__)
 

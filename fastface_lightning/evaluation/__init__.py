@@ -1,6 +1,6 @@
 """Evaluation: how well embeddings tell people apart, by the field's own protocols."""
 
-from fastface_lightning.evaluation.verification import (
+from .verification import (
     VerificationAccuracy,
     VerificationResult,
     verification_accuracy,

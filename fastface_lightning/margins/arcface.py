@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastface_lightning.margins.angle import angle
-from fastface_lightning.margins.base import Margin
+from .angle import angle
+from .base import Margin
 
 
 class ArcFace(Margin):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastface_lightning.margins.base import Margin
+from .base import Margin
 
 
 class Softmax(Margin):

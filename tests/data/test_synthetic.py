@@ -9,12 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from fastface_lightning.data.synthetic import (
-    PARAMETERS,
-    SyntheticFaces,
-    draw_face,
-    synthetic_pairs,
-)
+from fastface_lightning.data.faces import PARAMETERS, draw_face
+from fastface_lightning.data.synthetic import SyntheticFaces, synthetic_pairs
 
 SMALL = 32  # px; the drawing is the same, only coarser
 words = st.integers(0, 2**32 - 1)
@@ -68,8 +64,8 @@ def test_features_lie_on_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
     """With every spread at nought the mean face looks straight out of ArcFace's five points."""
     mean = np.array(list(PARAMETERS.values())).T * [[1], [0], [0]]
     mean[0, list(PARAMETERS).index("noise")] = 0
-    monkeypatch.setattr("fastface_lightning.data.synthetic._SPREADS", mean)
-    monkeypatch.setattr("fastface_lightning.data.synthetic._LANDMARK_ERROR", 0.0)
+    monkeypatch.setattr("fastface_lightning.data.faces._SPREADS", mean)
+    monkeypatch.setattr("fastface_lightning.data.faces._LANDMARK_ERROR", 0.0)
     face = draw_face(0, 0, 0).astype(float).mean(0)
     pupils = [(38.3, 51.7), (73.5, 51.5)]
     for x, y in pupils:  # the darkest 3 x 3 spot near the point is the pupil, within 2 px of it
