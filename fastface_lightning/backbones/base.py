@@ -17,7 +17,7 @@ BackboneT = TypeVar("BackboneT", bound="FaceBackbone")
 class FaceBackbone(nn.Module):
     """Aligned face images to embeddings, :math:`z = h(f(x))`.
 
-    :math:`f` is ``forward_features``, (N, C, H, W) to (N, ``num_features``, H/16, W/16);
+    :math:`f` is ``forward_features``, (N, C, H, W) to (N, ``num_features``, *``map_size``);
     :math:`h` is ``forward_head``, maps to embeddings (N, D), computed in the head's own dtype even
     under autocast, since half precision is too coarse for cosines. ``num_classes`` is timm's word
     for the width of the last layer: here the embedding size D.
@@ -61,7 +61,7 @@ class FaceBackbone(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Float images (N, C, H, W) in [-1, 1] to the final map (N, num_features, H/16, W/16)."""
+        """Float images (N, C, H, W) in [-1, 1] to the final map (N, num_features, *map_size)."""
         raise NotImplementedError
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:

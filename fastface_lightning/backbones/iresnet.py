@@ -59,7 +59,8 @@ class IResNet(FaceBackbone):
         width: channels of the stem and the first stage, each later stage doubling them; keep it a
             multiple of 16, which vector units want (torch 2.14's strided 1x1 convolution crashes in
             backward on processors with AVX-512 and channels_last otherwise).
-        stem_stride: 1, or 2 to halve every map, which quarters the cost.
+        stem_stride: 1, or 2 to halve every map, which quarters the cost; the final map is then
+            H/32 x W/32, rounded up, instead of H/16 x W/16.
         num_classes: embedding size D; 0 gives the flattened final map.
         in_chans: channels of an image.
         img_size: pixels, one number or (height, width), multiples of 16.
@@ -122,7 +123,7 @@ class IResNet(FaceBackbone):
         return self.fc
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) to the final map (N, 8 width, H/16, W/16)."""
+        """Images (N, C, H, W) to the final map (N, 8 width, *map_size)."""
         self.check_images(images)
         x = self.prelu(self.bn1(self.conv1(images)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

@@ -52,7 +52,7 @@ def test_pretrained_is_refused(name: str) -> None:
 def test_forward_is_head_after_features(model: nn.Module, images: Tensor) -> None:
     model.eval()
     features = model.forward_features(images)
-    assert features.shape == (2, model.num_features, 7, 7)
+    assert features.shape == (2, model.num_features, *model.map_size)
     assert torch.equal(model.forward_head(features), model(images))
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
 
