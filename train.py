@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -27,20 +28,31 @@ from fastface_lightning.schedule import PlateauSchedule
 log = logging.getLogger(__name__)
 HERE = Path(__file__).resolve().parent
 
-# `${steps:0.5}` in a config is half of the run, in optimizer steps, once the run's length is known.
-OmegaConf.register_new_resolver(
-    "steps", lambda share, *, _root_: int(share * _root_.total_steps), replace=True
+NUMBERS = (
+    *("seed", "data.batch_size", "data.num_workers", "optimizer.lr", "checkpoint.every_n_steps"),
+    *("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches"),
 )
+
+
+def steps(share: float, *, _root_: Any) -> int | str:
+    """`${steps:0.5}` in a config: half of the run, in optimizer steps, once its length is known."""
+    known = _root_.total_steps
+    return f"{share} of the run" if known is None else int(share * known)
+
+
+OmegaConf.register_new_resolver("steps", steps, replace=True)
 
 
 @program(config_path=HERE / "conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Train, verify and leave a record in the run folder; returns the verification accuracy."""
+    record = RunRecord()
     folder = Path(HydraConfig.get().runtime.output_dir)
+    check_numbers(cfg)
     checkpoint = checkpoint_to_resume(cfg, folder)
     resolve_device(cfg)
     if rank_zero_only.rank == 0:
-        OmegaConf.save(cfg, folder / "config.yaml")
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     data: FaceDataModule = instantiate(cfg.data)
@@ -48,10 +60,12 @@ def main(cfg: DictConfig) -> float | None:
     # torch's schedulers are built with the optimizer, once the run's length is known.
     schedule = None if cfg.schedule.get("_partial_") else instantiate(cfg.schedule)
     module = build_module(cfg, data, schedule)
-    record = RunRecord()
-    trainer = build_trainer(cfg, folder, schedule, record, checkpoint)
+    resume_step = check_checkpoint(checkpoint, module) if checkpoint else 0
+    trainer = build_trainer(cfg, folder, schedule, record, resume_step)
 
-    if checkpoint is None and data.verify_names:
+    if not data.verify_names:
+        log.info("this data has no verification pairs: the run is not verified")
+    elif checkpoint is None:
         log.info("verifying the untrained network")
         trainer.validate(module, data, verbose=False)
         record.untrained = dict(record.accuracy)
@@ -63,6 +77,14 @@ def main(cfg: DictConfig) -> float | None:
         print_summary(results, folder)
     accuracies = [found["accuracy"] for found in results["verification"].values()]
     return sum(accuracies) / len(accuracies) if accuracies else None
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Refuse words where the program itself needs a number."""
+    for key in NUMBERS:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not isinstance(value, (int, float)):
+            raise ValueError(f"{key} must be a number, got {value!r}")
 
 
 def build_module(
@@ -95,17 +117,18 @@ def build_trainer(
     folder: Path,
     schedule: PlateauSchedule | None,
     record: RunRecord,
-    checkpoint: Path | None,
+    resume_step: int,
 ) -> Trainer:
     """The trainer with everything that watches the run."""
     callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values()]
-    if schedule is not None:
-        callbacks.append(FastFaceCallback(schedule))
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
     for logger in loggers:
-        if checkpoint is not None and isinstance(logger, ResumableCSVLogger):
-            saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-            logger.resume_step = saved["global_step"]
+        if isinstance(logger, ResumableCSVLogger):
+            logger.resume_step = resume_step
+    if schedule is not None:
+        callbacks.append(FastFaceCallback(schedule))
+    elif loggers:
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
     return instantiate(
         cfg.trainer,
         callbacks=[*callbacks, record],
@@ -115,9 +138,14 @@ def build_trainer(
     )
 
 
+def uses_cuda(cfg: DictConfig) -> bool:
+    """Whether the trainer will choose a CUDA device."""
+    return torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda")
+
+
 def resolve_device(cfg: DictConfig) -> None:
     """Replace the settings that say ``auto`` by what the device is good at."""
-    cuda = torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
+    cuda = uses_cuda(cfg)
     if cuda:
         torch.set_float32_matmul_precision("high")
     if cfg.model.channels_last == "auto":
@@ -131,28 +159,50 @@ def resolve_device(cfg: DictConfig) -> None:
 
 def loss_scaling(cfg: DictConfig) -> dict[str, Any]:
     """The paper's loss scaler for float16: it grows every 100 steps, not every 2000."""
-    if cfg.trainer.precision != "16-mixed":
+    if cfg.trainer.precision != "16-mixed" or not uses_cuda(cfg):
         return {}
     scaler = torch.amp.GradScaler("cuda", growth_interval=100)
     return {"plugins": MixedPrecision("16-mixed", "cuda", scaler), "precision": None}
 
 
 def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
-    """The checkpoint to go on from, if any; a finished or broken-off run is never overwritten."""
+    """The checkpoint to go on from, if any; another run in the folder is never overwritten."""
     last = folder / "checkpoints" / "last.ckpt"
-    if cfg.resume is None:
-        if last.exists():
-            raise ValueError(
-                f"the run folder must be new, got {folder} with a run in it: resume=auto goes on "
-                f"with it, another hydra.run.dir starts anew"
-            )
-        return None
     if cfg.resume == "auto":
         return last if last.exists() else None
-    checkpoint = Path(cfg.resume)
-    if not checkpoint.is_file():
+    checkpoint = None if cfg.resume is None else Path(cfg.resume)
+    if checkpoint is not None and not checkpoint.is_file():
         raise ValueError(f"resume must be 'auto' or a checkpoint file, got {checkpoint}")
+    held = [
+        file for file in (last, folder / "metrics.csv", folder / "results.json") if file.exists()
+    ]
+    if held and not (checkpoint and last.exists() and checkpoint.samefile(last)):
+        raise ValueError(
+            f"the run folder must be new, got {folder} with {held[0].name} in it: resume=auto "
+            f"goes on with it, another hydra.run.dir starts anew"
+        )
     return checkpoint
+
+
+def check_checkpoint(checkpoint: Path, module: FaceModule) -> int:
+    """Optimizer steps done in a checkpoint of the same network.
+
+    Raises:
+        ValueError: it is no checkpoint, or another network's.
+    """
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        step, weights = saved["global_step"], saved["state_dict"]
+    except (RuntimeError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"resume must be a checkpoint of train.py, got {checkpoint}") from error
+    for name, tensor in module.state_dict().items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            found = tuple(weights[name].shape) if name in weights else "nothing"
+            raise ValueError(
+                f"the checkpoint must be of the same network and data: {name} must be "
+                f"{tuple(tensor.shape)}, got {found}"
+            )
+    return step
 
 
 if __name__ == "__main__":

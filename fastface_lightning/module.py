@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .evaluation import VerificationAccuracy
 
@@ -50,6 +51,7 @@ class FaceModule(LightningModule):
         self.verify_names = list(verify_names)
         self.metrics = nn.ModuleList(VerificationAccuracy() for _ in verify_names)
         self._resumed_from: list[str] | None = None
+        self._reduce_loss = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (N, D), not normalised, of images (N, 3, 112, 112) uint8 RGB."""
@@ -62,7 +64,10 @@ class FaceModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = self.classifier(self(flip_some(images)), labels)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        self.log("train/loss", loss, batch_size=len(labels), sync_dist=self._reduce_loss)
+        if batch_idx % max(self.trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
+            # The progress bar reads what it shows at every step: on the device it would wait.
+            self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
         return loss
 
     def validation_step(
@@ -79,11 +84,12 @@ class FaceModule(LightningModule):
             assert isinstance(metric, VerificationAccuracy)
             accuracies.append(metric.compute())
             assert metric.result is not None
-            self.log(f"verify/{name}/accuracy", accuracies[-1], prog_bar=True)
-            self.log(f"verify/{name}/std", metric.result.std)
+            # Every rank has the same result; sync_dist only tells Lightning so.
+            self.log(f"verify/{name}/accuracy", accuracies[-1], prog_bar=True, sync_dist=True)
+            self.log(f"verify/{name}/std", metric.result.std, sync_dist=True)
             metric.reset()
         if accuracies:
-            self.log("verify/accuracy", torch.stack(accuracies).mean())
+            self.log("verify/accuracy", torch.stack(accuracies).mean(), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())
@@ -96,6 +102,8 @@ class FaceModule(LightningModule):
                 "max_steps or max_epochs"
             )
         scheduler = self.scheduler(optimizer, int(steps))
+        # A scheduler that looks at the loss must see the same one on every rank.
+        self._reduce_loss = isinstance(scheduler, ReduceLROnPlateau)
         config = {"scheduler": scheduler, "interval": "step", "monitor": "train/loss"}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
@@ -108,7 +116,23 @@ class FaceModule(LightningModule):
         """Clip the norm of the backbone's gradient; the class centres' is left as it is.
 
         Source: InsightFace's and FastFace's training programs.
+
+        Raises:
+            MisconfigurationException: a negative norm, another algorithm than ``"norm"``, or a
+                fused optimizer under a loss scaler, whose gradients are still scaled here.
         """
+        clip = self.trainer.gradient_clip_val or 0
+        if clip < 0 or gradient_clip_algorithm not in (None, "norm"):
+            raise MisconfigurationException(
+                f"gradient_clip_val must be a norm of at least 0, got {clip} by "
+                f"{gradient_clip_algorithm or 'norm'}"
+            )
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if clip and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise MisconfigurationException(
+                "a fused optimizer under a loss scaler cannot clip its gradients: use bf16-mixed, "
+                "optimizer.fused=false or trainer.gradient_clip_val=0"
+            )
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.backbone.parameters(), gradient_clip_val)
 

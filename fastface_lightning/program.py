@@ -21,6 +21,7 @@ Task = Callable[[DictConfig], Any]
 BAD_INPUT = (
     ValueError,
     FileNotFoundError,
+    ModuleNotFoundError,
     MisconfigurationException,
     HydraException,
     OmegaConfBaseException,
@@ -44,6 +45,8 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
 
         @functools.wraps(task)
         def job(config: DictConfig) -> Any:
+            if not traceback_wanted:  # the processes it starts must not take this for a wish
+                os.environ.pop("HYDRA_FULL_ERROR", None)
             try:
                 return task(config)
             except Exception as error:
@@ -51,6 +54,8 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
                 if traceback_wanted or HydraConfig.get().mode == RunMode.MULTIRUN:
                     raise
                 stop(error)
+            finally:
+                os.environ["HYDRA_FULL_ERROR"] = "1"
 
         @functools.wraps(task)
         def main() -> None:

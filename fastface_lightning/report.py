@@ -111,7 +111,7 @@ def print_summary(results: dict[str, Any], folder: str | Path) -> None:
             accuracy += f" (untrained {found['untrained_accuracy']:.2%}, chance 50 %)"
         table.add_row(f"verification {name}", accuracy)
     if results["final_loss"] is not None:
-        table.add_row("loss", f"{results['final_loss']:.4f} (mean of the last 100 steps)")
+        table.add_row("loss", f"{results['final_loss']:.4f} (mean of the last 100 batches)")
     changes = ", ".join(f"step {c['step']}: {c['lr']:.3g}" for c in results["lr_changes"])
     table.add_row(
         "learning rate", f"{results['final_lr']:.3g}" + (f" ({changes})" if changes else "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import platform
-import resource
 import sys
 import time
 import warnings
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from .report import plot_schedule
 from .schedule.callback import FastFaceCallback
+from .schedule.replay import Change
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -76,6 +76,9 @@ class RunRecord(Callback):
         self.std: dict[str, float] = {}
         self.verified_step: int | None = None
         self._images = 0
+        self._saved_step: int | None = None
+        self._lr: float | None = None
+        self._lr_changes: list[Change] = []
         self._train_seconds = 0.0
         self._earlier_seconds = 0.0
         self._losses: deque[Tensor] = deque(maxlen=100)
@@ -93,6 +96,27 @@ class RunRecord(Callback):
         self._images += len(batch[1]) * trainer.world_size
         if outputs:
             self._losses.append(outputs["loss"].float() * trainer.accumulate_grad_batches)
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        if self._lr is not None and lr != self._lr:
+            self._lr_changes.append(Change(trainer.global_step - 1, lr / self._lr, lr))
+        self._lr = lr
+        if trainer.global_step == trainer.max_steps:
+            # Not at the end of training: Lightning counts the broken-off epoch as done by then.
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Save the weights the results speak of, unless a periodic checkpoint just did."""
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if folder and self._saved_step != trainer.global_step:
+            trainer.save_checkpoint(Path(folder) / "last.ckpt")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._saved_step = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for key, value in trainer.callback_metrics.items():
@@ -123,15 +147,12 @@ class RunRecord(Callback):
         return results
 
     def _results(self, trainer: Trainer) -> dict[str, Any]:
-        plateau = next(
-            (c for c in trainer.callbacks if isinstance(c, FastFaceCallback)),  # type: ignore[attr-defined]
-            None,
-        )
         device = trainer.strategy.root_device
+        losses = [loss.item() for loss in self._losses]
         return {
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
-            "final_loss": torch.stack(list(self._losses)).mean().item() if self._losses else None,
+            "final_loss": sum(losses) / len(losses) if losses else None,
             "verification": {
                 name: {
                     "accuracy": accuracy,
@@ -140,7 +161,7 @@ class RunRecord(Callback):
                 }
                 for name, accuracy in self.accuracy.items()
             },
-            "lr_changes": [change._asdict() for change in plateau.changes] if plateau else [],
+            "lr_changes": [change._asdict() for change in self._changes(trainer)],
             "final_lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "images": self._images,
             "images_per_second": self._images / max(self._train_seconds, 1e-9),
@@ -151,6 +172,13 @@ class RunRecord(Callback):
             "versions": {name: version(name) for name in ("torch", "lightning", "timm")},
         }
 
+    def _changes(self, trainer: Trainer) -> list[Change]:
+        """Steps at which the learning rate changed; none for a schedule that always changes it."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FastFaceCallback):
+                return callback.changes
+        return self._lr_changes if 10 * len(self._lr_changes) < trainer.global_step else []
+
     def _wall_seconds(self) -> float:
         return self._earlier_seconds + time.perf_counter() - self._started
 
@@ -160,6 +188,14 @@ class RunRecord(Callback):
             "train_seconds": self._train_seconds,
             "wall_seconds": self._wall_seconds(),
             "untrained": self.untrained,
+            "accuracy": self.accuracy,
+            "std": self.std,
+            "verified_step": self.verified_step,
+            "losses": [loss.item() for loss in self._losses],
+            "lr": None if self._lr is None else float(self._lr),
+            "lr_changes": [
+                [step, float(factor), float(lr)] for step, factor, lr in self._lr_changes
+            ],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -167,6 +203,11 @@ class RunRecord(Callback):
         self._train_seconds = state_dict["train_seconds"]
         self._earlier_seconds = state_dict["wall_seconds"]
         self.untrained = state_dict["untrained"]
+        self.accuracy, self.std = state_dict["accuracy"], state_dict["std"]
+        self.verified_step = state_dict["verified_step"]
+        self._losses.extend(torch.tensor(state_dict["losses"]))
+        self._lr = state_dict["lr"]
+        self._lr_changes = [Change(*made) for made in state_dict["lr_changes"]]
 
 
 def plot_run(folder: Path, changes: list[int]) -> None:
@@ -197,6 +238,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: most allocated on a GPU so far; on a CPU the process's largest resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not there on Windows
+
     # Linux counts kilobytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -35,8 +35,12 @@ def main(cfg: DictConfig) -> int:
         )
     given: PlateauSchedule = instantiate(cfg.schedule)
     losses, logged = read_losses(cfg.log, cfg.column)
-    total_steps = cfg.total_steps or len(losses)
-    lr = cfg.lr or (logged[0] if logged else 1.0)
+    total_steps = len(losses) if cfg.total_steps is None else cfg.total_steps
+    if total_steps < len(losses):
+        raise ValueError(
+            f"total_steps must be at least the {len(losses)} steps of the log, got {total_steps}"
+        )
+    lr = cfg.lr if cfg.lr is not None else (logged[0] if logged else 1.0)
     schedule = given.bind(total_steps)
     changes = replay(losses, schedule, total_steps, lr)
 

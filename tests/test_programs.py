@@ -4,15 +4,18 @@ import csv
 import importlib.util
 import json
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,6 +144,93 @@ def rows_line(folder: Path, step: int) -> str:
     return ",".join(values.get(name, "") for name in names) + "\n"
 
 
+def test_the_last_weights_are_saved_wherever_the_run_ends(run: Run) -> None:
+    """Between two periodic checkpoints too: what the results speak of is in last.ckpt."""
+    first = run(*small("checkpoint.every_n_steps=5", "trainer.max_epochs=3", "trainer.max_steps=7"))
+    checkpoint = torch.load(first.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 7
+    second = run(*small("resume=auto", "trainer.max_epochs=3", "trainer.max_steps=9"))
+    assert second.code == 0, second.err
+    assert json.loads((second.folder / "results.json").read_text())["steps"] == 9
+    every = "checkpoint.every_n_steps=5"
+    run(*small(every, "trainer.max_epochs=2"), folder="epochs")  # 8 steps
+    third = run(*small(every, "trainer.max_epochs=3", "resume=auto"), folder="epochs")
+    assert json.loads((third.folder / "results.json").read_text())["steps"] == 12
+    assert [r["step"] for r in rows(third.folder) if r["train/loss"]] == ["9"]  # every tenth step
+
+
+def test_resuming_a_finished_run_keeps_its_results(run: Run) -> None:
+    first = run(*small("trainer.max_epochs=1"))
+    before = json.loads((first.folder / "results.json").read_text())
+    after = run(*small("trainer.max_epochs=1", "resume=auto")).folder / "results.json"
+    kept = ("steps", "images", "final_loss", "verification", "lr_changes", "final_lr")
+    now = json.loads(after.read_text())
+    assert {key: now[key] for key in kept} == {key: before[key] for key in kept}
+
+
+def test_a_checkpoint_of_another_network_is_refused(run: Run) -> None:
+    assert run(*small("trainer.max_steps=1")).code == 0
+    ended = run(*small("trainer.max_steps=2", "resume=auto", "model.embedding_size=64"))
+    assert ended.code == 2 and "must be of the same network and data" in ended.err
+
+
+def test_torch_schedules_leave_their_changes_too(run: Run) -> None:
+    steps = ["trainer.max_epochs=10", "trainer.log_every_n_steps=1"]
+    ended = run(*small("schedule=multistep", *steps))
+    changes = json.loads((ended.folder / "results.json").read_text())["lr_changes"]
+    assert [change["step"] for change in changes] == [19, 29, 35]
+    assert [change["factor"] for change in changes] == pytest.approx([0.1] * 3)
+    assert any(row["lr-SGD"] for row in rows(ended.folder))
+
+
+def test_the_resolved_config_is_kept(run: Run) -> None:
+    ended = run(*small("seed=3", "trainer.max_steps=1", "schedule=multistep"))
+    text = (ended.folder / "config.yaml").read_text()
+    assert "${" not in text and "0.5 of the run" in text
+
+
+def test_devices_decide_what_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 where the card has it, else the paper's float16 with its loss scaler; CPU: float32."""
+    train = load(ROOT / "train.py")
+
+    def resolved(cuda: bool, bf16: bool, accelerator: str = "auto") -> Any:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: bf16)
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+        trainer = {"accelerator": accelerator, "precision": "auto", "benchmark": None}
+        cfg = OmegaConf.create({"trainer": trainer, "model": {"channels_last": "auto"}})
+        train.resolve_device(cfg)
+        return cfg, train.loss_scaling(cfg)
+
+    cfg, plugins = resolved(cuda=False, bf16=False)
+    assert (cfg.trainer.precision, cfg.model.channels_last, plugins) == ("32-true", False, {})
+    cfg, plugins = resolved(cuda=True, bf16=True)
+    assert (cfg.trainer.precision, cfg.trainer.benchmark, plugins) == ("bf16-mixed", True, {})
+    assert cfg.model.channels_last
+    cfg, plugins = resolved(cuda=True, bf16=False)
+    assert cfg.trainer.precision == "16-mixed" and plugins["precision"] is None
+    assert plugins["plugins"].scaler.get_growth_interval() == 100
+    cfg, plugins = resolved(cuda=True, bf16=True, accelerator="cpu")
+    assert (cfg.trainer.precision, plugins) == ("32-true", {})
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_program(tmp_path: Path) -> None:
+    """DDP on gloo through the program itself: one summary, the images of both."""
+    command = [sys.executable, str(ROOT / "train.py"), f"hydra.run.dir={tmp_path / 'run'}"]
+    command += [*SMALL, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    command += ["trainer.max_steps=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["images"] == 32 and "synthetic" in results["verification"]
+    assert done.stdout.count("verification synthetic") == 1
+
+
 def test_resume_auto_starts_anew_where_there_is_nothing(run: Run) -> None:
     assert run(*small("resume=auto", "trainer.max_steps=1")).code == 0
 
@@ -191,6 +281,12 @@ BAD_INPUT = [
     (["model=timm", "model.name=convnxt_tiny"], "convnext_tiny"),
     (["margin.m=5"], "m must lie in [0, 2), got 5"),
     (["trainer.max_epochs=-1"], "needs the length of the run"),
+    (["optimizer.lr=abc"], "optimizer.lr must be a number, got 'abc'"),
+    (["seed=abc"], "seed must be a number, got 'abc'"),
+    (["schedule.threshold=abc"], "threshold must be a number, got 'abc'"),
+    ([f"resume={ROOT / 'README.md'}"], "resume must be a checkpoint of train.py, got"),
+    (["+trainer.gradient_clip_algorithm=value"], "gradient_clip_val must be a norm"),
+    (["trainer.gradient_clip_val=-1"], "gradient_clip_val must be a norm of at least 0"),
     (["data.batch_size=33"], "batch_size 33 is larger than the 32 training images"),
 ]
 
@@ -210,7 +306,7 @@ def test_bad_input_gets_one_sentence(run: Run, arguments: list[str], message: st
 def test_a_fault_of_the_program_keeps_its_traceback(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("omegaconf.OmegaConf.save", broken)

@@ -32,7 +32,8 @@ class FastFaceCallback(Callback):
 
     Logged, every ``log_every_n_steps``: ``fastface/lr_scale``, ``fastface/response``,
     ``fastface/threshold``, ``fastface/plateau_steps`` and ``lr-<optimizer>[/pg<group>]``; the
-    first group's rate and the progress to the next division also show in the progress bar.
+    first group's rate and the progress to the next division also show in the progress bar, as
+    ``fastface/lr`` and ``fastface/plateau``.
 
     Args:
         schedule: ``FastFace(...)`` or ``MHLR(...)``; None for ``FastFace()``.
@@ -79,7 +80,8 @@ class FastFaceCallback(Callback):
         self._at: Checkpointed | None = None
         self._base_lrs: list[list[float]] = []
         self._micro: list[Tensor] = []  # losses of the micro-batches since the last optimizer step
-        self._unread: list[tuple[int, Tensor, Tensor | None]] = []  # step, loss, found_inf
+        # Step, loss, and whether the step was skipped: known here, or only on the device.
+        self._unread: list[tuple[int, Tensor, bool | Tensor]] = []
         self._stepped = False
         self._found_inf: Tensor | None = None
         self._global_step = 0
@@ -179,9 +181,10 @@ class FastFaceCallback(Callback):
     def _close_step(self, trainer: Trainer) -> None:
         """Keep the optimizer step's mean loss; at the end of a block, read and decide."""
         before, self._global_step = self._global_step, trainer.global_step
-        if self._stepped and self._micro:
+        if self._micro:
             loss = torch.stack(self._micro).mean()
-            self._unread.append((trainer.global_step - 1, loss, self._found_inf))
+            skipped = not self._stepped if self._found_inf is None else self._found_inf
+            self._unread.append((trainer.global_step - 1, loss, skipped))
         self._stepped, self._found_inf, self._micro = False, None, []
         # Blocks end at multiples of their length, not once full: at the same steps after a resume.
         if trainer.global_step // self._block > before // self._block:
@@ -194,14 +197,17 @@ class FastFaceCallback(Callback):
             return
         unread, self._unread = self._unread, []
         columns = [loss for _, loss, _ in unread]
-        columns += [found.reshape(()) for _, _, found in unread if found is not None]
+        columns += [skip.reshape(()) for _, _, skip in unread if isinstance(skip, Tensor)]
         block = torch.stack(columns)
         if trainer.world_size > 1:
             block = trainer.strategy.reduce(block, reduce_op="mean")
         values = block.tolist()
-        skipped = iter(values[len(unread) :])
-        for (step, _, found), loss in zip(unread, values, strict=False):
-            if found is None or next(skipped) == 0:
+        found_inf = iter(values[len(unread) :])
+        for (step, _, skipped), loss in zip(unread, values, strict=False):
+            # A step that the loss scaler skipped counts only if the loss itself was at fault.
+            if isinstance(skipped, Tensor):
+                skipped = next(found_inf) > 0
+            if not (skipped and math.isfinite(loss)):
                 self._update(step, loss)
 
     def _update(self, step: int, loss: float) -> None:
@@ -225,9 +231,13 @@ class FastFaceCallback(Callback):
     def _apply(self, trainer: Trainer) -> None:
         """Set every group to its base learning rate times the scale."""
         assert self._at is not None
+        scale = self._at.state.scale
         for optimizer, base_lrs in zip(trainer.optimizers, self._base_lrs, strict=True):
-            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
-                set_lr(group, base_lr * self._at.state.scale)
+            # A group that joined the run (as fine-tuning callbacks add them) keeps its own rate.
+            for group in optimizer.param_groups[len(base_lrs) :]:
+                base_lrs.append(float(group["lr"]) / scale)
+            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=False):
+                set_lr(group, base_lr * scale)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._at is not None
@@ -239,20 +249,26 @@ class FastFaceCallback(Callback):
             "fastface/plateau_steps": float(state.plateau_steps),
         }
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rates = {
-            name: group["lr"]
-            for name, group in zip(lr_names(trainer.optimizers), groups, strict=True)
+        rates = dict(zip(lr_names(trainer.optimizers), self._rates(trainer), strict=True))
+        bar = {
+            "fastface/lr": next(iter(rates.values())),
+            "fastface/plateau": state.plateau_steps / (patience + 1),  # type: ignore[operator]
         }
-        pl_module.log_dict({**finite, **rates})
+        # As CPU tensors: Lightning puts a float on the device, where the progress bar waits for it.
+        pl_module.log_dict({name: torch.as_tensor(v) for name, v in (finite | rates).items()})
         pl_module.log_dict(
-            {
-                "lr": next(iter(rates.values())),
-                "plateau": state.plateau_steps / (patience + 1),  # type: ignore[operator]
-            },
-            prog_bar=True,
-            logger=False,
+            {name: torch.as_tensor(v) for name, v in bar.items()}, prog_bar=True, logger=False
         )
+
+    def _rates(self, trainer: Trainer) -> list[float]:
+        """Learning rate of every group; one that lives on the device is computed, not read."""
+        assert self._at is not None
+        scale = self._at.state.scale
+        return [
+            base_lr * scale if isinstance(group["lr"], Tensor) else group["lr"]
+            for optimizer, base_lrs in zip(trainer.optimizers, self._base_lrs, strict=True)
+            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=False)
+        ]
 
     # End and checkpoints -----------------------------------------------------------------------
 
@@ -265,6 +281,8 @@ class FastFaceCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._release()
+        if trainer.world_size > 1:
+            self._trainer = None  # no collective read for a checkpoint now: a rank may be gone
 
     def _release(self) -> None:
         for hook in self._hooks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .plateau import PlateauSchedule, PlateauState, check_count
+from .plateau import PlateauSchedule, PlateauState, check_count, check_number
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -27,9 +27,9 @@ class FastFace(PlateauSchedule):
 
     - default: :math:`\alpha_t = \max(\alpha, 1/(t+1))` and :math:`E_0 = 0`. The windows, left
       open, are :math:`w = \max(5, 2000 (T / 200000)^{2/3})` for a run of :math:`T` steps, and the
-      threshold is 0.4 :math:`\times` the highest smoothed loss :math:`/ T`: the noise of the
-      response falls as :math:`w^{-1.5}`, so a threshold that grows as :math:`1/T` needs a window
-      that grows as :math:`T^{2/3}`.
+      threshold is 0.4 :math:`\times` the highest smoothed loss, from step :math:`w/2` on,
+      :math:`/ T`: the noise of the response falls as :math:`w^{-1.5}`, so a threshold that grows as
+      :math:`1/T` needs a window that grows as :math:`T^{2/3}`.
     - ``literal``: the paper's rule, :math:`\alpha_t = \alpha` and :math:`E_1 = D_1`, counting from
       the first step; windows 1000, threshold 5e-5, unless given.
     - ``released``: the published code, :math:`E_t = (2-\alpha-\beta) E_{t-1} - (1-\alpha)(1-\beta)
@@ -148,6 +148,7 @@ def default_window(total_steps: int) -> int:
 
 def _check_window(name: str, window: int | None, rate_name: str, rate: float | None) -> None:
     check_count(name, window, least=1, unit=" step")
+    check_number(rate_name, rate)
     if rate is not None and not 0 < rate <= 1:
         raise ValueError(f"{rate_name} must lie in (0, 1], got {rate}")
     if window is not None and rate is not None and rate != 1 / window:

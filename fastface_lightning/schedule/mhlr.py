@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .plateau import PlateauSchedule, PlateauState, check_count
+from .plateau import PlateauSchedule, PlateauState, check_count, check_number
 
 _PER_UNIT = 2**50
 """Losses are counted in whole multiples of 2**-50 (9e-16), so that their running sums are exact."""
@@ -69,6 +69,7 @@ class MHLR(PlateauSchedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("haar_window", self.haar_window, least=2, unit=" steps")
+        check_number("beta", self.beta)
         if self.beta is not None and not 0 < self.beta <= 0.5:
             raise ValueError(f"beta must lie in (0, 0.5], got {self.beta}")
         if self.beta is not None and self.haar_window not in (None, round(1 / self.beta)):

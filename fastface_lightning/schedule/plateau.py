@@ -104,6 +104,8 @@ class PlateauSchedule:
     _resolved: ClassVar[tuple[str, ...]] = ("threshold", "threshold_mode")
 
     def __post_init__(self) -> None:
+        for name in ("threshold", "factor", "restart_factor"):
+            check_number(name, getattr(self, name))
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
             raise ValueError(f"threshold must be at least 0 and finite, got {self.threshold}")
         if self.threshold_mode not in (None, "abs", "rel", "peak"):
@@ -122,6 +124,12 @@ class PlateauSchedule:
             raise ValueError(f"restart_factor must be at least 1, got {self.restart_factor}")
         check_count("max_decays", self.max_decays, least=0)
         check_count("restart_after", self.restart_after, least=1)
+        if self.restart_after and self.factor ** (self.restart_after - 1) * self.restart_factor > 1:
+            raise ValueError(
+                f"restart_factor must not undo more than the divisions before it, "
+                f"factor**(restart_after - 1) * restart_factor <= 1, got restart_factor="
+                f"{self.restart_factor}, factor={self.factor}, restart_after={self.restart_after}"
+            )
         check_count("max_nonfinite", self.max_nonfinite, least=1, optional=False)
 
     def __repr__(self) -> str:
@@ -226,7 +234,7 @@ class PlateauSchedule:
         decays, restarts = state.decays, state.restarts
         seen = step - self.warmup_steps
         peak = max(state.peak, level) if 2 * seen >= window else state.peak
-        armed = state.armed or seen >= self.arm_after or level <= (1 - ARM_DROP) * peak  # type: ignore[operator]
+        armed = state.armed or seen >= self.arm_after or peak - level >= ARM_DROP * abs(peak)  # type: ignore[operator]
         if not (armed and response < self._threshold(level, peak)):
             plateau_steps = plateaus = 0
         elif plateau_steps < self.patience:  # type: ignore[operator]
@@ -322,6 +330,12 @@ def _differences(saved: dict[str, Any], given: PlateauSchedule) -> Iterator[str]
         value = saved["given"].get(name, "unknown")
         if name not in now or now[name] != value:
             yield f"{name}={value!r}"
+
+
+def check_number(name: str, value: float | None) -> None:
+    """A number or None; raises ValueError naming the value."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def check_count(

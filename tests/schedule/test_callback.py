@@ -415,6 +415,34 @@ def test_step_a_fused_optimizer_skips_does_not_count(tmp_path: Path, read_every:
     assert losses_seen(callback) == [stairs(k) for k in range(10) if k not in OVERFLOWS]
 
 
+@pytest.mark.parametrize("read_every", [1, 4])
+def test_a_loss_that_is_nan_stops_the_run_under_a_scaler_too(
+    tmp_path: Path, read_every: int
+) -> None:
+    """The scaler skips such steps, but it is the loss that is at fault."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    callback = FastFaceCallback(FastFace(max_nonfinite=5), read_every=read_every)
+    with pytest.raises(ValueError, match="at most max_nonfinite=5 losses in a row"):
+        fit(tmp_path, callback, module=Scripted(lambda *_: math.nan), max_epochs=1,
+            plugins=[MixedPrecision("16-mixed", "cpu", scaler)])  # fmt: skip
+
+
+class JoinsLater(Callback):
+    """Adds a parameter group in the middle of the run, as fine-tuning callbacks do."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 4:
+            joined = torch.nn.Parameter(torch.ones(1))
+            trainer.optimizers[0].add_param_group({"params": [joined], "lr": 0.5})
+
+
+def test_a_group_that_joins_the_run_keeps_its_rate_and_follows_from_there(tmp_path: Path) -> None:
+    callback = FastFaceCallback(FASTFACE)
+    trainer = fit(tmp_path, callback, JoinsLater(), max_steps=60)
+    assert [made.step for made in callback.changes] == [34, 43]  # one before epoch 4, one after
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [LR / 4, 0.25]
+
+
 # What is not training ----------------------------------------------------------------------------
 
 
@@ -564,6 +592,21 @@ def test_losses_are_brought_to_the_host_once_a_block(
         logger=CSVLogger(tmp_path), log_every_n_steps=log_every_n_steps)  # fmt: skip
     assert reads.count == allowed
     assert callback.state.step == 320
+
+
+def test_the_progress_bar_is_given_nothing_to_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning moves a float to the device, and the bar reads it back at every step."""
+    given: list[Any] = []
+    module = Scripted()
+    log_dict = module.log_dict
+    monkeypatch.setattr(
+        module, "log_dict", lambda d, **kw: (given.extend(d.values()), log_dict(d, **kw))
+    )
+    fit(tmp_path, FastFaceCallback(), module=module, max_steps=20, log_every_n_steps=5)
+    assert len(given) >= 4 * 4
+    assert all(isinstance(v, Tensor) and v.device.type == "cpu" for v in given)
 
 
 def test_skipped_steps_cost_no_further_read(tmp_path: Path) -> None:
@@ -779,7 +822,7 @@ def test_progress_bar_shows_rate_and_progress_to_the_next_division(tmp_path: Pat
     callback = FastFaceCallback(FastFace(literal=True, ema_window=1, threshold=1.0, patience=9))
     trainer = fit(tmp_path, callback, max_steps=6, log_every_n_steps=1)
     assert callback.state.plateau_steps == 5  # the first loss has no drop
-    assert trainer.progress_bar_metrics == {"lr": LR, "plateau": 0.5}
+    assert trainer.progress_bar_metrics == {"fastface/lr": LR, "fastface/plateau": 0.5}
 
 
 def test_each_change_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
