@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
@@ -48,11 +49,10 @@ def main(cfg: DictConfig) -> float | None:
     """Train, verify and leave a record in the run folder; returns the verification accuracy."""
     record = RunRecord()
     folder = Path(HydraConfig.get().runtime.output_dir)
+    cfg, overrides = with_earlier_overrides(cfg, folder)
     check_numbers(cfg)
     checkpoint = checkpoint_to_resume(cfg, folder)
     resolve_device(cfg)
-    if rank_zero_only.rank == 0:
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     data: FaceDataModule = instantiate(cfg.data)
@@ -61,6 +61,10 @@ def main(cfg: DictConfig) -> float | None:
     schedule = None if cfg.schedule.get("_partial_") else instantiate(cfg.schedule)
     module = build_module(cfg, data, schedule)
     resume_step = check_checkpoint(checkpoint, module) if checkpoint else 0
+    data.train_dataloader()  # refuses a batch that is too large before anything slow
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
     trainer = build_trainer(cfg, folder, schedule, record, resume_step)
 
     if not data.verify_names:
@@ -77,6 +81,20 @@ def main(cfg: DictConfig) -> float | None:
         print_summary(results, folder)
     accuracies = [found["accuracy"] for found in results["verification"].values()]
     return sum(accuracies) / len(accuracies) if accuracies else None
+
+
+def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, list[str]]:
+    """What the run was started with, and over it what this command says.
+
+    Returns:
+        The config, and the overrides it is composed of.
+    """
+    overrides = list(HydraConfig.get().overrides.task)
+    earlier = folder / "overrides.yaml"
+    if cfg.resume == "auto" and earlier.exists():
+        overrides = [*OmegaConf.load(earlier), *overrides]
+        cfg = compose("train", list({text.partition("=")[0]: text for text in overrides}.values()))
+    return cfg, [text for text in overrides if not text.startswith("resume=")]
 
 
 def check_numbers(cfg: DictConfig) -> None:

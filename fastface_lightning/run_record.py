@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -60,6 +61,48 @@ class ResumableCSVLogger(CSVLogger):
             ]
 
 
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt``: every so many steps, after every epoch, and where the run stops.
+
+    Never after the last batch of an epoch but at the epoch's end, when it has been verified:
+    Lightning 2.6 counts an epoch twice when it goes on from between the two.
+
+    Args:
+        dirpath: folder of ``last.ckpt``.
+        every_n_steps: optimizer steps between two savings within an epoch; None for none.
+
+    Raises:
+        ValueError: ``every_n_steps`` below 1.
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
+        self.path = Path(dirpath) / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self._saved_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A resumed run is at a saved step until its next optimizer step.
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
+        if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._saved_step != trainer.global_step:
+            self._saved_step = trainer.global_step
+            trainer.save_checkpoint(self.path)
+
+
 class RunRecord(Callback):
     """Measures a run, and writes down what came of it.
 
@@ -76,7 +119,6 @@ class RunRecord(Callback):
         self.std: dict[str, float] = {}
         self.verified_step: int | None = None
         self._images = 0
-        self._saved_step: int | None = None
         self._lr: float | None = None
         self._lr_changes: list[Change] = []
         self._train_seconds = 0.0
@@ -100,23 +142,6 @@ class RunRecord(Callback):
         if self._lr is not None and lr != self._lr:
             self._lr_changes.append(Change(trainer.global_step - 1, lr / self._lr, lr))
         self._lr = lr
-        if trainer.global_step == trainer.max_steps:
-            # Not at the end of training: Lightning counts the broken-off epoch as done by then.
-            self._save(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        """Save the weights the results speak of, unless a periodic checkpoint just did."""
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-        if folder and self._saved_step != trainer.global_step:
-            trainer.save_checkpoint(Path(folder) / "last.ckpt")
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._saved_step = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for key, value in trainer.callback_metrics.items():

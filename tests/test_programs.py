@@ -231,6 +231,20 @@ def test_two_processes_train_as_one_program(tmp_path: Path) -> None:
     assert done.stdout.count("verification synthetic") == 1
 
 
+def test_resume_keeps_what_the_run_was_started_with(run: Run) -> None:
+    """`hydra.run.dir=RUN resume=auto` alone goes on with RUN; what it adds goes over that."""
+    run(*small("trainer.max_epochs=1", "optimizer.lr=0.05"))
+    ended = run("resume=auto", "trainer.max_epochs=2")
+    assert ended.code == 0, ended.err
+    assert json.loads((ended.folder / "results.json").read_text())["steps"] == 8
+    config = OmegaConf.load(ended.folder / "config.yaml")
+    assert (config.optimizer.lr, config.data.num_identities, config.trainer.max_epochs) == (
+        0.05,
+        8,
+        2,
+    )
+
+
 def test_resume_auto_starts_anew_where_there_is_nothing(run: Run) -> None:
     assert run(*small("resume=auto", "trainer.max_steps=1")).code == 0
 

@@ -267,8 +267,8 @@ class PlateauSchedule:
         unit = {"abs": "", "rel": " x the smoothed loss", "peak": " x the highest smoothed loss"}
         return (
             f"{type(self).__name__}: {self._windows()}; flat below "
-            f"{self.threshold:.3g}{unit[self.threshold_mode or 'abs']}; after "
-            f"{self.patience} flat steps lr x {self.factor:g}"
+            f"{self.threshold:.3g}{unit[self.threshold_mode or 'abs']}; lr x {self.factor:g} when "
+            f"flat for more than {self.patience} steps"
             + (f", at most {self.max_decays} times" if self.max_decays is not None else "")
             + (
                 f", at plateau {self.restart_after} in a row x {self.restart_factor:g}"

@@ -78,7 +78,12 @@ def test_patience_as_a_share_of_the_run_is_rounded_down() -> None:
 
 @given(st.floats(0.01, 0.99))
 def test_each_division_multiplies_by_factor(factor: float) -> None:
-    assert scales(Drop(factor=factor), [1.0] * 3) == [factor, factor * factor, factor**2 * factor]
+    schedule = Drop(factor=factor, restart_after=None)
+    assert scales(schedule, [1.0] * 3) == [
+        factor,
+        factor * factor,
+        factor * factor * factor,
+    ]
 
 
 @pytest.mark.parametrize("max_decays", [0, 1, 3])

@@ -1,0 +1,66 @@
+"""What a run leaves, held on a toy module: the checkpoints that it can be resumed from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
+
+from fastface_lightning.run_record import LastCheckpoint
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def fit(folder: Path, kill_at: int | None, every: int | None, accumulate: int = 1) -> Trainer:
+    """Three epochs of ten steps, from the last checkpoint where there is one."""
+    last = folder / "last.ckpt"
+    trainer = Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        callbacks=[LastCheckpoint(folder, every), KillAt(kill_at)],
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    loader = DataLoader(torch.randn(10 * accumulate, 32), batch_size=1)
+    trainer.fit(BoringModel(), loader, ckpt_path=last if last.exists() else None)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("every", [None, 1, 3, 5])
+def test_a_run_killed_again_and_again_takes_every_step_once(
+    tmp_path: Path, every: int | None, accumulate: int
+) -> None:
+    """Also when steps between two checkpoints divide the epoch."""
+    for kill_at in (12, 13, 20, 27):
+        with pytest.raises(Killed):
+            fit(tmp_path, kill_at, every, accumulate)
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"]
+        periods = [10] if every is None else [10, every]
+        assert saved == max(kill_at - kill_at % period for period in periods)
+    trainer = fit(tmp_path, None, every, accumulate)
+    assert (trainer.global_step, trainer.current_epoch) == (30, 3)
+    again = fit(tmp_path, None, every, accumulate)
+    assert again.global_step == 30
+
+
+def test_checkpoints_need_a_period_of_a_step() -> None:
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        LastCheckpoint("folder", 0)
