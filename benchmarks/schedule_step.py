@@ -38,7 +38,7 @@ class NaiveMHLR:
         threshold: of the response.
     """
 
-    def __init__(self, m: int, total: Callable[[list[float]], float], threshold=0.06) -> None:
+    def __init__(self, m: int, total: Callable[[Any], float], threshold: float = 0.06) -> None:
         self.m, self.total, self.threshold = m, total, threshold
         self.losses: deque[float] = deque(maxlen=m)
         self.means: deque[float] = deque(maxlen=m)
