@@ -92,8 +92,9 @@ def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, l
     overrides = list(HydraConfig.get().overrides.task)
     earlier = folder / "overrides.yaml"
     if cfg.resume == "auto" and earlier.exists():
-        overrides = [*OmegaConf.load(earlier), *overrides]
-        cfg = compose("train", list({text.partition("=")[0]: text for text in overrides}.values()))
+        both = [*OmegaConf.load(earlier), *overrides]
+        overrides = list({text.partition("=")[0]: text for text in both}.values())
+        cfg = compose("train", overrides)
     return cfg, [text for text in overrides if not text.startswith("resume=")]
 
 

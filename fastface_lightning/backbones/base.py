@@ -1,5 +1,6 @@
 """A face backbone in timm's terms: a fixed image size, features, a head, and checkpointing."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 BackboneT = TypeVar("BackboneT", bound="FaceBackbone")
 
 
-class FaceBackbone(nn.Module):
+class FaceBackbone(nn.Module, ABC):
     """Aligned face images to embeddings, :math:`z = h(f(x))`.
 
     :math:`f` is ``forward_features``, (N, C, H, W) to (N, ``num_features``, *``map_size``);
@@ -60,17 +61,17 @@ class FaceBackbone(nn.Module):
         """Float images (N, C, H, W) in [-1, 1] to embeddings (N, D), not normalised."""
         return self.forward_head(self.forward_features(images))
 
+    @abstractmethod
     def forward_features(self, images: Tensor) -> Tensor:
         """Float images (N, C, H, W) in [-1, 1] to the final map (N, num_features, *map_size)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """The final map to embeddings (N, D), or with ``pre_logits`` to the last layer's input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset_classifier(self, num_classes: int) -> None:
         """Start a new last layer of embedding size ``num_classes``."""
-        raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each stage in backward, trading about a third more time for memory."""

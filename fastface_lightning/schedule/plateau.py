@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -51,7 +52,7 @@ S = TypeVar("S", bound="PlateauSchedule")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class PlateauSchedule:
+class PlateauSchedule(ABC):
     r"""Hyper-parameters of the plateau rule; a detector adds how it measures the response.
 
     With :math:`R_t` the response to the loss of step :math:`t` and :math:`\lambda` the threshold,
@@ -163,9 +164,9 @@ class PlateauSchedule:
             warmup_steps=as_steps(bound.warmup_steps, total_steps),
         )
 
+    @abstractmethod
     def _resolve(self: S, total_steps: int) -> S:
         """The detector's own defaults, for those hyper-parameters that are None."""
-        raise NotImplementedError(f"{type(self).__name__} defines no detector")
 
     def init(self) -> PlateauState:
         """State before the first step.
@@ -198,8 +199,9 @@ class PlateauSchedule:
             return state._replace(step=step, scale=scale, nonfinite_run=0)
         return self._detect(state, loss)
 
+    @abstractmethod
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
-        raise NotImplementedError(f"{type(self).__name__} defines no detector")
+        """State after a finite loss past the warm-up: measure the response, then decide."""
 
     def _skip(self, state: PlateauState, loss: float) -> PlateauState:
         run = state.nonfinite_run + 1
@@ -284,8 +286,9 @@ class PlateauSchedule:
             + (f"; warm-up over {self.warmup_steps} steps" if self.warmup_steps else "")
         )
 
+    @abstractmethod
     def _windows(self) -> str:
-        raise NotImplementedError(f"{type(self).__name__} defines no detector")
+        """What the detector averages over, for the log."""
 
 
 class Checkpointed(NamedTuple):
