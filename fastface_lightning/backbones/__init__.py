@@ -3,5 +3,6 @@
 from .embedder import build_backbone
 from .iresnet import IResNet
 from .mobilefacenet import MobileFaceNet
+from .weights import load_weights
 
-__all__ = ["IResNet", "MobileFaceNet", "build_backbone"]
+__all__ = ["IResNet", "MobileFaceNet", "build_backbone", "load_weights"]

@@ -1,8 +1,6 @@
 """A face backbone in timm's terms: a fixed image size, features, a head, and checkpointing."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -10,12 +8,14 @@ from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+
+from .checkpointing import recompute
+from .freeze import Freezable
 
 BackboneT = TypeVar("BackboneT", bound="FaceBackbone")
 
 
-class FaceBackbone(nn.Module, ABC):
+class FaceBackbone(Freezable, ABC):
     """Aligned face images to embeddings, :math:`z = h(f(x))`.
 
     :math:`f` is ``forward_features``, (N, C, H, W) to (N, ``num_features``, *``map_size``);
@@ -23,7 +23,8 @@ class FaceBackbone(nn.Module, ABC):
     under autocast, since half precision is too coarse for cosines. ``num_classes`` is timm's word
     for the width of the last layer: here the embedding size D.
 
-    A subclass defines both halves and ``reset_classifier``, and runs its stages by ``run``.
+    A subclass defines both halves and ``reset_classifier``, runs its stages by ``run``, and calls
+    ``features`` the end of its head, where batch norms see one vector an image.
 
     Args:
         num_classes: embedding size D; 0 leaves the head out and gives the flattened features.
@@ -33,10 +34,12 @@ class FaceBackbone(nn.Module, ABC):
         drop_rate: probability of dropping an element of the final map, in [0, 1).
 
     Raises:
-        ValueError: an argument out of its range, or images that do not fit.
+        ValueError: an argument out of its range, images that do not fit, or a training batch of one
+            as long as the head's batch norms train.
     """
 
     num_features: int
+    features: nn.Module
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class FaceBackbone(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         """Float images (N, C, H, W) in [-1, 1] to embeddings (N, D), not normalised."""
+        check_batch(images, self.features)
         return self.forward_head(self.forward_features(images))
 
     @abstractmethod
@@ -79,13 +83,9 @@ class FaceBackbone(nn.Module, ABC):
 
     def run(self, stage: nn.Module, x: Tensor) -> Tensor:
         """``stage(x)``, recomputed in backward when checkpointing is on."""
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return stage(x)
-
-        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-            return nullcontext(), frozen_statistics(stage)
-
-        return checkpoint(stage, x, use_reentrant=False, context_fn=contexts)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return recompute(stage, x)
+        return stage(x)
 
     def check_images(self, images: Tensor) -> None:
         if images.shape[1:] != (self.in_chans, *self.img_size):
@@ -101,6 +101,27 @@ def check_embedder(embedding_size: int, dropout: float, smallest: int = 1) -> No
         raise ValueError(f"embedding_size must be at least {smallest}, got {embedding_size}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+
+
+def check_batch(images: Tensor, head: nn.Module) -> None:
+    """The door of a forward: one vector has no variance for a batch norm of the head to train on.
+
+    A SyncBatchNorm is left to its own check, since it sees the images of every process.
+    """
+    norms = (m for m in head.modules() if isinstance(m, _BatchNorm))
+    trains = any(m.training and not isinstance(m, nn.SyncBatchNorm) for m in norms)
+    if trains and len(images) < 2:
+        raise ValueError(
+            f"a training batch must hold at least 2 images for BatchNorm, got {len(images)}"
+        )
+
+
+def architecture(model: nn.Module) -> str:
+    """What a message calls a model: ``iresnet18 (IResNet)``, or its class outside of timm."""
+    network: Any = getattr(model, "trunk", model)
+    name = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
+    kind = type(network).__name__
+    return f"{name} ({kind})" if name else kind
 
 
 def create(cls: type[BackboneT], name: str, pretrained: bool, **kwargs: Any) -> BackboneT:
@@ -144,17 +165,3 @@ def in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
         return head(x)
     with torch.autocast(device, enabled=False):
         return head(x)
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms keep their running statistics: a recomputation has counted its batch already."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, batches

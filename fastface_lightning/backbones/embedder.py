@@ -1,5 +1,6 @@
 """Any backbone by its timm name, ending in an embedding: images (N, 3, 112, 112) in, (N, D) out."""
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import chain
 from typing import Any
@@ -8,7 +9,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .base import check_embedder, embedding_norm, in_full_precision
+from .base import (
+    FaceBackbone,
+    architecture,
+    check_batch,
+    check_embedder,
+    embedding_norm,
+    in_full_precision,
+)
+from .checkpointing import CountOnce
+from .freeze import Freezable
 
 IMAGE_SHAPE = (3, 112, 112)
 
@@ -27,24 +37,48 @@ class EmbeddingNeck(nn.Sequential):
         self.features = embedding_norm(embedding_size)
 
 
-class TimmEmbedder(nn.Module):
+class TimmEmbedder(Freezable):
     """A timm model without its classifier, and a neck that turns its features into an embedding.
 
     Shape: float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D), not normalised, float32 under
     autocast.
+
+    Raises:
+        ValueError: a training batch of one image, as long as the neck's batch norms train.
     """
 
     def __init__(self, trunk: Any, neck: EmbeddingNeck) -> None:
         super().__init__()
         self.trunk = trunk
         self.neck = neck
+        self.grad_checkpointing = False
+        self.count_once = CountOnce()
 
     def forward(self, images: Tensor) -> Tensor:
-        return in_full_precision(self.neck, self.trunk(images))
+        check_batch(images, self.neck)
+        return in_full_precision(self.neck, self._pooled(images))
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        """The trunk's features (N, F)."""
+        if not self.grad_checkpointing or torch.compiler.is_compiling():
+            return self.trunk(images)
+        with self.count_once.forward_of(self.trunk):
+            return self.trunk(images)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the trunk's stages in backward, as timm does it."""
-        self.trunk.set_grad_checkpointing(enable)
+        """Recompute the trunk's stages in backward as timm does it, but count each batch once.
+
+        Raises:
+            ValueError: timm cannot do it for this model.
+        """
+        try:
+            self.trunk.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError) as error:  # how timm's models say so
+            raise ValueError(
+                f"grad_checkpointing must be false for {architecture(self)}, which does not "
+                f"support it, got {enable}"
+            ) from error
+        self.grad_checkpointing = enable
 
 
 def build_backbone(
@@ -53,6 +87,9 @@ def build_backbone(
     pretrained: bool = False,
     dropout: float = 0.0,
     channels_last: bool = False,
+    compile: bool = False,
+    grad_checkpointing: bool = False,
+    freeze: str | Iterable[str] | None = None,
     **timm_kwargs: Any,
 ) -> nn.Module:
     """Build a backbone that maps aligned faces to embeddings.
@@ -66,21 +103,54 @@ def build_backbone(
         pretrained: start from timm's ImageNet weights; only for models timm has weights for.
         dropout: probability of dropping a feature before the last linear layer, in [0, 1).
         channels_last: store the weights in NHWC order, faster on tensor cores and on processors.
+        compile: compile the network by ``torch.compile`` at its first forward. In place: the
+            state_dict keeps its keys, so checkpoints load with and without.
+        grad_checkpointing: recompute each stage in backward, trading about a third more time for
+            memory.
+        freeze: parts held fixed, with parameters that get no gradient, batch norms that keep their
+            statistics and dropout that is off. Submodules or parameters by their names in the
+            state_dict: ``layer1``, and within any other timm model ``trunk.stem``; ``all`` is the
+            whole backbone.
         timm_kwargs: passed to ``timm.create_model``, such as ``drop_path_rate``.
 
     Returns:
-        A module from float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D), not normalised.
+        A module from float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D), not normalised. In
+        training it takes two images or more, as batch norms do.
 
     Raises:
-        ValueError: an argument out of its range, an unknown name, or a model that does not map
-            112x112 images to one vector each.
+        ValueError: an argument out of its range, an unknown name, a model that does not map 112x112
+            images to one vector each, or that cannot checkpoint its gradients.
 
     Example:
-        >>> model = build_backbone("iresnet18", embedding_size=256).eval()
+        >>> model = build_backbone("iresnet18", embedding_size=256, freeze=["conv1", "bn1"]).eval()
         >>> model(torch.zeros(2, 3, 112, 112)).shape
         torch.Size([2, 256])
     """
     check_embedder(embedding_size, dropout)
+    _check_switches(
+        channels_last=channels_last, compile=compile, grad_checkpointing=grad_checkpointing
+    )
+    model = _create(name, embedding_size, pretrained, dropout, timm_kwargs)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    if grad_checkpointing:
+        model.set_grad_checkpointing()
+    model.freeze(freeze or ())
+    if compile:
+        model.compile()
+    return model
+
+
+def _check_switches(**switches: bool) -> None:
+    for key, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} must be true or false, got {value!r}")
+
+
+def _create(
+    name: str, embedding_size: int, pretrained: bool, dropout: float, timm_kwargs: dict[str, Any]
+) -> FaceBackbone | TimmEmbedder:
+    """The network as timm builds it, behind a neck where it has no face head of its own."""
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=5)
         hint = f", did you mean one of {', '.join(near)}?" if near else ""
@@ -92,15 +162,17 @@ def build_backbone(
     if timm.models.is_model_in_modules(name, {"iresnet", "mobilefacenet"}):
         timm_kwargs.update(num_classes=embedding_size, drop_rate=dropout)
         model = timm.create_model(name, pretrained=pretrained, **timm_kwargs)
+        assert isinstance(model, FaceBackbone)
         _vector_size(model, name)
-    else:
-        try:
-            trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
-        except (AssertionError, IndexError) as error:  # how some models meet a small img_size
-            raise ValueError(f"{name} cannot be built for 3x112x112 images: {error}") from error
-        num_features = _vector_size(trunk, name)
-        model = TimmEmbedder(trunk, EmbeddingNeck(num_features, embedding_size, dropout))
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+        return model
+    try:
+        trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
+    except (AssertionError, IndexError) as error:  # how some models meet a small img_size
+        raise ValueError(
+            f"{name} cannot be built for 3x112x112 images: {_reason(error)}"
+        ) from error
+    num_features = _vector_size(trunk, name)
+    return TimmEmbedder(trunk, EmbeddingNeck(num_features, embedding_size, dropout))
 
 
 def _vector_size(model: nn.Module, name: str) -> int:
@@ -114,10 +186,14 @@ def _vector_size(model: nn.Module, name: str) -> int:
         with torch.no_grad():
             output = torch.func.functional_call(model.eval(), shapes, images)
     except Exception as error:  # a model's code may fail on a strange size in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{name} cannot take 3x112x112 images: {reason}") from error
+        raise ValueError(f"{name} cannot take 3x112x112 images: {_reason(error)}") from error
     finally:
         model.train(training)
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
         raise ValueError(f"{name} must give one feature vector an image")
     return output.shape[1]
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, or what it is."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

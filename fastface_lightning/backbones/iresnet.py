@@ -2,7 +2,7 @@
 
 The state_dict keys and shapes are InsightFace's, so its published weights load strictly::
 
-    model = timm.create_model("iresnet100", num_classes=512, checkpoint_path="backbone.pth")
+    load_weights(build_backbone("iresnet100"), "backbone.pth")
 
 References:
     Deng et al., ArcFace, CVPR 2019, arXiv 1801.07698, section 3.1: the block (from pyramidal
@@ -113,7 +113,7 @@ class IResNet(FaceBackbone):
         """Start a new ``fc`` and ``features`` of embedding size ``num_classes``; 0 for none."""
         self.num_classes = num_classes
         self.fc: nn.Module = nn.Identity()
-        self.features: nn.Module = nn.Identity()
+        self.features = nn.Identity()
         if num_classes:
             self.fc = nn.Linear(self.head_hidden_size, num_classes)
             self.features = embedding_norm(num_classes)

@@ -136,6 +136,7 @@ class MobileFaceNet(FaceBackbone):
 
     num_features = 512
     head_hidden_size = 512
+    features: GDC
 
     def __init__(
         self,

@@ -1,0 +1,60 @@
+"""Hold parts of a network fixed: their parameters, BatchNorm statistics and dropout stand still."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import TypeVar
+
+from torch import nn
+
+WHOLE = "all"
+FreezableT = TypeVar("FreezableT", bound="Freezable")
+
+
+class Freezable(nn.Module):
+    """A network of which :meth:`freeze` holds parts fixed, whatever ``train()`` says later."""
+
+    frozen: frozenset[str] = frozenset()
+
+    def freeze(self, names: str | Iterable[str]) -> None:
+        """Hold parts fixed: no gradient for their parameters, and their modules stay in eval.
+
+        Args:
+            names: submodules or single parameters by their names in the state_dict, such as
+                ``layer1``, ``trunk.stem`` or ``trunk.pos_embed``; ``all`` is the whole network.
+
+        Raises:
+            ValueError: a name the network has not; nothing is frozen then.
+        """
+        asked = [names] if isinstance(names, str) else [str(name) for name in names]
+        parts: dict[str, nn.Module | nn.Parameter] = {
+            **dict(self.named_parameters()),
+            **dict(self.named_modules()),
+        }
+        parts[WHOLE] = parts.pop("")
+        for name in asked:
+            if name not in parts:
+                raise ValueError(
+                    f"freeze must name parts of the backbone, got {name!r}, {_hint(name, parts)}"
+                )
+        for name in asked:
+            parts[name].requires_grad_(False)
+        self.frozen = self.frozen.union(asked)
+        self.train(self.training)
+
+    def train(self: FreezableT, mode: bool = True) -> FreezableT:
+        """Training mode or evaluation mode; what is frozen is in evaluation mode in both."""
+        super().train(mode)
+        if mode and self.frozen:
+            for name, module in self.named_modules():
+                if (name or WHOLE) in self.frozen:
+                    module.eval()
+        return self
+
+
+def _hint(name: str, parts: Iterable[str]) -> str:
+    """Parts whose last word is the name, else those written alike, else the outermost ones."""
+    within = [part for part in parts if name and part.endswith(f".{name}")][:5]
+    near = within or get_close_matches(name, parts, n=5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"which has {', '.join(part for part in parts if '.' not in part)}"

@@ -1,0 +1,137 @@
+"""Start a backbone from the weights in a file: InsightFace's, or a checkpoint of ``train.py``."""
+
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import architecture
+
+WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
+NAMED_IN_FULL = 8  # so many keys are all named in a message; of more, the first three
+
+
+def load_weights(model: nn.Module, file: str | Path) -> None:
+    """Fill a backbone with the weights in a file: with all of them or, on any error, with none.
+
+    The file holds a state_dict with the model's keys and shapes, such as InsightFace's
+    ``backbone.pth`` and ``model.pt``, with or without the prefix that a wrapper puts before every
+    key; or it is a Lightning checkpoint of ``train.py``, whose ``backbone.`` keys are taken. Only
+    tensors are read: no code in the file runs. They take the dtype, device and memory format of the
+    model's own. Counts of batches (``num_batches_tracked``), which old files lack, may be missing.
+
+    Args:
+        model: what :func:`build_backbone` gives for the file's architecture and embedding size.
+        file: written by ``torch.save``.
+
+    Raises:
+        ValueError: no such file, one that holds something else, keys or shapes that are not the
+            model's, or a number that is not finite in the model's dtype. The model is as it was.
+
+    Example:
+        >>> load_weights(build_backbone("iresnet100"), "backbone.pth")  # doctest: +SKIP
+    """
+    weights = read_weights(file)
+    own = model.state_dict()
+    differences = _differences(weights, own)
+    if differences:
+        raise ValueError(
+            f"weights must match {architecture(model)}, got {', '.join(differences)} in {file}"
+        )
+    weights = {key: value.to(own[key].dtype) for key, value in weights.items()}
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            odd = value[~value.isfinite()][0].item()
+            raise ValueError(f"weights must be finite, got {odd} in {key} of {file}")
+    model.load_state_dict(weights, strict=False)  # only counts of batches may be missing
+
+
+def read_weights(file: str | Path) -> dict[str, Tensor]:
+    """The backbone's state_dict in a file, on the CPU, its keys without the prefixes of wrappers.
+
+    Raises:
+        ValueError: no such file, or one that holds something else.
+    """
+    content = _read(Path(file))
+    is_checkpoint = isinstance(content, Mapping) and "state_dict" in content
+    state = content["state_dict"] if is_checkpoint else content
+    if not isinstance(state, Mapping) or not state:
+        raise _refused(file, f"holds {'no tensors' if state == {} else _kind(state)}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise _refused(file, f"holds {_kind(value)} under {key!r}")
+    weights = _unwrapped(dict(state))
+    if is_checkpoint:
+        weights = _unwrapped(_under("backbone.", weights))
+        if not weights:
+            raise _refused(file, "is a checkpoint without keys that begin with 'backbone.'")
+    return weights
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"weights must be a file, got {path}")
+    try:
+        # Only files of the zip format, torch's since 1.6, can be mapped into memory.
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except PermissionError as error:
+        raise ValueError(f"weights must be a file that may be read, got {path}") from error
+    except Exception as error:  # there is no end to what a damaged pickle may raise
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"also holds {foreign[1]}" if foreign else "is damaged or of another format"
+        raise _refused(path, reason) from error
+
+
+def _refused(file: str | Path, reason: str) -> ValueError:
+    return ValueError(
+        f"weights must be a file of tensors, a state_dict or a checkpoint of train.py, "
+        f"got {file}, which {reason}"
+    )
+
+
+def _kind(value: object) -> str:
+    return f"an object of type {type(value).__name__}"
+
+
+def _under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part whose keys begin with ``prefix``, without it."""
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that wrappers have put before every key."""
+    for prefix in WRAPPERS:
+        if weights and all(key.startswith(prefix) for key in weights):
+            return _unwrapped(_under(prefix, weights))
+    return weights
+
+
+def _differences(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``weights`` from filling ``own``, one phrase for each kind; none if they fit."""
+    shared = [key for key in own if key in weights]
+    kinds = {
+        "missing": [k for k in own if k not in weights and not k.endswith("num_batches_tracked")],
+        "unexpected": [key for key in weights if key not in own],
+        "mis-shaped": [
+            f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}"
+            for key in shared
+            if weights[key].shape != own[key].shape
+        ],
+        "mistyped": [
+            f"{key} {weights[key].dtype} for {own[key].dtype}"
+            for key in shared
+            if weights[key].is_floating_point() != own[key].is_floating_point()
+        ],
+    }
+    return [f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds.items() if keys]
+
+
+def _listed(keys: Sequence[str]) -> str:
+    if len(keys) <= NAMED_IN_FULL:
+        return ", ".join(keys)
+    return f"{', '.join(keys[:3])} and {len(keys) - 3} more"

@@ -1,0 +1,330 @@
+"""compile, grad_checkpointing and freeze: each changes how a backbone trains, never what it is."""
+
+import copy
+import os
+import shutil
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from fastface_lightning.backbones import MobileFaceNet, build_backbone
+
+State = dict[str, Tensor]
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Float64 (4, 3, 112, 112) in [-1, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(4, 3, 112, 112, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def one_step(model: nn.Module, images: Tensor) -> tuple[Tensor, State, State]:
+    """Embeddings, gradients and buffers of one training forward and backward."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    embeddings = model(images)
+    (embeddings * torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)).sum().backward()
+    gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    return embeddings.detach(), gradients, {k: b.clone() for k, b in model.named_buffers()}
+
+
+def assert_same_step(first: nn.Module, second: nn.Module, images: Tensor) -> None:
+    for a, b in zip(one_step(first, images), one_step(second, images), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_traced_network_trains_and_embeds_as_it_does_otherwise(images: Tensor) -> None:
+    """All of compiling but the code generation, which alone needs a C++ compiler."""
+    plain = build_backbone("iresnet_tiny", 8).double()
+    traced = copy.deepcopy(plain)
+    traced.compile(backend="aot_eager_decomp_partition")
+    assert_same_step(plain, traced, images)
+    plain.eval()
+    traced.eval()
+    for n in (1, 3):
+        torch.testing.assert_close(traced(images[:n]), plain(images[:n]), rtol=1e-9, atol=1e-12)
+    traced.train()
+    with pytest.raises(ValueError, match="must hold at least 2 images for BatchNorm, got 1"):
+        traced(images[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="torch.compile for processors needs a C++ compiler")
+def test_compile_gives_the_same_embeddings_gradients_and_keys(images: Tensor) -> None:
+    torch.manual_seed(0)
+    compiled = build_backbone("iresnet_tiny", 8, channels_last=True, compile=True).double()
+    plain = build_backbone("iresnet_tiny", 8, channels_last=True).double()
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(compiled.state_dict())
+    assert_same_step(plain, compiled, images)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="torch.compile for processors needs a C++ compiler")
+def test_a_mobilefacenet_compiles_too(images: Tensor) -> None:
+    torch.manual_seed(0)
+    plain = MobileFaceNet((1, 1, 1, 1), scale=1, num_classes=8).double()
+    compiled = copy.deepcopy(plain)
+    compiled.compile()
+    assert_same_step(plain, compiled, images)
+
+
+def test_compiling_is_asked_for_and_done_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda model: asked.append(model))
+    for name in ("iresnet_tiny", "mobilefacenet", "resnet18"):
+        assert build_backbone(name, 8) not in asked
+        assert build_backbone(name, 8, compile=True) is asked[-1]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224", "levit_128s"]
+)
+def test_checkpointing_a_timm_trunk_changes_no_gradient_and_no_statistic(
+    name: str, images: Tensor
+) -> None:
+    """timm's recomputation alone would count each batch twice."""
+    torch.manual_seed(0)
+    plain = build_backbone(name, 8).double()
+    checkpointed = build_backbone(name, 8, grad_checkpointing=True).double()
+    checkpointed.load_state_dict(plain.state_dict())
+    for _ in range(2):
+        assert_same_step(plain, checkpointed, images)
+
+
+def recomputations(model: nn.Module, norm: nn.Module, images: Tensor) -> int:
+    calls: list[nn.Module] = []
+    handle = norm.register_forward_pre_hook(lambda module, _: calls.append(module))
+    one_step(model, images)
+    handle.remove()
+    return len(calls) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [("resnet18", "layer1.0.bn1"), ("vit_tiny_patch16_224", "blocks.0.norm1")],
+)
+def test_checkpointing_recomputes_a_timm_trunk(name: str, inner: str, images: Tensor) -> None:
+    model = build_backbone(name, 8, grad_checkpointing=True).double()
+    norm = model.trunk.get_submodule(inner)
+    assert recomputations(model, norm, images) == 1
+    model.set_grad_checkpointing(False)
+    assert recomputations(model, norm, images) == 0
+
+
+def test_a_copy_of_a_checkpointed_trunk_counts_its_own_batches(images: Tensor) -> None:
+    model = build_backbone("resnet18", 8, grad_checkpointing=True).double()
+    one_step(model, images)
+    twin = copy.deepcopy(model)
+    one_step(twin, images)
+    with torch.no_grad():
+        twin(images)
+    assert model.trunk.bn1.num_batches_tracked == 1 and twin.trunk.bn1.num_batches_tracked == 3
+    assert model.trunk.layer1[0].bn1.num_batches_tracked == 1
+    assert twin.trunk.layer1[0].bn1.num_batches_tracked == 3
+    assert twin.trunk.layer1[0].bn1.momentum == 0.1
+
+
+def test_norms_that_are_put_in_later_count_once_too(images: Tensor) -> None:
+    """As Lightning puts SyncBatchNorm in, once the network is built."""
+    model = build_backbone("resnet18", 8, grad_checkpointing=True).double()
+    model.trunk.layer1[0].bn1 = nn.BatchNorm2d(64).double()
+    one_step(model, images)
+    model.trunk.layer1[1].bn1 = nn.BatchNorm2d(64).double()
+    one_step(model, images)
+    assert model.trunk.layer1[0].bn1.num_batches_tracked == 2
+    assert model.trunk.layer1[1].bn1.num_batches_tracked == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["iresnet_tiny", "resnet18"])
+def test_compiled_checkpointing_counts_once(name: str, images: Tensor) -> None:
+    plain = build_backbone(name, 8).double()
+    traced = build_backbone(name, 8, grad_checkpointing=True).double()
+    traced.load_state_dict(plain.state_dict())
+    assert_same_step(plain, traced, images)  # leaves hooks on the norms of a timm trunk
+    traced.compile(backend="aot_eager_decomp_partition")
+    assert_same_step(plain, traced, images)
+
+
+def test_a_model_that_cannot_checkpoint_says_so() -> None:
+    message = r"^grad_checkpointing must be false for vgg11_bn \(VGG\), which does not support it"
+    with pytest.raises(ValueError, match=message):
+        build_backbone("vgg11_bn", 8, grad_checkpointing=True)
+
+
+FROZEN = {
+    "iresnet_tiny": ["conv1", "bn1", "prelu", "layer1"],
+    "mobilefacenet": ["layers.0", "layers.1", "features.layers.0"],
+    "resnet18": ["trunk.conv1", "trunk.bn1", "trunk.layer1", "neck.dropout"],
+    "vit_tiny_patch16_224": ["trunk.patch_embed", "trunk.pos_embed", "trunk.blocks.0"],
+}
+
+
+def within(key: str, names: list[str]) -> bool:
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_parts_stand_still_and_the_others_train(
+    name: str, checkpointing: bool, images: Tensor
+) -> None:
+    names = FROZEN[name]
+    model = build_backbone(name, 8, freeze=names, grad_checkpointing=checkpointing).double()
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    one_step(model, images)
+    optimizer.step()
+    for key, value in model.state_dict().items():
+        if within(key, names):
+            assert torch.equal(value, before[key]), key
+        elif key.endswith("running_mean"):
+            assert not torch.equal(value, before[key]), key
+    for key, parameter in model.named_parameters():
+        fixed = within(key, names) or key.endswith("features.weight")
+        assert (parameter.grad is None) == fixed, key
+    for key, module in model.named_modules():
+        assert module.training != within(key, names), key
+
+
+def test_frozen_dropout_is_off(images: Tensor) -> None:
+    model = build_backbone("iresnet_tiny", 8, dropout=0.5, freeze=["dropout"]).double()
+    with torch.no_grad():
+        assert torch.equal(model(images), model(images))
+
+
+def test_frozen_parts_stay_in_eval_whatever_mode_follows() -> None:
+    model = build_backbone("iresnet_tiny", 8, freeze=["layer1"])
+    whole = nn.Sequential(model, nn.Linear(8, 2))
+    for _ in range(2):
+        whole.train()
+        assert model.training and model.layer2.training and not model.layer1[0].bn1.training
+        whole.eval()
+        assert not model.training and not model.layer2.training
+    twin = copy.deepcopy(model).train()
+    assert not twin.layer1.training and twin.layer2.training
+
+
+class Fit(LightningModule):
+    """The least a trainer can fit; records which parts of its backbone train at each step."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.modes: list[tuple[bool, bool]] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.modes.append((self.backbone.layer1.training, self.backbone.layer2.training))
+        return self.backbone(batch).square().mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        assert not self.backbone.training
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_frozen_parts_stay_in_eval_while_lightning_fits_and_validates(images: Tensor) -> None:
+    module = Fit(build_backbone("iresnet_tiny", 8, freeze=["layer1"]))
+    loader = torch.utils.data.DataLoader(images.float(), batch_size=2)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        val_check_interval=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader, loader)
+    assert module.modes == [(False, True)] * 4
+    assert module.backbone.layer1[0].bn1.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("name", ["iresnet_tiny", "resnet18"])
+def test_a_whole_backbone_can_be_frozen(name: str, images: Tensor) -> None:
+    """Also with one image, for which a batch norm that trains would be no use."""
+    model = build_backbone(name, 8, freeze="all", grad_checkpointing=True).double().train()
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    before = copy.deepcopy(model.state_dict())
+    embeddings = model(images[:1])
+    assert embeddings.shape == (1, 8) and not embeddings.requires_grad
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("nothing", [None, [], ()])
+def test_nothing_is_frozen_unless_asked(nothing: list[str] | None) -> None:
+    model = build_backbone("iresnet_tiny", 8, freeze=nothing)
+    assert all(module.training for module in model.modules())
+    fixed = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert fixed == ["features.weight"]
+
+
+def test_freezing_adds_up_and_a_replaced_head_trains_again() -> None:
+    model = build_backbone("iresnet_tiny", 8, freeze=["layer1"])
+    model.freeze(["fc", "features"])
+    assert not model.layer1.training and not model.fc.weight.requires_grad
+    model.reset_classifier(4)
+    assert model.train().fc.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "hint"),
+    [
+        ("iresnet_tiny", "layer9", "did you mean layer"),
+        ("iresnet_tiny", "stem", "which has conv1, bn1, prelu, layer1, .*features, all$"),
+        ("iresnet_tiny", "", "which has conv1"),
+        ("resnet18", "layer1", r"did you mean trunk\.layer1\?$"),
+        ("resnet18", "xyz", "which has trunk, neck, all$"),
+    ],
+)
+def test_an_unknown_part_is_met_with_known_ones(name: str, part: str, hint: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^freeze must name parts of the backbone, got '{part}', {hint}"
+    ):
+        build_backbone(name, 8, freeze=[part])
+
+
+@pytest.mark.parametrize("switch", ["channels_last", "compile", "grad_checkpointing"])
+def test_a_switch_is_true_or_false(switch: str) -> None:
+    with pytest.raises(ValueError, match=f"^{switch} must be true or false, got 'auto'"):
+        build_backbone("iresnet_tiny", 8, **{switch: "auto"})
+
+
+@pytest.mark.parametrize("name", ["iresnet_tiny", "mobilefacenet", "resnet18"])
+def test_a_training_batch_of_one_is_refused_before_anything_changes(
+    name: str, images: Tensor
+) -> None:
+    model = build_backbone(name, 8).double()
+    before = copy.deepcopy(model.state_dict())
+    message = "^a training batch must hold at least 2 images for BatchNorm, got 1$"
+    with pytest.raises(ValueError, match=message):
+        model(images[:1])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.eval()(images[:1]).shape == (1, 8)
+
+
+def test_one_image_trains_where_the_norms_of_the_head_do_not(images: Tensor) -> None:
+    model = build_backbone("iresnet_tiny", 8, freeze=["features"]).double()
+    model(images[:1]).sum().backward()
+    assert build_backbone("resnet18", 8, freeze=["neck"]).double()(images[:1]).requires_grad
+    bare = build_backbone("iresnet_tiny", 8).double()
+    bare.reset_classifier(0)
+    assert bare.train()(images[:1]).shape == (1, bare.head_hidden_size)
+
+
+def test_one_image_a_process_is_for_sync_batch_norm_to_judge(images: Tensor) -> None:
+    """Its batch is that of all processes; alone, it refuses one image in torch's words."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(build_backbone("iresnet_tiny", 8)).double()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        model(images[:1])

@@ -1,0 +1,298 @@
+"""load_weights fills a backbone from a file whole, or says in one sentence why it cannot."""
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastface_lightning.backbones import build_backbone, load_weights
+
+State = dict[str, Tensor]
+
+
+def trained(name: str, embedding_size: int = 8) -> nn.Module:
+    """A backbone whose every number is its own, statistics and counts too."""
+    torch.manual_seed(0)
+    model = build_backbone(name, embedding_size)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.uniform_(0.5, 1.5) if value.is_floating_point() else value.fill_(7)
+    return model
+
+
+def assert_equal(found: State, expected: State) -> None:
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def save(content: object, file: Path) -> Path:
+    torch.save(content, file)
+    return file
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(1)
+    return build_backbone("iresnet_tiny", 8)
+
+
+def refused(model: nn.Module, file: Path, message: str) -> None:
+    """The error is one line, and the model is as it was."""
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message) as raised:
+        load_weights(model, file)
+    assert "\n" not in str(raised.value) and file.name in str(raised.value)
+    assert_equal(model.state_dict(), before)
+
+
+LARGE = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("iresnet34", "iresnet50", "iresnet100", "iresnet200")
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("iresnet_tiny", "iresnet18", "mobilefacenet", "mobilefacenet_large", *LARGE),
+        *("resnet18", "vit_tiny_patch16_224"),
+    ],
+)
+def test_a_state_dict_round_trips(name: str, tmp_path: Path) -> None:
+    source = trained(name)
+    file = save(source.state_dict(), tmp_path / "backbone.pth")
+    torch.manual_seed(1)
+    model = build_backbone(name, 8)
+    load_weights(model, file)
+    file.unlink()
+    assert_equal(model.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_prefixes_of_wrappers_are_dropped(
+    prefix: str, checkpoint: bool, model: nn.Module, tmp_path: Path
+) -> None:
+    source = trained("iresnet_tiny").state_dict()
+    if checkpoint:
+        weights = {f"backbone.{prefix}{key}": value for key, value in source.items()}
+        content = {"state_dict": weights | {"classifier.weight": torch.ones(3, 8)}, "epoch": 1}
+    else:
+        content = {f"{prefix}{key}": value for key, value in source.items()}
+    load_weights(model, save(content, tmp_path / "model.pt"))
+    assert_equal(model.state_dict(), source)
+
+
+@pytest.mark.parametrize("name", ["mobilefacenet", "resnet18"])
+def test_a_checkpoint_gives_its_backbone(name: str, tmp_path: Path) -> None:
+    source = trained(name)
+    whole = nn.ModuleDict({"backbone": source, "classifier": nn.Linear(8, 3)})
+    content = {"state_dict": whole.state_dict(), "optimizer_states": [{"lr": 0.1}], "loops": {}}
+    model = build_backbone(name, 8)
+    load_weights(model, save(content, tmp_path / "last.ckpt"))
+    assert_equal(model.state_dict(), source.state_dict())
+
+
+def test_files_of_torch_before_1_6_are_read(model: nn.Module, tmp_path: Path) -> None:
+    source = trained("iresnet_tiny").state_dict()
+    torch.save(source, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    load_weights(model, tmp_path / "old.pth")
+    assert_equal(model.state_dict(), source)
+
+
+def test_old_files_without_counts_of_batches_are_read(model: nn.Module, tmp_path: Path) -> None:
+    source = trained("iresnet_tiny").state_dict()
+    weights = {k: v for k, v in source.items() if not k.endswith("num_batches_tracked")}
+    load_weights(model, save(weights, tmp_path / "old.pth"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, weights.get(key, torch.tensor(0))), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_take_the_models_dtype_and_format(
+    dtype: torch.dtype, model: nn.Module, tmp_path: Path
+) -> None:
+    weights = trained("iresnet_tiny").to(dtype).state_dict()
+    model.to(memory_format=torch.channels_last)
+    load_weights(model, save(weights, tmp_path / "half.pth"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, weights[key].to(value.dtype)), key
+    assert model.conv1.weight.dtype == torch.float32
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_switches_do_not_change_what_loads(tmp_path: Path) -> None:
+    source = trained("iresnet_tiny")
+    file = save(source.state_dict(), tmp_path / "backbone.pth")
+    model = build_backbone(
+        "iresnet_tiny", 8, channels_last=True, compile=True, grad_checkpointing=True, freeze="all"
+    )
+    load_weights(model, file)
+    assert_equal(model.state_dict(), source.state_dict())
+    load_weights(build_backbone("iresnet_tiny", 8), save(model.state_dict(), file))
+
+
+def drop(*keys: str) -> Callable[[State], None]:
+    def change(weights: State) -> None:
+        for key in keys:
+            del weights[key]
+
+    return change
+
+
+def put(**values: Tensor) -> Callable[[State], None]:
+    def change(weights: State) -> None:
+        weights.update({key.replace("__", "."): value for key, value in values.items()})
+
+    return change
+
+
+FITS = r"^weights must match iresnet_tiny \(IResNet\), got "
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (drop("fc.weight", "bn2.bias"), r"2 missing \(bn2.bias, fc.weight\) in "),
+        (put(other__weight=torch.ones(2)), r"1 unexpected \(other.weight\) in "),
+        (
+            put(fc__weight=torch.ones(4, 2048)),
+            r"1 mis-shaped \(fc.weight \(4, 2048\) for \(8, 2048\)\) in ",
+        ),
+        (
+            put(fc__bias=torch.ones(8, dtype=torch.int8)),
+            r"1 mistyped \(fc.bias torch.int8 for torch.float32\) in ",
+        ),
+        (
+            lambda weights: weights.update(odd=weights.pop("fc.bias"), extra=torch.ones(1)),
+            r"1 missing \(fc.bias\), 2 unexpected \(odd, extra\) in ",
+        ),
+    ],
+)
+def test_every_key_that_does_not_fit_is_named(
+    change: Callable[[State], None], found: str, model: nn.Module, tmp_path: Path
+) -> None:
+    weights = trained("iresnet_tiny").state_dict()
+    change(weights)
+    refused(model, save(weights, tmp_path / "b.pth"), FITS + found)
+
+
+def test_another_architecture_is_told_by_counts(model: nn.Module, tmp_path: Path) -> None:
+    file = save(trained("mobilefacenet").state_dict(), tmp_path / "mbf.pth")
+    found = (
+        r"(\d+) missing \(conv1.weight, bn1.weight, bn1.bias and (\d+) more\), "
+        r"(\d+) unexpected \(layers.0.layers.0.weight, .* and (\d+) more\) in "
+    )
+    refused(model, file, FITS + found)
+    with pytest.raises(ValueError) as raised:
+        load_weights(model, file)
+    counts = re.search(found, str(raised.value))
+    assert counts is not None and len(str(raised.value)) < 500
+    missing, more_missing, unexpected, more_unexpected = map(int, counts.groups())
+    assert missing == more_missing + 3 and unexpected == more_unexpected + 3
+    ours = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
+    assert missing == len(ours)
+    assert unexpected == len(build_backbone("mobilefacenet").state_dict())
+    refused(build_backbone("resnet18", 8), file, r"^weights must match resnet18 \(ResNet\), got ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "dtype"),
+    [
+        ("layer2.0.conv1.weight", float("nan"), torch.float32),
+        ("features.running_var", float("inf"), torch.float16),
+        ("fc.bias", 1e300, torch.float64),  # infinite in the model's float32
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(
+    key: str, value: float, dtype: torch.dtype, model: nn.Module, tmp_path: Path
+) -> None:
+    weights = trained("iresnet_tiny").to(dtype).state_dict()
+    weights[key].view(-1)[-1] = value
+    found = "nan" if value != value else "inf"
+    message = f"^weights must be finite, got {found} in {key} of "
+    refused(model, save(weights, tmp_path / "b.pth"), message)
+
+
+RULE = (
+    "^weights must be a file of tensors, a state_dict or a checkpoint of train.py, got .*, which "
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (nn.Linear(2, 2), "also holds torch.nn.modules.linear.Linear$"),
+        ({"state_dict": {"backbone.a": torch.ones(1)}, "hparams": Path("x")}, "also holds pathlib"),
+        ([torch.ones(2)], "holds an object of type list$"),
+        (torch.ones(2), "holds an object of type Tensor$"),
+        ({}, "holds no tensors$"),
+        ({"state_dict": {}}, "holds no tensors$"),
+        ({"state_dict": 3}, "holds an object of type int$"),
+        ({"weights": {"a": torch.ones(1)}}, "holds an object of type dict under 'weights'$"),
+        ({"fc.weight": torch.ones(1), "epoch": 3}, "holds an object of type int under 'epoch'$"),
+        ({0: torch.ones(1)}, "holds an object of type Tensor under 0$"),
+        (
+            {"state_dict": {"net.weight": torch.ones(1)}},
+            r"is a checkpoint without keys that begin with 'backbone\.'$",
+        ),
+    ],
+)
+def test_other_contents_are_refused(
+    content: object, found: str, model: nn.Module, tmp_path: Path
+) -> None:
+    refused(model, save(content, tmp_path / "b.pth"), RULE + found)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(
+    share: float, zipped: bool, model: nn.Module, tmp_path: Path
+) -> None:
+    file = tmp_path / "b.pth"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=zipped)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    refused(model, file, f"{RULE}is damaged or of another format$")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(
+    "content", [b"some text\n" * 9, b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", pickle.dumps({"a": 1})]
+)
+def test_another_format_is_refused(content: bytes, model: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / "b.pth"
+    file.write_bytes(content)
+    refused(model, file, f"{RULE}is damaged or of another format$")
+
+
+def test_code_in_a_file_does_not_run(model: nn.Module, tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    refused(model, save({"fc.weight": Harmful()}, tmp_path / "b.pth"), RULE)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_that_may_not_be_read_is_refused(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    file = save(model.state_dict(), tmp_path / "b.pth")
+    monkeypatch.setattr(torch, "load", forbidden)
+    refused(model, file, r"^weights must be a file that may be read, got .*b\.pth$")
+
+
+def test_a_missing_file_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    refused(model, tmp_path / "none.pth", r"^weights must be a file, got .*none\.pth$")
+    refused(model, tmp_path, "^weights must be a file, got ")
