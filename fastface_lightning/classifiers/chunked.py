@@ -1,0 +1,262 @@
+"""The full softmax, exact, in memory that does not grow with batch x identities."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..margins import Margin
+from .base import Classifier, Negatives, unit
+
+# Rows of a chunk. On a processor its centres, cosines and gradients then stay in the cache; on a
+# GPU the products fill the card. Both take some tens of megabytes at D = 512.
+CHUNK = {"cpu": 2048, "cuda": 16384}
+SMALLEST_CHUNK = 256
+
+
+class ChunkedClassifier(Classifier):
+    r"""The loss of :class:`Classifier`, one chunk of classes at a time.
+
+    .. math::
+
+        z_{ij} = s\, n(\cos_{ij}), \qquad
+        \ell_i = \log \sum_{j \ne y_i} e^{z_{ij}}, \qquad
+        L_i = -\log \sigma(s \cos'_{y_i} - \ell_i)
+
+    :math:`\ell_i` is summed up over the chunks, as :math:`\log(e^a + e^b)` of what was there and
+    what comes. The backward computes the cosines of each chunk again, and with
+    :math:`p_{ij} = e^{z_{ij} - \ell_i}` and :math:`a_{ij} = \partial L / \partial \cos_{ij}`
+    writes the gradient of its centres where it belongs:
+
+    .. math::
+
+        \frac{\partial L}{\partial w_j} = \frac{1}{\|w_j\|} \Big( \sum_i a_{ij} \hat x_i
+            - \hat w_j \sum_i a_{ij} \cos_{ij} \Big), \qquad
+        \frac{\partial L}{\partial \hat x_i} = \sum_j a_{ij} \hat w_j
+
+    so that beyond ``weight`` and its gradient nothing has the size of either ``weight`` or an
+    N x C matrix. Four products of N x C x D replace the plain way's three.
+
+    Args:
+        num_classes, embedding_size, margin, scale, interclass_filter: as :class:`Classifier`.
+        chunk: classes at a time, at least 1; None chooses by the device and its free memory.
+        products: ``"float32"``, or ``"bfloat16"`` to round the factors of the four products to
+            bfloat16; they are summed and everything else is computed in float32.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    References:
+        As :class:`Classifier`. Milakov and Gimelshein, Online normalizer calculation for softmax,
+        2018 (arXiv 1805.02867), algorithm 3: the running sum.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int = 512,
+        margin: Margin | None = None,
+        scale: float = 64.0,
+        interclass_filter: float | None = None,
+        chunk: int | None = None,
+        products: str = "float32",
+    ) -> None:
+        super().__init__(num_classes, embedding_size, margin, scale, interclass_filter)
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1 class, got {chunk}")
+        if products not in ("float32", "bfloat16"):
+            raise ValueError(f"products must be float32 or bfloat16, got {products!r}")
+        self.chunk = chunk
+        self.products = products
+
+    def softmax_loss(self, x: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_over(self.weight, labels, x, norm, labels)
+
+    def loss_over(
+        self, centres: Tensor, rows: Tensor, x: Tensor, norm: Tensor, labels: Tensor
+    ) -> Tensor:
+        """The loss (N,) over ``centres`` (K, D), the own one of each embedding in ``rows`` (N,)."""
+        gradient = _Gradient()
+        own, _ = unit(_OwnCentres.apply(centres, rows, gradient).to(x.dtype))
+        cos_y = (x * own).sum(1)
+        cos_y_prime = self.margin(cos_y, norm, labels)
+        others = _LogSumExpOfOthers.apply(
+            x,
+            own,
+            cos_y,
+            cos_y_prime,
+            centres.detach(),
+            rows,
+            Negatives(self.margin, self.interclass_filter),
+            self.scale,
+            self.chunk or chunk_that_fits(len(x), self.embedding_size, x.device),
+            self.products == "bfloat16" and x.dtype == torch.float32,
+            gradient,
+        )
+        return -F.logsigmoid(self.scale * cos_y_prime - others)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, chunk={self.chunk}, products={self.products}"
+
+
+def chunk_that_fits(batch_size: int, embedding_size: int, device: torch.device) -> int:
+    """Classes at a time: what suits the device, less where its free memory is short."""
+    # Float32: a row's cosines, their gradients and two temporaries, and its centre twice.
+    bytes_per_class = 4 * (4 * batch_size + 2 * embedding_size)
+    fits = free_memory(device) // 8 // bytes_per_class
+    return max(SMALLEST_CHUNK, min(fits, CHUNK.get(device.type, CHUNK["cuda"])))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, as far as it tells."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2**63 - 1
+
+
+class _Gradient:
+    """Where the two backwards that make up the gradient of the centres meet."""
+
+    value: Tensor | None = None
+
+
+class _OwnCentres(Function):
+    """The rows of ``centres`` that the batch's own classes have: (K, D), (N,) -> (N, D).
+
+    Its backward comes after that of :class:`_LogSumExpOfOthers`, which is computed from its
+    output. So it adds to the gradient that one has left, and the two never are two tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, centres: Tensor, rows: Tensor, gradient: _Gradient) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.gradient = gradient
+        return centres[rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        whole, ctx.gradient.value = ctx.gradient.value, None
+        return whole.index_add_(0, rows, grad), None, None
+
+
+class _LogSumExpOfOthers(Function):
+    """log of the sum of exp(s n(cos)) over all classes but the own one: (N,).
+
+    ``own`` is an input for the sake of the order of the two backwards alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        own: Tensor,
+        cos_y: Tensor,
+        cos_y_prime: Tensor,
+        centres: Tensor,
+        rows: Tensor,
+        negatives: Negatives,
+        scale: float,
+        chunk: int,
+        bfloat16: bool,
+        gradient: _Gradient,
+    ) -> Tensor:
+        product = _product_bfloat16 if bfloat16 else torch.mm
+        total = x.new_full((len(x),), -torch.inf)
+        inverse = x.new_empty(len(centres))
+        for part in _parts(len(centres), chunk):
+            w = centres[part].to(x.dtype)
+            inverse[part] = _inverse_norm(w)
+            cos = product(w, x.T).mul_(inverse[part, None])
+            z = cos if negatives.is_identity else negatives(cos.T, cos_y, cos_y_prime).T
+            _set_own(z, rows - part.start, -torch.inf)
+            torch.logaddexp(total, z.mul_(scale).logsumexp(0), out=total)
+        ctx.save_for_backward(x, cos_y, cos_y_prime, centres, rows, inverse, total)
+        # The statistics of a margin may have moved on when the backward asks it again.
+        ctx.statistics = {name: value.clone() for name, value in negatives.named_buffers()}
+        ctx.negatives, ctx.scale, ctx.chunk, ctx.product = negatives, scale, chunk, product
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, cos_y, cos_y_prime, centres, rows, inverse, total = ctx.saved_tensors
+        grad_x, grad_y, grad_prime = (torch.zeros_like(t) for t in (x, cos_y, cos_y_prime))
+        whole = torch.empty_like(centres) if ctx.needs_input_grad[1] else None
+        with torch.autocast(x.device.type, enabled=False):
+            for part in _parts(len(centres), ctx.chunk):
+                w, inv = centres[part].to(x.dtype), inverse[part, None]
+                cos = ctx.product(w, x.T).mul_(inv)
+                n, leaves = _again(ctx, cos, cos_y, cos_y_prime)
+                a = (ctx.scale * n).sub_(total).exp_().mul_(ctx.scale * grad)
+                _set_own(a, rows - part.start, 0)
+                if leaves:
+                    a, *more = torch.autograd.grad(n, leaves, a, materialize_grads=True)
+                    grad_y += more[0]
+                    grad_prime += more[1]
+                along = (a * cos).sum(1, keepdim=True).mul_(-inv * inv)
+                a = a * inv
+                grad_x += ctx.product(a.T, w)
+                if whole is not None:
+                    out = whole[part] if whole.dtype == x.dtype else None
+                    block = ctx.product(a, x, out=out).addcmul_(w, along)
+                    if out is None:
+                        whole[part] = block
+        ctx.gradient.value = whole
+        return grad_x, None, grad_y, grad_prime, *[None] * 7
+
+
+def _again(
+    ctx: Any, cos: Tensor, cos_y: Tensor, cos_y_prime: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The negatives (K, N) as in the forward, and the leaves of the graph that leads to them: none
+    where the negatives are the cosines themselves."""
+    if ctx.negatives.is_identity:
+        return cos, ()
+    leaves = tuple(t.detach().requires_grad_() for t in (cos, cos_y, cos_y_prime))
+    with torch.enable_grad():
+        arguments = (leaves[0].T, *leaves[1:])
+        return torch.func.functional_call(ctx.negatives, ctx.statistics, arguments).T, leaves
+
+
+def _parts(num_classes: int, chunk: int) -> Iterator[slice]:
+    """Slices of ``chunk`` classes, the last one shorter."""
+    for start in range(0, num_classes, chunk):
+        yield slice(start, min(start + chunk, num_classes))
+
+
+def _inverse_norm(w: Tensor) -> Tensor:
+    """One over the length of each row (K, D) -> (K,); 1 for a zero row, which has no direction."""
+    norm = torch.linalg.vector_norm(w, dim=1)
+    return torch.where(norm > 0, norm, 1).reciprocal_()
+
+
+def _set_own(z: Tensor, rows: Tensor, value: float) -> None:
+    """In place, set z (K, N) to ``value`` in row ``rows[i]`` of column i where there is one.
+
+    Without asking which columns have one: a GPU would have to wait for the answer.
+    """
+    inside = (rows >= 0) & (rows < len(z))
+    index = rows.clamp(0, len(z) - 1)[None]
+    z.scatter_(0, index, torch.where(inside, value, z.gather(0, index)))
+
+
+def _product_bfloat16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Product of float32 matrices, the factors rounded to bfloat16, summed in float32."""
+    a, b = a.bfloat16(), b.bfloat16()
+    if a.is_cuda:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+        return product if out is None else out.copy_(product)
+    return torch.mm(a.float(), b.float(), out=out)  # processors have no other: as exact, no faster

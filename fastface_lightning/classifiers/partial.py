@@ -1,0 +1,100 @@
+"""Partial FC: the batch's own classes and a random few of the others, drawn anew at every step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..margins import Margin
+from .chunked import ChunkedClassifier
+
+
+class PartialClassifier(ChunkedClassifier):
+    r"""The loss of :class:`ChunkedClassifier` over a sample of the classes.
+
+    .. math::
+
+        S = \{y_1, \dots, y_N\} \cup R, \qquad |S| = \max(\lfloor r C \rfloor, |\{y_i\}|)
+
+    with :math:`R` drawn uniformly from the other classes, without repetition, by torch's generator
+    of the device. Only the rows :math:`S` of ``weight`` enter the loss, and its gradient is a
+    sparse tensor that holds these rows alone: :class:`fastface_lightning.sgd.SGD` moves them and
+    leaves weights and momentum of all others as they are. (torch's SGD refuses a sparse gradient
+    where a weight decay would touch every row.) At rate 1, and in eval mode, it is
+    :class:`ChunkedClassifier`, with a dense gradient.
+
+    Args:
+        num_classes, embedding_size, margin, scale, interclass_filter, chunk, products: as
+            :class:`ChunkedClassifier`.
+        rate: r, share of the classes in a step, in (0, 1]; 0.1 is the paper's.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    References:
+        An et al., Killing Two Birds with One Stone: Efficient and Robust Training of Face
+        Recognition CNNs by Partial FC, 2022 (arXiv 2203.15565), section 3.2.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int = 512,
+        margin: Margin | None = None,
+        scale: float = 64.0,
+        interclass_filter: float | None = None,
+        chunk: int | None = None,
+        products: str = "float32",
+        rate: float = 0.1,
+    ) -> None:
+        super().__init__(
+            num_classes, embedding_size, margin, scale, interclass_filter, chunk, products
+        )
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate must lie in (0, 1], got {rate}")
+        self.rate = rate
+
+    @property
+    def samples(self) -> bool:
+        """Whether a step leaves classes out, and the gradient of ``weight`` is sparse."""
+        return self.rate < 1
+
+    def softmax_loss(self, x: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
+        if not (self.samples and self.training):
+            return super().softmax_loss(x, norm, labels)
+        classes = self.sample(labels)
+        centres = _Rows.apply(self.weight, classes)
+        return self.loss_over(centres, torch.searchsorted(classes, labels), x, norm, labels)
+
+    def sample(self, labels: Tensor) -> Tensor:
+        """The classes of a step: int64, ascending, every class of ``labels`` (N,) among them."""
+        size = math.floor(self.rate * self.num_classes)
+        if size < len(labels):  # else it certainly holds them all, and no GPU need be waited for
+            size = max(size, len(labels.unique()))
+        chance = torch.rand(self.num_classes, device=labels.device)
+        chance[labels] = 2
+        return chance.topk(size).indices.sort().values
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rate={self.rate}"
+
+
+class _Rows(Function):
+    """Rows of a matrix (C, D), (K,) -> (K, D), whose gradient is a sparse tensor of these rows."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = matrix.shape
+        return matrix[rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return torch.sparse_coo_tensor(rows[None], grad, ctx.shape, check_invariants=False), None

@@ -1,0 +1,80 @@
+"""Margins that use every hook, and random batches, for the tests of all classifiers."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from fastface_lightning.classifiers import Classifier
+from fastface_lightning.margins import (
+    AdaFace,
+    ArcFace,
+    Combined,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    Softmax,
+)
+
+
+class HardNegatives(Margin):
+    """A margin that uses every hook: hard negatives are raised, and the norm costs and counts."""
+
+    def forward(self, cos_y: Tensor, norm: Tensor, label: Tensor) -> Tensor:
+        return cos_y - 0.1 - 0.01 * norm - 0.001 * label
+
+    def negatives(self, cos: Tensor, cos_y: Tensor, cos_y_prime: Tensor) -> Tensor:
+        hard = cos > cos_y_prime[:, None]
+        return torch.where(hard, cos * (0.5 + cos_y[:, None] + cos), cos)
+
+    def penalty(self, norm: Tensor) -> Tensor:
+        return norm / 10 + 1 / (1 + norm)
+
+
+MARGINS = [
+    Softmax(),
+    CosFace(),
+    ArcFace(),
+    ArcFace(straight_through=True),
+    Combined(0.9, 0.4, 0.15),
+    Combined(1.35, 0.0, 0.0),
+    AdaFace(),
+    MagFace(l_a=2.0, u_a=12.0),
+    CurricularFace(),
+    ElasticFace(),
+    ElasticFace(0.35, kind="cos"),
+    HardNegatives(),
+]
+
+
+def batch(n: int, num_classes: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Float64 embeddings (n, size) of norm about 5 sqrt(size), and labels with repetitions."""
+    torch.manual_seed(seed)
+    return 5 * torch.randn(n, size, dtype=torch.float64), torch.randint(num_classes, (n,))
+
+
+def twins(kind: type[Classifier], reference: Classifier, **settings: object) -> Classifier:
+    """A classifier of another kind with the margin, scale, filter and centres of ``reference``."""
+    other = kind(
+        reference.num_classes,
+        reference.embedding_size,
+        copy.deepcopy(reference.margin),
+        reference.scale,
+        reference.interclass_filter,
+        **settings,
+    )
+    other.to(reference.weight.dtype).load_state_dict(reference.state_dict())
+    return other
+
+
+def outcome(classifier: Classifier, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, and gradients of embeddings and centres, from one state of torch's generator."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    classifier.weight.grad = None
+    loss = classifier(x, labels)
+    loss.backward()
+    assert x.grad is not None and classifier.weight.grad is not None
+    return loss.detach(), x.grad, classifier.weight.grad

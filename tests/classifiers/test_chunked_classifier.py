@@ -1,0 +1,256 @@
+"""ChunkedClassifier is FullClassifier to the last digits, and holds less."""
+
+import re
+
+import pytest
+import torch
+from cases import MARGINS, batch, outcome, twins
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, chunked
+from fastface_lightning.margins import ArcFace, CosFace, CurricularFace, Margin, Softmax
+from fastface_lightning.plan import MemoryMeter
+
+margins = pytest.mark.parametrize("margin", MARGINS, ids=repr)
+
+
+def assert_same(full: FullClassifier, x: Tensor, labels: Tensor, chunk: int) -> None:
+    other = twins(ChunkedClassifier, full, chunk=chunk)
+    expected, got = outcome(full, x, labels), outcome(other, x, labels)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(other.state_dict(), full.state_dict())  # statistics moved alike
+
+
+@margins
+@settings(deadline=None, max_examples=30)
+@given(
+    n=st.integers(1, 9),
+    num_classes=st.integers(1, 23),
+    size=st.integers(1, 7),
+    chunk=st.integers(1, 30),
+    scale=st.floats(1, 64),
+    interclass_filter=st.none() | st.floats(-1, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_values_and_gradients_equal_the_full_classifiers(
+    margin: Margin,
+    n: int,
+    num_classes: int,
+    size: int,
+    chunk: int,
+    scale: float,
+    interclass_filter: float | None,
+    seed: int,
+) -> None:
+    x, labels = batch(n, num_classes, size, seed)
+    full = FullClassifier(num_classes, size, margin, scale, interclass_filter).double()
+    assert_same(full, x, labels, chunk)
+
+
+@margins
+@pytest.mark.parametrize("chunk", [1, 7, 16, 101, 1000])
+def test_a_batch_that_lives_in_one_chunk(margin: Margin, chunk: int) -> None:
+    """One identity many times, all other chunks without a label; a zero centre and embedding."""
+    x, _ = batch(12, 101, 5)
+    full = FullClassifier(101, 5, margin).double()
+    with torch.no_grad():
+        full.weight[33] = 0
+        x[3] = 0
+    assert_same(full, x, torch.full((12,), 50), chunk)
+    assert_same(full, x, torch.full((12,), 33), chunk)
+    assert_same(full, x, torch.tensor([0] * 6 + [100] * 6), chunk)
+
+
+def test_float32_is_as_close_to_float64_as_the_full_classifier_is() -> None:
+    x, labels = batch(16, 500, 64)
+    exact = FullClassifier(500, 64, ArcFace()).double()
+    want = outcome(exact, x, labels)
+    full = twins(FullClassifier, exact).float()
+    far = [(a - b).abs().max() for a, b in zip(outcome(full, x, labels), want, strict=True)]
+    other = twins(ChunkedClassifier, exact, chunk=64).float()
+    for got, value, error in zip(outcome(other, x, labels), want, far, strict=True):
+        assert (got - value).abs().max() < 3 * error + 1e-6 * value.abs().max()
+
+
+def test_bfloat16_products_round_the_factors_and_nothing_else() -> None:
+    """The twin: centres and embeddings rounded to bfloat16, all the rest in float64."""
+    torch.manual_seed(0)
+    classifier = ChunkedClassifier(300, 64, Softmax(), chunk=37, products="bfloat16")
+    x, labels = torch.randn(16, 64), torch.randint(300, (16,))
+    unit = torch.nn.functional.normalize(x)
+    norm = classifier.weight.detach().double().norm(dim=1)
+    cos = unit.bfloat16().double() @ classifier.weight.detach().bfloat16().double().T / norm
+    own = (unit.double() * classifier.weight[labels].double()).sum(1) / norm[labels]
+    cos[torch.arange(16), labels] = own.detach()  # the margin sees an exact cosine
+    expected = torch.nn.functional.cross_entropy(64 * cos, labels)
+    assert classifier(x, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert classifier(x, labels).item() != pytest.approx(
+        twins(FullClassifier, classifier)(x, labels).item(), rel=1e-6
+    )
+
+
+def test_bfloat16_gradients_point_the_same_way() -> None:
+    x, labels = batch(16, 300, 64)
+    exact = FullClassifier(300, 64, CurricularFace()).double()
+    coarse = twins(ChunkedClassifier, exact, chunk=37, products="bfloat16").float()
+    got, want = outcome(coarse, x, labels), outcome(exact, x, labels)
+    off = [(a.double() - b).norm() / b.norm() for a, b in zip(got, want, strict=True)]
+    assert off[0] < 1e-3
+    for error in off[1:]:
+        assert 1e-5 < error < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_whatever_autocast_says(dtype: torch.dtype) -> None:
+    """Forward and backward, inside of autocast or not, to the bit."""
+    torch.manual_seed(0)
+    classifier = ChunkedClassifier(50, 16, chunk=8)
+    x, labels = torch.randn(8, 16).to(dtype), torch.randint(50, (8,))
+    expected = outcome(classifier, x.float(), labels)
+    with torch.autocast("cpu", dtype=dtype):
+        loss, grad, grad_weight = outcome(classifier, x, labels)
+    assert loss.dtype == grad_weight.dtype == torch.float32
+    assert torch.equal(loss, expected[0]) and torch.equal(grad_weight, expected[2])
+    assert torch.equal(grad, expected[1].to(dtype))
+
+
+def test_half_precision_centres_get_half_precision_gradients() -> None:
+    torch.manual_seed(0)
+    classifier = ChunkedClassifier(50, 16, chunk=8).bfloat16()
+    loss, _, grad = outcome(classifier, torch.randn(8, 16), torch.arange(8))
+    assert (loss.dtype, grad.dtype) == (torch.float32, torch.bfloat16)
+    whole = twins(FullClassifier, classifier)
+    expected = outcome(whole, torch.randn(8, 16), torch.arange(8))[2]
+    assert expected.dtype == torch.bfloat16
+
+
+def test_backward_again() -> None:
+    classifier = ChunkedClassifier(9, 4, chunk=2)
+    x, labels = batch(5, 9, 4)
+    loss = classifier(x, labels)
+    first = torch.autograd.grad(loss, classifier.weight, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, classifier.weight)[0])
+
+
+def test_gradients_add_up_over_batches() -> None:
+    x, labels = batch(8, 9, 4)
+    full = FullClassifier(9, 4).double()
+    other = twins(ChunkedClassifier, full, chunk=2)
+    for classifier in (full, other):
+        for part in (slice(0, 3), slice(3, 8)):
+            classifier(x[part], labels[part]).backward()
+    torch.testing.assert_close(other.weight.grad, full.weight.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_backward_uses_the_statistics_of_its_own_forward() -> None:
+    """Another batch may come between: CurricularFace's t has moved on by then."""
+    x, labels = batch(8, 9, 4)
+    full = FullClassifier(9, 4, CurricularFace(0.1, alpha=0.9)).double()
+    other = twins(ChunkedClassifier, full, chunk=2)
+    for classifier in (full, other):
+        loss = classifier(x, labels)
+        with torch.no_grad():
+            classifier(-x, labels)
+        loss.backward()
+    torch.testing.assert_close(other.weight.grad, full.weight.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_either_side_may_be_frozen() -> None:
+    x, labels = batch(5, 9, 4)
+    classifier = ChunkedClassifier(9, 4, ArcFace(), chunk=2).double()
+    _, grad, grad_weight = outcome(classifier, x, labels)
+    classifier.weight.grad = None
+    classifier(x, labels).backward()  # embeddings without a gradient
+    torch.testing.assert_close(classifier.weight.grad, grad_weight)
+    classifier.weight.requires_grad_(False)
+    x.requires_grad_()
+    classifier(x, labels).backward()
+    torch.testing.assert_close(x.grad, grad)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor made within the context."""
+
+    def __init__(self, but: torch.Size) -> None:
+        super().__init__()
+        self.but, self.elements = but, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.shape != self.but:
+                self.elements = max(self.elements, leaf.numel())
+        return made
+
+
+@margins
+def test_never_a_batch_by_classes_tensor(margin: Margin) -> None:
+    """Nor, beside the centres, a second one of their size: their gradient is the only one."""
+    n, num_classes, size = 32, 4000, 64
+    x, labels = batch(n, num_classes, size)
+    held = {}
+    for kind, options in ((FullClassifier, {}), (ChunkedClassifier, {"chunk": 100})):
+        classifier = kind(num_classes, size, margin, **options)
+        with Largest(but=classifier.weight.shape) as largest, MemoryMeter() as meter:
+            outcome(classifier, x.float(), labels)
+        held[kind] = largest.elements, meter.peak / classifier.weight.nbytes
+    elements, peak = held[ChunkedClassifier]
+    assert elements <= max(100 * size, 100 * n, num_classes) and peak < 2.25
+    elements, peak = held[FullClassifier]  # which this test would catch
+    assert elements >= n * num_classes and peak > 4
+
+
+def test_chunks_follow_the_device_and_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    free = {"cpu": 2**34, "cuda": 2**34}
+    monkeypatch.setattr(chunked, "free_memory", lambda device: free[device.type])
+    assert chunked.chunk_that_fits(128, 512, cpu) == 2048
+    assert chunked.chunk_that_fits(128, 512, cuda) == 16384
+    free["cuda"] = 2**28  # a quarter of a GiB: an eighth of it, 6 KiB a class
+    assert chunked.chunk_that_fits(128, 512, cuda) == 2**25 // 6144
+    free["cuda"] = 0
+    assert chunked.chunk_that_fits(128, 512, cuda) == 256
+
+
+def test_free_memory_of_this_machine_is_real() -> None:
+    assert 2**20 < chunked.free_memory(torch.device("cpu")) < 2**50
+
+
+def test_free_memory_of_a_card_counts_what_torch_has_put_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
+    assert chunked.free_memory(torch.device("cuda")) == 1400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"chunk": 0}, "chunk must be at least 1 class, got 0"),
+        ({"chunk": -5}, "chunk must be at least 1 class, got -5"),
+        ({"products": "float16"}, "products must be float32 or bfloat16, got 'float16'"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+    ],
+)
+def test_refuses_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ChunkedClassifier(**{"num_classes": 3, **arguments})
+
+
+def test_refuses_labels_out_of_range() -> None:
+    with pytest.raises(
+        ValueError, match=re.escape("labels of 5 classes must lie in [0, 5), got 5")
+    ):
+        ChunkedClassifier(5, 4, chunk=2)(torch.ones(2, 4), torch.tensor([0, 5]))
+
+
+def test_repr() -> None:
+    text = repr(ChunkedClassifier(7, 8, CosFace(0.3), interclass_filter=0.4, chunk=3))
+    assert "interclass_filter=0.4, chunk=3, products=float32" in text

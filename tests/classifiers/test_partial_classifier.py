@@ -1,0 +1,146 @@
+"""PartialClassifier: which classes a step has, that it is the full loss over them, and no more."""
+
+import re
+
+import pytest
+import torch
+from cases import MARGINS, batch, outcome, twins
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
+from fastface_lightning.margins import ArcFace, CosFace, Margin
+from fastface_lightning.sgd import SGD
+
+margins = pytest.mark.parametrize("margin", MARGINS, ids=repr)
+
+
+@margins
+def test_at_rate_one_it_is_the_full_classifier(margin: Margin) -> None:
+    x, labels = batch(8, 30, 5)
+    full = FullClassifier(30, 5, margin, interclass_filter=0.4).double()
+    other = twins(PartialClassifier, full, rate=1.0, chunk=7)
+    torch.testing.assert_close(
+        outcome(other, x, labels), outcome(full, x, labels), rtol=1e-10, atol=1e-10
+    )
+
+
+@margins
+def test_it_is_the_full_classifier_over_the_sampled_classes(
+    margin: Margin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same margin on the same labels; the rows are only numbered anew."""
+    x, labels = batch(6, 40, 5)
+    partial = PartialClassifier(40, 5, margin, rate=0.5, chunk=3).double()
+    classes = partial.sample(labels)
+    monkeypatch.setattr(partial, "sample", lambda _: classes)
+    part = twins(ChunkedClassifier, partial)
+    part.weight = torch.nn.Parameter(partial.weight.detach()[classes])
+    part.num_classes = len(classes)
+    rows = torch.searchsorted(classes, labels)
+    # A margin sees the labels that the data have.
+    monkeypatch.setattr(
+        part, "softmax_loss", lambda x, norm, _: part.loss_over(part.weight, rows, x, norm, labels)
+    )
+    loss, grad, grad_weight = outcome(partial, x, labels)
+    assert grad_weight.is_sparse and grad_weight.shape == (40, 5)
+    expected = torch.zeros(40, 5, dtype=torch.float64)
+    want = outcome(part, x, rows)
+    expected[classes] = want[2]
+    torch.testing.assert_close((loss, grad), want[:2])
+    torch.testing.assert_close(grad_weight.to_dense(), expected)
+
+
+@settings(deadline=None)
+@given(
+    num_classes=st.integers(1, 60),
+    n=st.integers(1, 40),
+    rate=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**31),
+)
+def test_sample(num_classes: int, n: int, rate: float, seed: int) -> None:
+    """Every positive, no class twice, ascending, and floor(rate C) of them if that is enough."""
+    _, labels = batch(n, num_classes, 2, seed)
+    classes = PartialClassifier(num_classes, 2, rate=rate).sample(labels)
+    assert classes.dtype == torch.int64 and (classes.diff() > 0).all()
+    assert set(labels.tolist()) <= set(classes.tolist()) <= set(range(num_classes))
+    assert len(classes) == max(int(rate * num_classes), len(labels.unique()))
+
+
+def test_negatives_are_drawn_evenly_and_by_torchs_generator() -> None:
+    partial = PartialClassifier(100, 2, rate=0.2)
+    labels = torch.tensor([3, 7])
+    torch.manual_seed(0)
+    first = partial.sample(labels)
+    counts = torch.bincount(torch.cat([partial.sample(labels) for _ in range(3000)]), minlength=100)
+    torch.manual_seed(0)
+    assert torch.equal(partial.sample(labels), first)
+    assert (counts[labels] == 3000).all()
+    others = counts[[j for j in range(100) if j not in (3, 7)]]
+    assert ((others - 3000 * 18 / 98).abs() < 5 * (3000 * 0.18) ** 0.5).all()
+
+
+def test_only_sampled_rows_move_and_decay() -> None:
+    """Gradient, momentum and weight decay: a twin with dense rows, ten steps long."""
+    torch.manual_seed(0)
+    partial = PartialClassifier(50, 4, ArcFace(), rate=0.3).double()
+    optimizer = SGD(partial.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
+    weight, momentum = partial.weight.detach().clone(), torch.zeros(50, 4, dtype=torch.float64)
+    x, labels = batch(6, 50, 4)
+    for _ in range(10):
+        optimizer.zero_grad()
+        partial(x, labels).backward()
+        grad = partial.weight.grad
+        assert grad is not None
+        rows = grad.coalesce().indices()[0]
+        assert len(rows) == 15
+        step = grad.to_dense()[rows] + 0.05 * weight[rows]
+        momentum[rows] = 0.9 * momentum[rows] + step
+        weight[rows] -= 0.1 * momentum[rows]
+        optimizer.step()
+        torch.testing.assert_close(partial.weight.detach(), weight)
+    held = optimizer.state[partial.weight]["momentum_buffer"]
+    torch.testing.assert_close(held, momentum)
+    assert not held.all(1).all()  # some class was never drawn: neither its row nor its momentum
+
+
+def test_torchs_sgd_does_not_decay_what_was_not_sampled() -> None:
+    partial = PartialClassifier(50, 4, rate=0.3)
+    partial(torch.randn(6, 4), torch.arange(6)).backward()
+    optimizer = torch.optim.SGD(partial.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+
+
+def test_gradients_of_two_batches_add_up() -> None:
+    x, labels = batch(6, 50, 4)
+    partial = PartialClassifier(50, 4, rate=0.3).double()
+    torch.manual_seed(5)
+    parts = []
+    for half in (slice(0, 3), slice(3, 6)):
+        partial.weight.grad = None
+        partial(x[half], labels[half]).backward()
+        assert partial.weight.grad is not None
+        parts.append(partial.weight.grad.to_dense())
+    partial.weight.grad = None
+    torch.manual_seed(5)
+    for half in (slice(0, 3), slice(3, 6)):
+        partial(x[half], labels[half]).backward()
+    torch.testing.assert_close(partial.weight.grad.to_dense(), sum(parts))
+
+
+def test_eval_counts_every_class() -> None:
+    x, labels = batch(6, 50, 4)
+    partial = PartialClassifier(50, 4, rate=0.1).double().eval()
+    full = twins(FullClassifier, partial).eval()
+    torch.testing.assert_close(outcome(partial, x, labels), outcome(full, x, labels))
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, 1.01, float("nan")])
+def test_refuses_a_rate_outside_of_its_range(rate: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"rate must lie in (0, 1], got {rate}")):
+        PartialClassifier(5, rate=rate)
+
+
+def test_repr() -> None:
+    assert "rate=0.2" in repr(PartialClassifier(7, 8, CosFace(), rate=0.2))
