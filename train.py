@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,15 +20,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from fastface_lightning import FastFaceCallback
+from fastface_lightning.classifiers import Classifier, chunk_that_fits
 from fastface_lightning.data import FaceDataModule
-from fastface_lightning.module import FaceModule
+from fastface_lightning.module import FaceModule, moves_rows
+from fastface_lightning.plan import CARD_RESERVE, peak, plan_backbone, plan_classifier
 from fastface_lightning.program import program
-from fastface_lightning.report import print_summary
-from fastface_lightning.run_record import ResumableCSVLogger, RunRecord
+from fastface_lightning.report import print_plan, print_summary
+from fastface_lightning.run_record import ResumableCSVLogger, RunRecord, device_name, memory_of
 from fastface_lightning.schedule import PlateauSchedule
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).resolve().parent
+# 30 hours for 5 epochs of 12,720,066 images, 3 x 24.2 GFLOP each: the paper's r100 on one RTX 4090.
+PAPER_FLOPS_PER_SECOND = 43e12
 
 NUMBERS = (
     *("seed", "data.batch_size", "data.num_workers", "optimizer.lr", "checkpoint.every_n_steps"),
@@ -53,6 +58,9 @@ def main(cfg: DictConfig) -> float | None:
     check_numbers(cfg)
     checkpoint = checkpoint_to_resume(cfg, folder)
     resolve_device(cfg)
+    if cfg.plan:
+        plan_run(cfg, folder)
+        return None
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     data: FaceDataModule = instantiate(cfg.data)
@@ -60,6 +68,8 @@ def main(cfg: DictConfig) -> float | None:
     # torch's schedulers are built with the optimizer, once the run's length is known.
     schedule = None if cfg.schedule.get("_partial_") else instantiate(cfg.schedule)
     module = build_module(cfg, data, schedule)
+    if cfg.weights and checkpoint is None:
+        module.start_from(cfg.weights, cfg.classifier.reinit)
     resume_step = check_checkpoint(checkpoint, module) if checkpoint else 0
     data.train_dataloader()  # refuses a batch that is too large before anything slow
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
@@ -110,25 +120,113 @@ def build_module(
     cfg: DictConfig, data: FaceDataModule, schedule: PlateauSchedule | None
 ) -> FaceModule:
     """The network, its classifier and its optimizer; a torch schedule comes with the optimizer."""
-    classifier = instantiate(
-        cfg.classifier,
-        num_classes=data.num_classes,
-        embedding_size=cfg.model.embedding_size,
-        margin=instantiate(cfg.margin),
-    )
     return FaceModule(
         instantiate(cfg.model),
-        classifier,
+        build_classifier(cfg, data.num_classes),
         instantiate(cfg.optimizer),
         functools.partial(torch_schedule, cfg) if schedule is None else None,
         data.verify_names,
+        cfg.classifier.lr,
+    )
+
+
+def build_classifier(
+    cfg: DictConfig, num_classes: int, classifier: DictConfig | None = None
+) -> Classifier:
+    """The run's classifier, or another in its place, from a config whose ``reinit`` and ``lr`` are
+    the program's business."""
+    config = cfg.classifier if classifier is None else classifier
+    return instantiate(
+        {key: value for key, value in config.items() if key not in ("reinit", "lr")},
+        num_classes=num_classes,
+        embedding_size=cfg.model.embedding_size,
+        margin=instantiate(cfg.margin),
     )
 
 
 def torch_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     """One of torch's own schedulers, its milestones resolved for a run of ``total_steps``."""
     cfg.total_steps = total_steps
-    return instantiate(cfg.schedule)(optimizer)
+    own = {}
+    if "max_lr" in cfg.schedule:  # OneCycleLR would give every group the same
+        own["max_lr"] = [group["lr"] for group in optimizer.param_groups]
+    return instantiate(cfg.schedule)(optimizer, **own)
+
+
+def plan_run(cfg: DictConfig, folder: Path) -> None:
+    """Print what the run will hold and compute, with every kind of classifier; train nothing."""
+    if not cfg.plan > 0:
+        raise ValueError(f"plan must be true or a card's memory in GiB, got {cfg.plan}")
+    num_classes, num_images = data_size(cfg)
+    device = torch.device("cuda" if uses_cuda(cfg) or cfg.plan is not True else "cpu")
+    capacity = memory_of(device) if cfg.plan is True else int(cfg.plan * 2**30)
+    reserve = CARD_RESERVE if device.type == "cuda" else 0
+    batch, make = cfg.data.batch_size, instantiate(cfg.optimizer)
+    # None of these changes what is held, and none of them can be had without data.
+    off = {"channels_last": False, "compile": False, "pretrained": False}
+    model = {**cfg.model, **{key: value for key, value in off.items() if key in cfg.model}}
+    backbone = plan_backbone(lambda: instantiate(model), make, batch, cfg.trainer.precision)
+    heads = {}
+    for kind, classifier in classifier_kinds(cfg).items():
+        if "chunk" in classifier and classifier.chunk is None:
+            classifier.chunk = chunk_that_fits(batch, cfg.model.embedding_size, device)
+        build = functools.partial(build_classifier, cfg, num_classes, classifier)
+        head = plan_classifier(build, make, batch, cfg.model.embedding_size, num_classes)
+        most = peak(backbone, head) + reserve
+        outcome = {"chunk": classifier.get("chunk"), "peak": most, "fits": most <= capacity}
+        heads[kind] = {**head._asdict(), **outcome}
+    this = next(iter(heads))
+    batches = num_images // batch * cfg.trainer.max_epochs
+    if cfg.trainer.max_steps >= 0:
+        batches = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
+    flops = (backbone.flops + heads[this]["flops"]) * batches
+    plan = {
+        "model": cfg.model.name,
+        "num_classes": num_classes,
+        "batch_size": batch,
+        "precision": cfg.trainer.precision,
+        "classifier": this,
+        "backbone": backbone._asdict(),
+        "heads": heads,
+        "device": device_name(device) if cfg.plan is True else "a card",
+        "capacity": capacity,
+        "reserve": reserve,
+        "batches": batches,
+        "flops": flops,
+        "hours": flops / PAPER_FLOPS_PER_SECOND / 3600,
+    }
+    (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
+    print_plan(plan)
+
+
+def data_size(cfg: DictConfig) -> tuple[int, int]:
+    """Identities and images: of the data where they are, else what the config says of them."""
+    if "images_per_identity" in cfg.data:  # drawn only when they are needed
+        return cfg.data.num_identities, cfg.data.num_identities * cfg.data.images_per_identity
+    if cfg.data.get("num_images") and not Path(cfg.data.root).is_dir():
+        return cfg.data.num_identities, cfg.data.num_images
+    data: FaceDataModule = instantiate(cfg.data)
+    data.setup("fit")
+    return data.num_classes, len(data.train_set)  # type: ignore[arg-type]
+
+
+def classifier_kinds(cfg: DictConfig) -> dict[str, Any]:
+    """The run's own classifier first, then the other kinds that its optimizer can train."""
+    this = HydraConfig.get().runtime.choices["classifier"]
+    kinds: dict[str, Any] = {this: cfg.classifier}
+    if cfg.classifier.get("chunk"):
+        kinds[f"{this} classifier.chunk=null"] = OmegaConf.merge(cfg.classifier, {"chunk": None})
+    optimizer = instantiate(cfg.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+    for file in sorted((HERE / "conf" / "classifier").glob("*.yaml")):
+        other = OmegaConf.load(file)
+        other.scale = cfg.classifier.scale
+        kinds.setdefault(file.stem, other)
+    sparse = moves_rows(optimizer)
+    return {
+        kind: config
+        for kind, config in kinds.items()
+        if kind == this or sparse or "rate" not in config
+    }
 
 
 def build_trainer(
@@ -164,16 +262,20 @@ def uses_cuda(cfg: DictConfig) -> bool:
 
 def resolve_device(cfg: DictConfig) -> None:
     """Replace the settings that say ``auto`` by what the device is good at."""
-    cuda = uses_cuda(cfg)
-    if cuda:
+    # A plan for a card that is elsewhere is made here.
+    cuda = uses_cuda(cfg) or (cfg.plan and cfg.plan is not True)
+    if uses_cuda(cfg):
         torch.set_float32_matmul_precision("high")
     if cfg.model.channels_last == "auto":
         cfg.model.channels_last = cuda
     if cfg.trainer.precision == "auto":
-        half = "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(False) else "16-mixed"
+        half = "bf16-mixed" if cfg.plan or torch.cuda.is_bf16_supported(False) else "16-mixed"
         cfg.trainer.precision = half if cuda else "32-true"
     if cfg.trainer.benchmark is None:
         cfg.trainer.benchmark = cuda
+    if cfg.optimizer.get("fused") == "auto":
+        clipped = cfg.trainer.precision == "16-mixed" and cfg.trainer.gradient_clip_val
+        cfg.optimizer.fused = not clipped
 
 
 def loss_scaling(cfg: DictConfig) -> dict[str, Any]:
@@ -219,7 +321,8 @@ def check_checkpoint(checkpoint: Path, module: FaceModule) -> int:
             found = tuple(weights[name].shape) if name in weights else "nothing"
             raise ValueError(
                 f"the checkpoint must be of the same network and data: {name} must be "
-                f"{tuple(tensor.shape)}, got {found}"
+                f"{tuple(tensor.shape)}, got {found}; weights=FILE classifier.reinit=true starts "
+                f"from its backbone alone"
             )
     return step
 

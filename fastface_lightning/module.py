@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from .backbones import load_weights
 from .evaluation import VerificationAccuracy
+from .sgd import SGD
 
 
 class FaceModule(LightningModule):
@@ -22,10 +25,11 @@ class FaceModule(LightningModule):
     Args:
         backbone: float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D).
         classifier: embeddings (N, D) and labels (N,) int64 to the scalar mean loss.
-        optimizer: takes parameters, gives the optimizer.
+        optimizer: takes parameters, or groups of them, gives the optimizer.
         scheduler: takes the optimizer and the run's optimizer steps, gives a torch scheduler that
             steps once an optimizer step; None where a callback sets the learning rate.
         verify_names: name of each validation loader's set of pairs, in order.
+        head_lr: base learning rate of the classifier; None is the optimizer's own.
 
     Batches are what :class:`fastface_lightning.data.FaceDataModule` gives: for training images
     uint8 (N, 3, 112, 112) RGB and labels (N,) int64; for validation the two images of each pair,
@@ -39,16 +43,20 @@ class FaceModule(LightningModule):
         self,
         backbone: nn.Module,
         classifier: nn.Module,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        optimizer: Callable[[Any], Optimizer],
         scheduler: Callable[[Optimizer, int], Any] | None = None,
         verify_names: Sequence[str] = (),
+        head_lr: float | None = None,
     ) -> None:
         super().__init__()
+        if head_lr is not None and not 0 <= head_lr < float("inf"):
+            raise ValueError(f"head_lr must be at least 0 and finite, got {head_lr}")
         self.backbone = backbone
         self.classifier = classifier
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.verify_names = list(verify_names)
+        self.head_lr = head_lr
         self.metrics = nn.ModuleList(VerificationAccuracy() for _ in verify_names)
         self._resumed_from: list[str] | None = None
         self._reduce_loss = False
@@ -92,7 +100,8 @@ class FaceModule(LightningModule):
             self.log("verify/accuracy", torch.stack(accuracies).mean(), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.build_optimizer()
+        self._check_sparse(optimizer)
         if self.scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -106,6 +115,52 @@ class FaceModule(LightningModule):
         self._reduce_loss = isinstance(scheduler, ReduceLROnPlateau)
         config = {"scheduler": scheduler, "interval": "step", "monitor": "train/loss"}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def build_optimizer(self) -> Optimizer:
+        """The optimizer of all parameters, the classifier's in a group apart if it has its lr."""
+        if self.head_lr is None:
+            return self.optimizer(self.parameters())
+        head = {"params": list(self.classifier.parameters()), "lr": self.head_lr}
+        return self.optimizer([{"params": list(self.backbone.parameters())}, head])
+
+    def _check_sparse(self, optimizer: Optimizer) -> None:
+        """A sampling classifier needs an optimizer that moves rows, and one process."""
+        if not getattr(self.classifier, "samples", False):
+            return
+        if not moves_rows(optimizer):
+            raise MisconfigurationException(
+                f"a partial classifier needs an optimizer that moves the sampled rows alone, "
+                f"fastface_lightning.sgd.SGD (optimizer=sgd), got {type(optimizer).__name__}"
+            )
+        if self.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"a partial classifier below rate 1 trains in one process, since each would draw "
+                f"its own classes, got {self.trainer.world_size}: use the chunked classifier"
+            )
+
+    def start_from(self, file: str | Path, reinit: bool = False) -> None:
+        """Take the weights of a file, all of them or, on any error, none.
+
+        Args:
+            file: a checkpoint of this module, or InsightFace's ``backbone.pth`` or ``model.pt``,
+                which leave the classifier as it is.
+            reinit: take the backbone alone, as for other identities.
+
+        Raises:
+            ValueError: the file does not fit; see :func:`fastface_lightning.backbones.load_weights`
+                for the backbone. The classifier must have as many classes.
+        """
+        centres = None if reinit else _centres(file)
+        weight = self.classifier.get_parameter("weight")
+        if centres is not None and centres.shape != weight.shape:
+            raise ValueError(
+                f"weights must hold {tuple(weight.shape)} class centres, got "
+                f"{tuple(centres.shape)} in {file}: classifier.reinit=true takes its backbone alone"
+            )
+        load_weights(self.backbone, file)
+        if centres is not None:
+            with torch.no_grad():
+                weight.copy_(centres)
 
     def configure_gradient_clipping(
         self,
@@ -154,6 +209,20 @@ class FaceModule(LightningModule):
 
     def _scheduler_names(self) -> list[str]:
         return [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs]
+
+
+def moves_rows(optimizer: Optimizer) -> bool:
+    """Whether an optimizer moves the rows that a sparse gradient names, and no others."""
+    return isinstance(optimizer, SGD | torch.optim.SparseAdam)
+
+
+def _centres(file: str | Path) -> Tensor | None:
+    """The class centres in a checkpoint; None in a file of a backbone alone, or of no weights."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return saved["state_dict"].get("classifier.weight")
+    except Exception:  # load_weights says what is wrong
+        return None
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -122,3 +122,58 @@ def print_summary(results: dict[str, Any], folder: str | Path) -> None:
     table.add_row("peak memory", f"{results['peak_memory_bytes'] / 2**30:.2f} GiB")
     table.add_row("files", str(folder))
     Console().print(table)
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print a run's ``plan.json`` as two tables and a line on time."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, this = Console(), plan["classifier"]
+    title = (
+        f"Plan: {plan['model']}, {plan['num_classes']:,} identities, batch {plan['batch_size']}, "
+        f"{plan['precision']}, on {plan['device']}"
+    )
+    held = Table(title=title, title_justify="left", box=None, padding=(0, 2))
+    for column in ("held", "backbone", f"classifier={this}"):
+        held.add_column(column, justify="left" if column == "held" else "right")
+    for row, key in {
+        "weights": "weights",
+        "gradients": "gradients",
+        "optimizer": "states",
+        "activations, images": "activations",
+        "logits, working memory": "work",
+        "optimizer's temporaries": "update",
+    }.items():
+        held.add_row(row, _size(plan["backbone"][key]), _size(plan["heads"][this][key]))
+    fits = Table(box=None, padding=(0, 2))
+    fits.add_column("with")
+    fits.add_column("peak", justify="right")
+    fits.add_column(f"of {_size(plan['capacity'])}")
+    for name, head in plan["heads"].items():
+        label = f"classifier={name}" + (f", chunk {head['chunk']:,}" if head["chunk"] else "")
+        fits.add_row(label, _size(head["peak"]), "fits" if head["fits"] else "does not fit")
+    console.print(held, fits)
+    text = f"  {plan['batches']:,} batches compute {plan['flops'] / 1e15:,.3g} PFLOP"
+    if plan["reserve"]:
+        text += (
+            f": {plan['hours']:.3g} hours at the speed of the paper's RTX 4090. Peaks include "
+            f"{_size(plan['reserve'])} for the card's own libraries"
+        )
+    console.print(text + ".", soft_wrap=True)
+    if not plan["heads"][this]["fits"]:
+        console.print(f"  {_advice(plan['heads'])}", soft_wrap=True)
+
+
+def _advice(heads: dict[str, Any]) -> str:
+    fit = [f"classifier={name}" for name, head in heads.items() if head["fits"]]
+    if fit:
+        return f"This run does not fit; {' or '.join(fit)} would fit."
+    return (
+        "No classifier fits: a smaller data.batch_size and model.grad_checkpointing=true leave "
+        "less to hold; then plan again."
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -12,8 +12,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastface_lightning.classifiers import FullClassifier
+from fastface_lightning.backbones import build_backbone
+from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
 from fastface_lightning.module import FaceModule, flip_some, normalise
+from fastface_lightning.sgd import SGD
 
 IMAGES = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8)
 LABELS = torch.arange(8) % 3
@@ -93,3 +95,109 @@ def test_a_fused_optimizer_under_a_scaler_cannot_clip(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="cannot clip its gradients"):
         fit(tmp_path, module(fused=True), gradient_clip_val=5.0,
             plugins=[MixedPrecision("16-mixed", "cpu", scaler)])  # fmt: skip
+
+
+def test_the_classifier_may_have_a_learning_rate_of_its_own() -> None:
+    backbone, classifier = nn.Linear(3, 5), FullClassifier(3, 5)
+    make = partial(SGD, lr=0.1, momentum=0.9)
+    groups = FaceModule(backbone, classifier, make, head_lr=0.02).build_optimizer().param_groups
+    assert [(g["lr"], g["momentum"], len(g["params"])) for g in groups] == [
+        (0.1, 0.9, 2),
+        (0.02, 0.9, 1),
+    ]
+    assert len(FaceModule(backbone, classifier, make).build_optimizer().param_groups) == 1
+    with pytest.raises(ValueError, match="head_lr must be at least 0 and finite, got -1"):
+        FaceModule(backbone, classifier, make, head_lr=-1)
+
+
+def sampling(optimizer: Any) -> FaceModule:
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    return FaceModule(backbone, PartialClassifier(9, 5, rate=0.5), optimizer)
+
+
+def test_a_partial_classifier_trains_and_only_with_an_optimizer_of_rows(tmp_path: Path) -> None:
+    faces = sampling(partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1))
+    before = faces.classifier.weight.detach().clone()
+    fit(tmp_path, faces, gradient_clip_val=5.0)
+    assert (faces.classifier.weight != before).any(1).sum() == 4  # floor(0.5 x 9)
+    with pytest.raises(MisconfigurationException, match=r"sampled rows alone, .*SGD.* got AdamW"):
+        fit(tmp_path, sampling(partial(torch.optim.AdamW, lr=0.1)))
+    with pytest.raises(MisconfigurationException, match="got SGD"):
+        fit(tmp_path, sampling(partial(torch.optim.SGD, lr=0.1)))
+
+
+def test_a_partial_classifier_trains_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    faces = sampling(partial(SGD, lr=0.1))
+    faces.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    with pytest.raises(MisconfigurationException, match=r"trains in one process, .* got 2"):
+        faces.configure_optimizers()
+    faces.classifier.rate = 1.0
+    faces.configure_optimizers()
+
+
+def small_face_module(num_classes: int) -> FaceModule:
+    backbone = build_backbone("iresnet_tiny", 16)
+    return FaceModule(backbone, ChunkedClassifier(num_classes, 16), partial(SGD, lr=0.1))
+
+
+def checkpoint(faces: FaceModule, file: Path) -> Path:
+    torch.save({"state_dict": faces.state_dict(), "global_step": 3}, file)
+    return file
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_start_from_a_checkpoint(tmp_path: Path) -> None:
+    saved, faces = small_face_module(7), small_face_module(7)
+    faces.start_from(checkpoint(saved, tmp_path / "last.ckpt"))
+    assert same(faces, saved)
+
+
+def test_start_from_the_backbone_of_other_identities(tmp_path: Path) -> None:
+    saved, faces = small_face_module(7), small_face_module(9)
+    file = checkpoint(saved, tmp_path / "last.ckpt")
+    before = {key: value.clone() for key, value in faces.state_dict().items()}
+    message = (
+        r"weights must hold \(9, 16\) class centres, got \(7, 16\) in .*classifier.reinit=true"
+    )
+    with pytest.raises(ValueError, match=message):
+        faces.start_from(file)
+    assert all(torch.equal(value, before[key]) for key, value in faces.state_dict().items())
+    faces.start_from(file, reinit=True)
+    assert same(faces.backbone, saved.backbone)
+    assert torch.equal(faces.classifier.weight, before["classifier.weight"])
+
+
+def test_reinit_leaves_new_centres_also_where_the_number_is_the_same(tmp_path: Path) -> None:
+    saved, faces = small_face_module(7), small_face_module(7)
+    before = faces.classifier.weight.detach().clone()
+    faces.start_from(checkpoint(saved, tmp_path / "last.ckpt"), reinit=True)
+    assert torch.equal(faces.classifier.weight, before) and same(faces.backbone, saved.backbone)
+
+
+def test_start_from_insightfaces_backbone(tmp_path: Path) -> None:
+    saved, faces = small_face_module(7), small_face_module(9)
+    torch.save(saved.backbone.state_dict(), tmp_path / "backbone.pth")
+    faces.start_from(tmp_path / "backbone.pth")
+    assert same(faces.backbone, saved.backbone)
+
+
+def test_start_from_another_architecture_changes_nothing(tmp_path: Path) -> None:
+    faces = small_face_module(7)
+    other = FaceModule(build_backbone("mobilefacenet", 16), ChunkedClassifier(7, 16), SGD)
+    before = {key: value.clone() for key, value in faces.state_dict().items()}
+    with pytest.raises(ValueError, match="iresnet_tiny"):
+        faces.start_from(checkpoint(other, tmp_path / "last.ckpt"))
+    assert all(torch.equal(value, before[key]) for key, value in faces.state_dict().items())
+
+
+def test_a_backbone_of_another_size_is_named(tmp_path: Path) -> None:
+    faces = FaceModule(
+        nn.Sequential(nn.Flatten(), nn.Linear(48, 6)), FullClassifier(3, 5), partial(SGD, lr=0.1)
+    )
+    with pytest.raises(ValueError, match=r"embeddings must be \(N, 5\), got \(8, 6\)"):
+        fit(tmp_path, faces)

@@ -193,12 +193,16 @@ def test_devices_decide_what_is_left_to_them(monkeypatch: pytest.MonkeyPatch) ->
     """bf16 where the card has it, else the paper's float16 with its loss scaler; CPU: float32."""
     train = load(ROOT / "train.py")
 
-    def resolved(cuda: bool, bf16: bool, accelerator: str = "auto") -> Any:
+    def resolved(cuda: bool, bf16: bool, accelerator: str = "auto", plan: Any = False) -> Any:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: bf16)
         monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
         trainer = {"accelerator": accelerator, "precision": "auto", "benchmark": None}
-        cfg = OmegaConf.create({"trainer": trainer, "model": {"channels_last": "auto"}})
+        trainer["gradient_clip_val"] = 5.0
+        optimizer, model = {"fused": "auto"}, {"channels_last": "auto"}
+        cfg = OmegaConf.create(
+            {"trainer": trainer, "optimizer": optimizer, "model": model, "plan": plan}
+        )
         train.resolve_device(cfg)
         return cfg, train.loss_scaling(cfg)
 
@@ -206,12 +210,17 @@ def test_devices_decide_what_is_left_to_them(monkeypatch: pytest.MonkeyPatch) ->
     assert (cfg.trainer.precision, cfg.model.channels_last, plugins) == ("32-true", False, {})
     cfg, plugins = resolved(cuda=True, bf16=True)
     assert (cfg.trainer.precision, cfg.trainer.benchmark, plugins) == ("bf16-mixed", True, {})
-    assert cfg.model.channels_last
+    assert cfg.model.channels_last and cfg.optimizer.fused
     cfg, plugins = resolved(cuda=True, bf16=False)
     assert cfg.trainer.precision == "16-mixed" and plugins["precision"] is None
+    assert not cfg.optimizer.fused  # FACTS 7: its gradients could not be clipped
     assert plugins["plugins"].scaler.get_growth_interval() == 100
     cfg, plugins = resolved(cuda=True, bf16=True, accelerator="cpu")
     assert (cfg.trainer.precision, plugins) == ("32-true", {})
+    cfg, _ = resolved(cuda=False, bf16=False, plan=24)  # for a card that is elsewhere
+    assert (cfg.trainer.precision, cfg.model.channels_last) == ("bf16-mixed", True)
+    cfg, _ = resolved(cuda=False, bf16=False, plan=True)
+    assert cfg.trainer.precision == "32-true"
 
 
 @pytest.mark.slow
@@ -302,6 +311,18 @@ BAD_INPUT = [
     (["+trainer.gradient_clip_algorithm=value"], "gradient_clip_val must be a norm"),
     (["trainer.gradient_clip_val=-1"], "gradient_clip_val must be a norm of at least 0"),
     (["data.batch_size=33"], "batch_size 33 is larger than the 32 training images"),
+    (["data.batch_size=1"], "a training batch must hold at least 2 images for BatchNorm, got 1"),
+    (["classifier.chunk=0"], "chunk must be at least 1 class, got 0"),
+    (["classifier=partial", "classifier.rate=0"], "rate must lie in (0, 1], got 0"),
+    (["classifier=partial", "classifier.rate=1.5"], "rate must lie in (0, 1], got 1.5"),
+    (["classifier.products=float16"], "products must be float32 or bfloat16, got 'float16'"),
+    (["classifier.lr=-1"], "head_lr must be at least 0 and finite, got -1"),
+    (["classifier=partial", "optimizer=adamw"], "(optimizer=sgd), got AdamW"),
+    (["weights=nowhere.pth"], "weights must be a file, got nowhere.pth"),
+    ([f"weights={ROOT / 'README.md'}"], "weights must be a file of tensors"),
+    (["model.freeze=[layer9]"], "freeze must name parts of the backbone, got 'layer9'"),
+    (["plan=-3"], "plan must be true or a card's memory in GiB, got -3"),
+    (["plan=true", "trainer.precision=64-true"], "precision must be one of 32-true, bf16-mixed"),
 ]
 
 
@@ -405,6 +426,100 @@ def test_sweep_runs_every_combination(run: Run, tmp_path: Path) -> None:
     )
     assert ended.code == 0, ended.err
     assert len(list(sweep.glob("*/results.json"))) == 4
+
+
+def test_fine_tuning_on_other_identities(run: Run) -> None:
+    """Frozen stages stay to the bit, new centres come, and each part has its learning rate."""
+    first = run(*small("trainer.max_steps=2"))
+    file = first.folder / "checkpoints" / "last.ckpt"
+    more = ["data.num_identities=11", "trainer.max_steps=2", "trainer.log_every_n_steps=1"]
+    refused = run(*small(*more, f"weights={file}"), folder="refused")
+    assert refused.code == 2
+    assert "weights must hold (11, 128) class centres, got (8, 128)" in refused.err
+    more += ["classifier.reinit=true", "classifier.lr=0.1", "model.freeze=[conv1,bn1,layer1]"]
+    ended = run(*small(*more, f"weights={file}"), folder="fine")
+    assert ended.code == 0, ended.err
+    before, after = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (first.folder, ended.folder)
+    )
+    assert after["classifier.weight"].shape == (11, 128)
+    for name, tensor in before.items():
+        if name.startswith(("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")):
+            assert torch.equal(after[name], tensor), name
+    assert not torch.equal(after["backbone.fc.weight"], before["backbone.fc.weight"])
+    rates = next(row for row in rows(ended.folder) if row["lr-SGD/pg1"])
+    found = [float(rates["lr-SGD/pg1"]), float(rates["lr-SGD/pg2"])]
+    assert found == pytest.approx([0.02, 0.1], rel=1e-6)
+    # The run goes on without the file that it started from.
+    file.unlink()
+    again = run("resume=auto", "trainer.max_steps=3", folder="fine")
+    assert again.code == 0, again.err
+
+
+def test_onecycle_keeps_the_classifiers_own_learning_rate(run: Run) -> None:
+    steps = ["trainer.max_steps=3", "trainer.log_every_n_steps=1"]
+    ended = run(*small("schedule=onecycle", "classifier.lr=0.1", *steps))
+    assert ended.code == 0, ended.err
+    for row in rows(ended.folder):
+        if row["lr-SGD/pg1"]:
+            assert float(row["lr-SGD/pg2"]) == pytest.approx(5 * float(row["lr-SGD/pg1"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("classifier", ["full", "chunked", "partial"])
+def test_every_classifier_trains_and_resumes(run: Run, classifier: str) -> None:
+    first = run(*small(f"classifier={classifier}", "trainer.max_steps=2"))
+    assert first.code == 0, first.err
+    second = run("resume=auto", "trainer.max_steps=3")
+    assert second.code == 0, second.err
+    assert json.loads((second.folder / "results.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize("margin", ["adaface", "curricularface", "elasticface", "magface"])
+def test_margins_with_a_memory_resume(run: Run, margin: str) -> None:
+    assert run(*small(f"margin={margin}", "trainer.max_steps=2")).code == 0
+    second = run("resume=auto", "trainer.max_steps=3")
+    assert second.code == 0, second.err
+
+
+@pytest.mark.slow
+def test_plan_of_the_papers_run_without_its_data(run: Run) -> None:
+    """FACTS: 617,970 identities, r100 with 65.16 M parameters; 30 hours on a card of 24 GB."""
+    ended = run("model=r100", "data=webface12m", "plan=24")
+    assert ended.code == 0, ended.err
+    plan = json.loads((ended.folder / "plan.json").read_text())
+    assert plan["num_classes"] == 617_970 and plan["batches"] == 496_875
+    assert plan["precision"] == "bf16-mixed" and plan["classifier"] == "chunked"
+    assert plan["backbone"]["gradients"] == pytest.approx(4 * 65.16e6, rel=1e-3)
+    for head in plan["heads"].values():
+        assert head["weights"] == head["states"] == 617_970 * 512 * 4
+    assert plan["heads"]["chunked"]["fits"] and 25 < plan["hours"] < 35
+    assert list(plan["heads"]) == ["chunked", "full", "partial"]
+    assert "classifier=partial" in ended.out and not (ended.folder / "checkpoints").exists()
+    smaller = run("model=r100", "data=webface12m", "plan=12", folder="smaller")
+    heads = json.loads((smaller.folder / "plan.json").read_text())["heads"]
+    assert {name: head["fits"] for name, head in heads.items()} == {
+        "chunked": False,
+        "full": False,
+        "partial": True,
+    }
+    assert "classifier=partial would fit" in smaller.out
+
+
+def test_plan_of_a_chunk_that_is_too_large(run: Run) -> None:
+    ended = run("data=webface4m", "plan=3", "classifier.chunk=205990", "data.batch_size=512")
+    assert ended.code == 0, ended.err
+    heads = json.loads((ended.folder / "plan.json").read_text())["heads"]
+    assert not heads["chunked"]["fits"] and heads["chunked classifier.chunk=null"]["fits"]
+    assert "classifier=chunked classifier.chunk=null or classifier=partial would fit" in ended.out
+
+
+def test_plan_of_the_default_run(run: Run) -> None:
+    ended = run("plan=true", "trainer=cpu")
+    assert ended.code == 0, ended.err
+    plan = json.loads((ended.folder / "plan.json").read_text())
+    assert (plan["num_classes"], plan["batches"], plan["reserve"]) == (500, 624, 0)
+    assert "fits" in ended.out and "does not" not in ended.out
 
 
 def test_help_is_for_people(run: Run) -> None:

@@ -1,0 +1,203 @@
+"""The plan of a run against what a process really takes, and against counting by hand."""
+
+import functools
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from fastface_lightning.backbones import build_backbone
+from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
+from fastface_lightning.plan import (
+    MemoryMeter,
+    PartPlan,
+    peak,
+    plan_backbone,
+    plan_classifier,
+)
+from fastface_lightning.sgd import SGD
+
+SGD_OF_THE_PAPER = functools.partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+# Trains three steps in a process of its own and prints by how much its resident set has grown.
+MEASURED = """
+import json, re, sys
+import torch
+from fastface_lightning.backbones import build_backbone
+from fastface_lightning import classifiers
+from fastface_lightning.module import flip_some, normalise
+from fastface_lightning.sgd import SGD
+
+case = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+
+def train(batch, num_classes):
+    net = build_backbone(case["backbone"])
+    head = getattr(classifiers, case["classifier"])(num_classes, **case["options"])
+    parameters = [*net.parameters(), *head.parameters()]
+    optimizer = SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
+    for _ in range(3):
+        images = torch.zeros(batch, 3, 112, 112, dtype=torch.uint8)
+        labels = torch.arange(batch) % num_classes
+        head(net(normalise(flip_some(images))), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+def memory(what):
+    # What getrusage tells may be the parent's.
+    return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+train(4, 10)  # libraries load, and kernels compile
+before = memory("VmRSS")
+train(case["batch"], case["num_classes"])
+print(memory("VmHWM") - before)
+"""
+
+
+def planned(case: dict[str, Any]) -> int:
+    import fastface_lightning.classifiers as kinds
+
+    build = functools.partial(
+        getattr(kinds, case["classifier"]), case["num_classes"], **case["options"]
+    )
+    net = functools.partial(build_backbone, case["backbone"])
+    backbone = plan_backbone(net, SGD_OF_THE_PAPER, case["batch"], "32-true")
+    head = plan_classifier(build, SGD_OF_THE_PAPER, case["batch"], 512, case["num_classes"])
+    return peak(backbone, head)
+
+
+CASES = [
+    ("mobilefacenet", "ChunkedClassifier", {"chunk": 2048}, 32, 1000),
+    ("iresnet_tiny", "ChunkedClassifier", {"chunk": 2048}, 64, 200_000),
+    ("iresnet_tiny", "FullClassifier", {}, 64, 100_000),
+    ("iresnet_tiny", "PartialClassifier", {"rate": 0.1, "chunk": 2048}, 64, 300_000),
+    ("iresnet18", "FullClassifier", {}, 16, 10_000),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("values", CASES, ids=lambda v: f"{v[0]}-{v[1]}-{v[4]}")
+def test_within_15_percent_of_what_a_process_takes(values: tuple[Any, ...]) -> None:
+    names = ("backbone", "classifier", "options", "batch", "num_classes")
+    case = dict(zip(names, values, strict=True))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, json.dumps(case)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    measured = int(done.stdout)
+    print(planned(case) / measured)
+    assert planned(case) == pytest.approx(measured, rel=0.15)
+
+
+def test_a_backbone_counted_by_hand() -> None:
+    plan = plan_backbone(
+        lambda: build_backbone("iresnet18"), SGD_OF_THE_PAPER, batch_size=8, precision="32-true"
+    )
+    net = build_backbone("iresnet18")
+    trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    assert plan.weights == sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
+    assert plan.gradients == plan.states == trained and plan.update == 0
+    # The stem's own map, N x 64 x 112 x 112 floats, is kept by its batch norm and its PReLU.
+    assert plan.activations > 2 * 8 * 64 * 112 * 112 * 4
+    half = plan_backbone(
+        lambda: build_backbone("iresnet18"), SGD_OF_THE_PAPER, batch_size=8, precision="bf16-mixed"
+    )
+    assert 0.4 < half.activations / plan.activations < 0.7
+    twice = plan_backbone(
+        lambda: build_backbone("iresnet18"), SGD_OF_THE_PAPER, batch_size=16, precision="32-true"
+    )
+    assert twice.activations == pytest.approx(2 * plan.activations, rel=1e-3)
+    assert twice.flops == 2 * plan.flops
+
+
+def test_checkpointing_and_freezing_show() -> None:
+    def plan(**options: Any) -> PartPlan:
+        build = functools.partial(build_backbone, "iresnet18", **options)
+        return plan_backbone(build, SGD_OF_THE_PAPER, 8, "32-true")
+
+    plain, recomputed, frozen = plan(), plan(grad_checkpointing=True), plan(freeze="all")
+    assert recomputed.activations < 0.6 * plain.activations
+    assert recomputed.flops > 1.2 * plain.flops
+    assert frozen.gradients == frozen.states == 0 and frozen.activations < plain.activations / 5
+
+
+def test_classifiers_counted_by_hand() -> None:
+    def plan(kind: Any, **options: Any) -> PartPlan:
+        build = functools.partial(kind, 200_000, **options)
+        return plan_classifier(build, SGD_OF_THE_PAPER, 128, 512, 200_000)
+
+    weight, logits = 200_000 * 512 * 4, 128 * 200_000 * 4
+    full, chunked = plan(FullClassifier), plan(ChunkedClassifier, chunk=2048)
+    partial = plan(PartialClassifier, rate=0.1, chunk=2048)
+    for each in (full, chunked, partial):
+        assert (each.weights, each.states, each.update) == (weight, weight, 0)
+    assert full.gradients == chunked.gradients == weight
+    assert partial.gradients == 20_000 * (512 * 4 + 8)
+    assert full.work > weight + 3 * logits  # unit centres; cosines, their softmax and gradient
+    assert chunked.work < 0.05 * weight
+    assert partial.work < 0.15 * weight
+    product = 2 * 128 * 200_000 * 512
+    assert full.flops == 3 * product
+    assert chunked.flops == 4 * product
+    assert partial.flops == pytest.approx(0.1 * 4 * product)
+
+
+def test_fake_and_real_tensors_tell_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = functools.partial(ChunkedClassifier, 5000, chunk=512)
+    real = plan_classifier(build, SGD_OF_THE_PAPER, 32, 512, 5000)
+    monkeypatch.setattr("fastface_lightning.plan.REAL", 0)
+    assert plan_classifier(build, SGD_OF_THE_PAPER, 32, 512, 5000) == real
+
+
+def test_a_sample_smaller_than_the_batch() -> None:
+    build = functools.partial(PartialClassifier, 100, 16, rate=0.1)
+    assert plan_classifier(build, SGD_OF_THE_PAPER, 64, 16, 100).weights == 100 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "states", "copies"), [(torch.optim.SGD, 1, True), (torch.optim.AdamW, 2, True)]
+)
+def test_other_optimizers(kind: Any, states: int, copies: bool) -> None:
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    make = functools.partial(kind, lr=0.1, weight_decay=0.1, **options)
+    build = functools.partial(ChunkedClassifier, 50_000, chunk=512)
+    plan = plan_classifier(build, make, 32, 512, 50_000)
+    assert plan.states == pytest.approx(states * plan.weights, rel=0.01)
+    assert (plan.update >= plan.weights) == copies
+    fused = plan_classifier(build, functools.partial(make, fused=True), 32, 512, 50_000)
+    assert fused.update == 0
+
+
+def test_the_peak_is_where_most_is_held() -> None:
+    def part(**held: int) -> PartPlan:
+        return PartPlan(**{**dict.fromkeys(PartPlan._fields, 0), **held})
+
+    backbone = part(weights=10, gradients=10, states=10, activations=50, work=7)
+    head = part(weights=100, gradients=100, states=100)
+    assert peak(backbone, head) == 220 + 50 + 100 + 7
+    assert peak(backbone, head._replace(work=30)) == 220 + 50 + 100 + 30
+    assert peak(backbone, head._replace(update=100)) == 220 + 110 + 100
+
+
+def test_the_meter_counts_storages_once_and_until_they_go() -> None:
+    with MemoryMeter() as meter:
+        x = torch.zeros(1000)
+        views = [x[:10], x.view(10, 100), x.detach()]
+        assert meter.live == 4000
+        y = x + 1
+        assert meter.live == meter.peak == 8000
+        del y
+        assert (meter.live, meter.peak) == (4000, 8000)
+        del x, views
+        assert meter.live == 0
+
+
+def test_precisions() -> None:
+    with pytest.raises(ValueError, match="precision must be one of 32-true, bf16-mixed, 16-mixed"):
+        plan_backbone(lambda: build_backbone("iresnet_tiny"), SGD_OF_THE_PAPER, 2, "64-true")
