@@ -176,9 +176,7 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
         outcome = {"chunk": classifier.get("chunk"), "peak": most, "fits": most <= capacity}
         heads[kind] = {**head._asdict(), **outcome}
     this = next(iter(heads))
-    batches = num_images // batch * cfg.trainer.max_epochs
-    if cfg.trainer.max_steps >= 0:
-        batches = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
+    batches = planned_batches(cfg, num_images)
     flops = (backbone.flops + heads[this]["flops"]) * batches
     plan = {
         "model": cfg.model.name,
@@ -197,6 +195,22 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     }
     (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
     print_plan(plan)
+
+
+def planned_batches(cfg: DictConfig, num_images: int) -> int:
+    """Batches of the whole run, by its epochs or its optimizer steps, whichever end first."""
+    epochs, steps = cfg.trainer.max_epochs, cfg.trainer.max_steps
+    ends = []
+    if epochs is not None and epochs >= 0:
+        ends.append(num_images // cfg.data.batch_size * epochs)
+    if steps >= 0:
+        ends.append(steps * cfg.trainer.accumulate_grad_batches)
+    if not ends:
+        raise ValueError(
+            f"a plan needs the length of the run, trainer.max_epochs or trainer.max_steps, "
+            f"got {epochs} and {steps}"
+        )
+    return min(ends)
 
 
 def data_size(cfg: DictConfig) -> tuple[int, int]:

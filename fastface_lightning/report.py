@@ -154,7 +154,9 @@ def print_plan(plan: dict[str, Any]) -> None:
         label = f"classifier={name}" + (f", chunk {head['chunk']:,}" if head["chunk"] else "")
         fits.add_row(label, _size(head["peak"]), "fits" if head["fits"] else "does not fit")
     console.print(held, fits)
-    text = f"  {plan['batches']:,} batches compute {plan['flops'] / 1e15:,.3g} PFLOP"
+    petaflop = plan["flops"] / 1e15
+    figure = f"{petaflop:,.0f}" if petaflop >= 100 else f"{petaflop:.3g}"
+    text = f"  {plan['batches']:,} batches compute {figure} PFLOP"
     if plan["reserve"]:
         text += (
             f": {plan['hours']:.3g} hours at the speed of the paper's RTX 4090. Peaks include "

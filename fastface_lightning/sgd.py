@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+BLOCK = 16384  # rows
+
 
 class SGD(torch.optim.SGD):
     r"""torch's SGD with momentum, in place, and row by row for a sparse gradient.
@@ -94,11 +96,14 @@ class SGD(torch.optim.SGD):
         )
 
     def _move_rows(self, p: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
-        (rows,), momentum = grad.indices(), group["momentum"]
-        step = grad.values().add_(p[rows], alpha=group["weight_decay"])
-        if momentum:
-            buffer = self._buffer(p)
-            moved = buffer[rows].mul_(momentum).add_(step)
-            buffer[rows] = moved
-            step = step.add_(moved, alpha=momentum) if group["nesterov"] else moved
-        p.index_add_(0, rows, step, alpha=-group["lr"])
+        momentum = group["momentum"]
+        # A block at a time: all rows at once would be copied three times.
+        blocks = zip(grad.indices()[0].split(BLOCK), grad.values().split(BLOCK), strict=True)
+        for rows, values in blocks:
+            step = values.add_(p[rows], alpha=group["weight_decay"])
+            if momentum:
+                buffer = self._buffer(p)
+                moved = buffer[rows].mul_(momentum).add_(step)
+                buffer[rows] = moved
+                step = step.add_(moved, alpha=momentum) if group["nesterov"] else moved
+            p.index_add_(0, rows, step, alpha=-group["lr"])

@@ -322,6 +322,7 @@ BAD_INPUT = [
     ([f"weights={ROOT / 'README.md'}"], "weights must be a file of tensors"),
     (["model.freeze=[layer9]"], "freeze must name parts of the backbone, got 'layer9'"),
     (["plan=-3"], "plan must be true or a card's memory in GiB, got -3"),
+    (["plan=true", "trainer.max_epochs=null"], "a plan needs the length of the run"),
     (["plan=true", "trainer.precision=64-true"], "precision must be one of 32-true, bf16-mixed"),
 ]
 

@@ -1,5 +1,6 @@
-"""What the README shows runs: its Python blocks as they are, its commands on stand-in data."""
+"""What README, cards and recipes show runs: Python blocks as they are, commands on stand-ins."""
 
+import json
 import re
 import shlex
 import shutil
@@ -12,12 +13,16 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "memory.md"]
+BLOCKS = {
+    page.name: re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for page in PAGES
+}
 # .ci/run runs the two blocks that set a machine up, as they stand there.
 COMMANDS = [
     line
-    for language, text in BLOCKS
+    for blocks in BLOCKS.values()
+    for language, text in blocks
     if language == "bash" and "pip install" not in text
     for line in text.splitlines()
 ]
@@ -30,15 +35,17 @@ SMALL = {
 }
 
 
-def test_python_blocks_run() -> None:
+@pytest.mark.parametrize("page", BLOCKS)
+def test_python_blocks_run(page: str) -> None:
+    """The blocks of a page one after the other, as its reader would."""
     names: dict[str, object] = {}
-    for language, text in BLOCKS:
+    for language, text in BLOCKS[page]:
         if language == "python":
-            exec(compile(text, "README.md", "exec"), names)
+            exec(compile(text, page, "exec"), names)
 
 
 def test_every_command_is_known() -> None:
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 30
     for command in COMMANDS:
         assert re.match(r"python (train|recipes/\w+)\.py ", command), command
 
@@ -67,19 +74,55 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command: str, stand_in: Path) -> None:
-    """As in the README, but two steps on a small stand-in."""
-    words = shlex.split(command)[1:]
-    if words[0] == "train.py":
-        data = next((word for word in words if word.startswith("data=")), "data=synthetic")
-        words += [*SMALL[data].split(), "trainer.max_steps=2", "trainer.log_every_n_steps=1"]
-        words.append("trainer.enable_progress_bar=false")
-    if "recipes/replay.py" in words:  # the commands before it made the run it reads
-        (stand_in / "RUN").mkdir(exist_ok=True)
-        (stand_in / "RUN" / "metrics.csv").write_text("step,train/loss\n0,5\n300,2\n")
+def run(words: list[str], folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, *words], cwd=stand_in, capture_output=True, text=True, check=False
+        [sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def small(words: list[str]) -> list[str]:
+    """A training command on a small stand-in, two steps long."""
+    data = next((word for word in words if word.startswith("data=")), "data=synthetic")
+    steps = ["trainer.max_steps=2", "trainer.log_every_n_steps=1"]
+    return [*words, *SMALL[data].split(), *steps, "trainer.enable_progress_bar=false"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "plan=" not in c])
+def test_commands_run(command: str, stand_in: Path) -> None:
+    """As they stand there, after what they need has been made."""
+    words = shlex.split(command)[1:]
+    finished = stand_in / "RUN"
+    (finished / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if "recipes/replay.py" in words:
+        (finished / "metrics.csv").write_text("step,train/loss\n0,5\n300,2\n")
+    if "weights=RUN" in command:
+        run([*small(["train.py"]), "hydra.run.dir=EARLIER"], stand_in)
+        shutil.copy(stand_in / "EARLIER" / "checkpoints" / "last.ckpt", finished / "checkpoints")
+    run(small(words) if words[0] == "train.py" else words, stand_in)
+    shutil.rmtree(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "plan=" in c])
+def test_plans_are_those_of_the_table(command: str, stand_in: Path) -> None:
+    """Every peak and duration of recipes/memory.md, found again by the command it names."""
+    words = shlex.split(command)[1:]
+    place = "hydra.sweep.dir" if "-m" in words else "hydra.run.dir"
+    run([*words, f"{place}=PLANS"], stand_in)
+    plans = [json.loads(file.read_text()) for file in (stand_in / "PLANS").rglob("plan.json")]
+    shutil.rmtree(stand_in / "PLANS")
+    assert len(plans) == (6 if "-m" in words else 1)
+    page = (ROOT / "recipes" / "memory.md").read_text()
+    for plan in plans:
+        model = plan["model"].replace("iresnet", "r")
+        (row,) = re.findall(
+            rf"^\| {model} \| \w+ \| {plan['num_classes']:,} \| (.*) \|$", page, re.M
+        )
+        heads = [plan["heads"][kind] for kind in ("full", "chunked", "partial")]
+        held = [plan["backbone"]["activations"], heads[0]["weights"], *(h["peak"] for h in heads)]
+        figures = [float(cell.split()[0]) for cell in row.split(" | ")]
+        assert figures[:-1] == pytest.approx([size / 2**30 for size in held], rel=0.02)
+        assert figures[-1] == pytest.approx(plan["hours"], abs=1)
+        assert ["(no)" in cell for cell in row.split(" | ")[2:5]] == [not h["fits"] for h in heads]

@@ -46,7 +46,8 @@ class ChunkedClassifier(Classifier):
 
     Args:
         num_classes, embedding_size, margin, scale, interclass_filter: as :class:`Classifier`.
-        chunk: classes at a time, at least 1; None chooses by the device and its free memory.
+        chunk: classes at a time, at least 1; None chooses at the first batch, by the device and its
+            free memory, and keeps to it.
         products: ``"float32"``, or ``"bfloat16"`` to round the factors of the four products to
             bfloat16; they are summed and everything else is computed in float32.
 
@@ -83,6 +84,8 @@ class ChunkedClassifier(Classifier):
         self, centres: Tensor, rows: Tensor, x: Tensor, norm: Tensor, labels: Tensor
     ) -> Tensor:
         """The loss (N,) over ``centres`` (K, D), the own one of each embedding in ``rows`` (N,)."""
+        if self.chunk is None:
+            self.chunk = chunk_that_fits(len(x), self.embedding_size, x.device)
         gradient = _Gradient()
         own, _ = unit(_OwnCentres.apply(centres, rows, gradient).to(x.dtype))
         cos_y = (x * own).sum(1)
@@ -96,7 +99,7 @@ class ChunkedClassifier(Classifier):
             rows,
             Negatives(self.margin, self.interclass_filter),
             self.scale,
-            self.chunk or chunk_that_fits(len(x), self.embedding_size, x.device),
+            self.chunk,
             self.products == "bfloat16" and x.dtype == torch.float32,
             gradient,
         )

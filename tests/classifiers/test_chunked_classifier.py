@@ -216,6 +216,16 @@ def test_chunks_follow_the_device_and_its_free_memory(monkeypatch: pytest.Monkey
     assert chunked.chunk_that_fits(128, 512, cuda) == 256
 
 
+def test_the_chunk_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another chunk would add up in another order: what is free must not change a run."""
+    classifier = ChunkedClassifier(5, 4)
+    monkeypatch.setattr(chunked, "free_memory", lambda _: 0)
+    classifier(torch.ones(2, 4), torch.tensor([0, 1]))
+    monkeypatch.setattr(chunked, "free_memory", lambda _: 2**34)
+    classifier(torch.ones(2, 4), torch.tensor([0, 1]))
+    assert classifier.chunk == 256
+
+
 def test_free_memory_of_this_machine_is_real() -> None:
     assert 2**20 < chunked.free_memory(torch.device("cpu")) < 2**50
 

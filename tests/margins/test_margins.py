@@ -1,9 +1,16 @@
-"""Each margin's formula, gradient, range and hooks, against scalar twins in float64."""
+"""What holds for every margin: its formula, gradient, range, dtypes, hooks and state.
+
+Each margin has a scalar twin in float64, cosine and norm to target cosine, written with nothing but
+``math``. Margins that learn from the batches or draw are here in eval mode; what they do in
+training stands in their own files.
+"""
 
 import copy
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TypeVar
 
 import pytest
 import torch
@@ -11,115 +18,295 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastface_lightning.margins import ArcFace, Combined, CosFace, Margin, Softmax
+from fastface_lightning.margins import (
+    AdaFace,
+    ArcFace,
+    Combined,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    Softmax,
+)
 
-MARGINS: list[tuple[Margin, Callable[[float], float]]] = [
-    (Softmax(), lambda cos: cos),
-    (CosFace(), lambda cos: cos - 0.4),
-    (CosFace(0.35), lambda cos: cos - 0.35),
-    (ArcFace(), lambda cos: math.cos(math.acos(cos) + 0.5)),
-    (ArcFace(0.3, straight_through=True), lambda cos: math.cos(math.acos(cos) + 0.3)),
-    (Combined(), lambda cos: cos - 0.4),
-    (Combined(0.9, 0.4, 0.15), lambda cos: math.cos(0.9 * math.acos(cos) + 0.4) - 0.15),
-    (Combined(1.35, 0.0, 0.0), lambda cos: math.cos(1.35 * math.acos(cos))),
+Twin = Callable[[float, float], float]
+AnyMargin = TypeVar("AnyMargin", bound=Margin)
+
+
+def combined(m1: float, m2: float, m3: float) -> Twin:
+    return lambda cos, norm: math.cos(m1 * math.acos(cos) + m2) - m3
+
+
+def clip(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
+
+
+def adaface(m: float, h: float, mean: float, std: float) -> Twin:
+    def twin(cos: float, norm: float) -> float:
+        z = clip((clip(norm, 0.001, 100) - mean) / (std + 0.001) * h, -1, 1)
+        theta = math.acos(clip(cos, -0.999, 0.999))
+        return math.cos(clip(theta - m * z, 0.001, math.pi - 0.001)) - (m + m * z)
+
+    return twin
+
+
+def magface(l_a: float, u_a: float, l_m: float, u_m: float) -> Twin:
+    def twin(cos: float, norm: float) -> float:
+        m = l_m + (u_m - l_m) * (clip(norm, l_a, u_a) - l_a) / (u_a - l_a)
+        return math.cos(math.acos(cos) + m) if cos > 0 else cos
+
+    return twin
+
+
+def curricularface(m: float) -> Twin:
+    arcface, fallback = combined(1, m, 0), combined(1, 0, m * math.sin(m))
+    return lambda cos, norm: (arcface if math.acos(cos) < math.pi - m else fallback)(cos, norm)
+
+
+def trained(margin: AnyMargin, **statistics: float) -> AnyMargin:
+    """The margin in eval mode, its running statistics as though it had trained."""
+    for name, value in statistics.items():
+        getattr(margin, name).fill_(value)
+    return margin.eval()
+
+
+MARGINS: list[tuple[Margin, Twin]] = [
+    (Softmax(), lambda cos, norm: cos),
+    (CosFace(), combined(1, 0, 0.4)),
+    (CosFace(0.35), combined(1, 0, 0.35)),
+    (ArcFace(), combined(1, 0.5, 0)),
+    (ArcFace(0.3, straight_through=True), combined(1, 0.3, 0)),
+    (Combined(), combined(1, 0, 0.4)),
+    (Combined(0.9, 0.4, 0.15), combined(0.9, 0.4, 0.15)),
+    (Combined(1.35, 0.0, 0.0), combined(1.35, 0, 0)),  # sphereface
+    (AdaFace().eval(), adaface(0.4, 0.333, 20, 100)),
+    (trained(AdaFace(0.5, 0.7), mean=18, std=4), adaface(0.5, 0.7, 18, 4)),
+    (MagFace(), magface(10, 110, 0.45, 0.8)),
+    (MagFace(5, 40, 0.2, 1.5, 0), magface(5, 40, 0.2, 1.5)),
+    (CurricularFace().eval(), curricularface(0.5)),
+    (trained(CurricularFace(0.3), t=0.6), curricularface(0.3)),
+    (ElasticFace().eval(), combined(1, 0.5, 0)),
+    (ElasticFace(0.35, 0.1, "cos").eval(), combined(1, 0, 0.35)),
 ]
 margins = pytest.mark.parametrize(("margin", "twin"), MARGINS, ids=[repr(m) for m, _ in MARGINS])
+alone = pytest.mark.parametrize("margin", [margin for margin, _ in MARGINS], ids=repr)
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 
 
-def apply(margin: Margin, cos_y: Tensor) -> Tensor:
-    """Call a margin that looks at neither norm nor label."""
-    return margin(cos_y, torch.full_like(cos_y, 20), torch.zeros(len(cos_y), dtype=torch.int64))
+def apply(margin: Margin, cos_y: Tensor, norm: Tensor | None = None) -> Tensor:
+    """Call a margin, by default with norms of 20; no margin looks at the label."""
+    norm = torch.full_like(cos_y, 20) if norm is None else norm
+    return margin(cos_y, norm, torch.zeros(len(cos_y), dtype=torch.int64))
+
+
+def double(margin: AnyMargin) -> AnyMargin:
+    return copy.deepcopy(margin).double()
 
 
 @margins
-@given(cosines=st.lists(st.floats(-1, 1), min_size=1, max_size=20))
-def test_formula(margin: Margin, twin: Callable[[float], float], cosines: list[float]) -> None:
-    got = apply(margin, torch.tensor(cosines, dtype=torch.float64))
-    expected = torch.tensor([twin(cos) for cos in cosines], dtype=torch.float64)
+@given(samples=st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 200)), min_size=1, max_size=20))
+def test_formula(margin: Margin, twin: Twin, samples: list[tuple[float, float]]) -> None:
+    cos_y, norm = torch.tensor(samples, dtype=torch.float64).T
+    expected = torch.tensor([twin(*sample) for sample in samples], dtype=torch.float64)
+    got = apply(double(margin), cos_y, norm)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
 @margins
-def test_float32_agrees_with_float64(margin: Margin, twin: Callable[[float], float]) -> None:
-    cos_y = torch.linspace(-1, 1, 1001)
-    got = apply(margin, cos_y)
+def test_float32_agrees_with_float64(margin: Margin, twin: Twin) -> None:
+    cos_y, norm = torch.linspace(-1, 1, 1001), torch.linspace(120, 0, 1001)
+    got = apply(margin, cos_y, norm)
     assert got.dtype == torch.float32 and got.shape == cos_y.shape
-    expected = torch.tensor([twin(cos) for cos in cos_y.tolist()])
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    expected = torch.tensor(
+        [twin(*pair) for pair in zip(cos_y.tolist(), norm.tolist(), strict=True)]
+    )
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
 
 
 @margins
-def test_gradient_is_exact_unless_straight_through(
-    margin: Margin, twin: Callable[[float], float]
-) -> None:
-    del twin
-    cos_y = torch.linspace(-0.99, 0.99, 51, dtype=torch.float64, requires_grad=True)
+def test_gradient_is_exact_unless_straight_through(margin: Margin, twin: Twin) -> None:
+    """Against central differences of the twin; only MagFace lets a gradient reach the norm."""
+    samples = [(-0.99 + 1.98 * i / 49, 1 + (37 * i) % 130) for i in range(50)]
+    cos_y, norm = torch.tensor(samples, dtype=torch.float64).T.requires_grad_()
+    got = torch.autograd.grad(
+        apply(double(margin), cos_y, norm).sum(), (cos_y, norm), materialize_grads=True
+    )
+    step = 1e-6
+    by_cos = [(twin(c + step, a) - twin(c - step, a)) / (2 * step) for c, a in samples]
+    by_norm = [(twin(c, a + step) - twin(c, a - step)) / (2 * step) for c, a in samples]
     if getattr(margin, "straight_through", False):
-        (gradient,) = torch.autograd.grad(apply(margin, cos_y).sum(), cos_y)
-        assert (gradient == 1).all()
-    else:
-        assert torch.autograd.gradcheck(lambda cos: apply(margin, cos), cos_y)
+        by_cos = [1.0] * 50
+    if not isinstance(margin, MagFace):
+        by_norm = [0.0] * 50
+    expected = torch.tensor([by_cos, by_norm], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(got), expected, atol=1e-8, rtol=1e-6)
+
+
+@alone
+def test_samples_do_not_meet_in_the_gradient(margin: Margin) -> None:
+    """The whole Jacobian, batch by batch: each target depends on its own cosine alone."""
+    cos_y = torch.linspace(-0.97, 0.98, 8, dtype=torch.float64, requires_grad=True)
+    norm = torch.linspace(2, 120, 8, dtype=torch.float64)
+    if not getattr(margin, "straight_through", False):
+        assert torch.autograd.gradcheck(lambda cos: apply(double(margin), cos, norm), cos_y)
 
 
 @margins
-def test_finite_at_the_edges(margin: Margin, twin: Callable[[float], float]) -> None:
+def test_finite_at_the_edges(margin: Margin, twin: Twin) -> None:
     """Rounding may carry a float32 cosine past 1; value and gradient stay finite."""
     cos_y = torch.tensor([-1 - 1e-6, -1.0, 1.0, 1 + 1e-6], requires_grad=True)
     cos_y_prime = apply(margin, cos_y)
     cos_y_prime.sum().backward()
-    expected = torch.tensor([twin(cos) for cos in [-1.0, -1.0, 1.0, 1.0]])
+    expected = torch.tensor([twin(cos, 20) for cos in [-1.0, -1.0, 1.0, 1.0]])
     torch.testing.assert_close(cos_y_prime, expected, atol=3e-6, rtol=0)
     assert cos_y.grad is not None and cos_y.grad.isfinite().all()
 
 
-def test_arcface_gradient_in_closed_form() -> None:
-    """d cos(theta + m) / d cos(theta) = sin(theta + m) / sin(theta), negative beyond pi - m."""
-    theta = torch.linspace(0.01, 3.13, 60, dtype=torch.float64)
-    cos_y = theta.cos().requires_grad_()
-    (gradient,) = torch.autograd.grad(apply(ArcFace(0.5), cos_y).sum(), cos_y)
-    torch.testing.assert_close(gradient, torch.sin(theta + 0.5) / torch.sin(theta))
-    assert ((gradient < 0) == (theta > math.pi - 0.5)).all()
+@margins
+@dtypes
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
+def test_every_dtype_is_kept_and_finite(
+    margin: Margin, twin: Twin, dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    """Cosines of any dtype, edges and one step beyond them; norms of the same or of float32."""
+    one = torch.ones(1, dtype=dtype)
+    beyond = torch.nextafter(one, 2 * one)
+    cos_y = torch.cat([-beyond, torch.linspace(-1, 1, 21).to(dtype), beyond]).requires_grad_()
+    norm = torch.full((23,), 30.0, dtype=torch.float32 if autocast else dtype)
+    with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
+        got = apply(margin, cos_y, norm)
+        hard = margin.negatives(cos_y[:, None], cos_y, got)
+        penalty = margin.penalty(norm)
+        (got.sum() + hard.sum() + penalty.sum()).backward()
+    assert (got.dtype, hard.dtype, penalty.dtype) == (dtype, dtype, norm.dtype)
+    assert cos_y.grad is not None and cos_y.grad.isfinite().all()
+    expected = torch.tensor([twin(clip(cos, -1, 1), 30) for cos in cos_y.tolist()])
+    tolerance = max(16 * torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=0)
 
 
-def test_straight_through_changes_the_gradient_and_not_the_value() -> None:
-    cos_y = torch.linspace(-1, 1, 201, dtype=torch.float64)
-    exact, straight = ArcFace(0.5), ArcFace(0.5, straight_through=True)
-    torch.testing.assert_close(apply(straight, cos_y), apply(exact, cos_y), atol=1e-15, rtol=0)
+@alone
+@given(cos=st.floats(-0.5, 1), norm=st.floats(0, 200))
+def test_a_margin_lowers_the_target(margin: Margin, cos: float, norm: float) -> None:
+    """At the angles that training passes through, cos_y' is never above cos_y."""
+    cos_y, a = torch.tensor([[cos], [norm]], dtype=torch.float64)
+    assert apply(double(margin), cos_y, a) <= cos_y + 1e-12
 
 
-def test_combined_holds_arcface_and_cosface() -> None:
-    cos_y = torch.linspace(-1, 1, 201, dtype=torch.float64)
-    torch.testing.assert_close(apply(Combined(1, 0.5, 0), cos_y), apply(ArcFace(0.5), cos_y))
-    torch.testing.assert_close(apply(Combined(1, 0, 0.4), cos_y), apply(CosFace(0.4), cos_y))
-
-
-@given(
-    cos=st.floats(-1, 1),
-    m1=st.floats(1, 2),
-    m2=st.floats(0, 1),
-    m3=st.floats(0, 1, exclude_min=True),
+@pytest.mark.parametrize(
+    "margin",
+    [
+        CosFace(0),
+        ArcFace(0),
+        ArcFace(0, straight_through=True),
+        Combined(1, 0, 0),
+        AdaFace(0),
+        MagFace(l_m=0, u_m=0),
+        CurricularFace(0),
+        ElasticFace(0, 0),
+        ElasticFace(0, 0, "cos"),
+    ],
+    ids=repr,
 )
-def test_a_margin_lowers_the_target(cos: float, m1: float, m2: float, m3: float) -> None:
-    """Up to the angle where m1 theta + m2 reaches pi, cos_y' is never above cos_y."""
-    cos_y = torch.tensor([cos], dtype=torch.float64)
-    if m1 * math.acos(cos) + m2 <= math.pi:
-        assert apply(Combined(m1, m2, m3), cos_y) <= cos_y + 1e-12
+@pytest.mark.parametrize("training", [True, False])
+def test_without_its_margin_it_is_softmax(margin: Margin, training: bool) -> None:
+    """The target is untouched, up to AdaFace's clamp at 0.999."""
+    cos_y = torch.linspace(-0.99, 0.99, 40, dtype=torch.float64, requires_grad=True)
+    got = apply(double(margin).train(training), cos_y, torch.linspace(1, 120, 40))
+    torch.testing.assert_close(got, cos_y)
+    (gradient,) = torch.autograd.grad(got.sum(), cos_y)
+    torch.testing.assert_close(gradient, torch.ones_like(gradient))
 
 
-@margins
-def test_default_hooks_do_nothing(margin: Margin, twin: Callable[[float], float]) -> None:
-    del twin
+@alone
+def test_default_hooks_do_nothing(margin: Margin) -> None:
     cos, cos_y = torch.rand(3, 5), torch.rand(3)
-    assert margin.negatives(cos, cos_y, cos_y - 0.4) is cos
-    assert torch.equal(margin.penalty(torch.tensor([0.0, 3.0])), torch.zeros(2))
+    if not isinstance(margin, CurricularFace):
+        assert margin.negatives(cos, cos_y, cos_y - 0.4) is cos
+    if not isinstance(margin, MagFace):
+        assert torch.equal(margin.penalty(torch.tensor([0.0, 3.0])), torch.zeros(2))
 
 
-@margins
-def test_no_parameters_and_no_state(margin: Margin, twin: Callable[[float], float]) -> None:
-    del twin
-    assert not list(margin.parameters()) and not margin.state_dict()
+@alone
+def test_nothing_waits_for_the_device(margin: Margin) -> None:
+    """A meta tensor has no values: reading one, or branching on one, would raise."""
+    margin = copy.deepcopy(margin).to("meta").train()
+    cos_y = torch.empty(4, device="meta", requires_grad=True)
+    norm = torch.empty(4, device="meta", requires_grad=True)
+    cos_y_prime = margin(cos_y, norm, torch.empty(4, dtype=torch.int64, device="meta"))
+    hard = margin.negatives(torch.empty(4, 7, device="meta"), cos_y, cos_y_prime)
+    penalty = margin.penalty(norm)
+    assert (cos_y_prime.shape, hard.shape, penalty.shape) == ((4,), (4, 7), (4,))
+    (cos_y_prime.sum() + penalty.sum()).backward()
+
+
+@alone
+def test_no_parameters_and_no_state_but_statistics(margin: Margin) -> None:
+    statistics = {AdaFace: ["mean", "std"], CurricularFace: ["t"]}.get(type(margin), [])
+    assert not list(margin.parameters())
+    assert list(margin.state_dict()) == statistics
+    for value in margin.state_dict().values():
+        assert value.shape == () and value.dtype == torch.float32
     cos_y = torch.linspace(-1, 1, 11)
     assert torch.equal(apply(copy.deepcopy(margin), cos_y), apply(margin, cos_y))
+
+
+@alone
+def test_statistics_move_in_training_only_and_are_saved(margin: Margin) -> None:
+    cos_y, norm = torch.linspace(-0.2, 0.9, 8), torch.linspace(3, 30, 8)
+    before = copy.deepcopy(margin.state_dict())
+    apply(margin, cos_y, norm)
+    margin.negatives(cos_y[:, None], cos_y, cos_y)
+    assert margin.state_dict() == before
+    training = copy.deepcopy(margin).train()
+    apply(training, cos_y, norm)
+    after = copy.deepcopy(training.state_dict())
+    assert all(after[name] != before[name] for name in before)
+    training.negatives(cos_y[:, None], cos_y, cos_y)
+    training.penalty(norm)
+    assert training.state_dict() == after
+    resumed = copy.deepcopy(margin)
+    resumed.load_state_dict(after)
+    assert torch.equal(apply(resumed, cos_y, norm), apply(training.eval(), cos_y, norm))
+
+
+@alone
+def test_several_forwards_may_share_a_backward(margin: Margin) -> None:
+    """A statistic moves in place; no backward may need what it was."""
+    training = copy.deepcopy(margin).train()
+    cos_y = torch.rand(2, 6).requires_grad_()
+    cos = torch.rand(6, 9).requires_grad_()
+    total = torch.zeros(())
+    for row in cos_y:
+        cos_y_prime = apply(training, row)
+        total = total + cos_y_prime.sum() + training.negatives(cos, row, cos_y_prime).sum()
+    total.backward()
+
+
+@alone
+def test_the_classifier_may_write_into_the_negatives(margin: Margin) -> None:
+    """As base.py says: in place, into what the last operation returned."""
+    cos = (0.9 * torch.rand(4, 6, dtype=torch.float64) + 0.05).requires_grad_()
+    own = torch.arange(4), torch.tensor([0, 5, 2, 2])
+    margin = double(margin)
+
+    def logits(in_place: bool) -> Tensor:
+        raw = cos * 1  # a result as the classifier's own, not a leaf
+        cos_y_prime = apply(margin, raw[own])
+        changed = margin.negatives(raw, raw[own], cos_y_prime)
+        changed = changed if in_place else changed.clone()
+        changed[own] = cos_y_prime
+        changed *= 3
+        return changed
+
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    got, expected = [
+        torch.autograd.grad((weight * logits(in_place)).sum(), cos)[0] for in_place in (True, False)
+    ]
+    torch.testing.assert_close(got, expected)
 
 
 def test_base_class_is_abstract() -> None:
@@ -140,14 +327,37 @@ def test_base_class_is_abstract() -> None:
         (lambda: Combined(m1=math.inf), "m1 must be positive and finite, got inf"),
         (lambda: Combined(m2=-1), "m2 must lie in [0, pi), got -1"),
         (lambda: Combined(m3=2.5), "m3 must lie in [0, 2), got 2.5"),
+        (lambda: AdaFace(1), "m must lie in [0, 1), got 1"),
+        (lambda: AdaFace(math.nan), "m must lie in [0, 1), got nan"),
+        (lambda: AdaFace(h=-1), "h must be at least 0 and finite, got -1"),
+        (lambda: AdaFace(h=math.inf), "h must be at least 0 and finite, got inf"),
+        (lambda: AdaFace(alpha=0), "alpha must lie in (0, 1], got 0"),
+        (lambda: AdaFace(alpha=1.5), "alpha must lie in (0, 1], got 1.5"),
+        (lambda: MagFace(l_a=0), "l_a and u_a must satisfy 0 < l_a < u_a < inf, got 0 and 110.0"),
+        (lambda: MagFace(9, 9), "l_a and u_a must satisfy 0 < l_a < u_a < inf, got 9 and 9"),
+        (lambda: MagFace(l_m=0.9), "l_m and u_m must satisfy 0 <= l_m <= u_m < pi, got 0.9 and"),
+        (lambda: MagFace(u_m=4), "l_m and u_m must satisfy 0 <= l_m <= u_m < pi, got 0.45 and 4"),
+        (lambda: MagFace(lambda_g=-1), "lambda_g must be at least 0 and finite, got -1"),
+        (lambda: MagFace(lambda_g=math.nan), "lambda_g must be at least 0 and finite, got nan"),
+        (lambda: CurricularFace(-1), "m must lie in [0, pi), got -1"),
+        (lambda: CurricularFace(alpha=2), "alpha must lie in (0, 1], got 2"),
+        (lambda: ElasticFace(4), "m must lie in [0, pi), got 4"),
+        (lambda: ElasticFace(2, kind="cos"), "m must lie in [0, 2), got 2"),
+        (lambda: ElasticFace(std=-0.1), "std must be at least 0 and finite, got -0.1"),
+        (lambda: ElasticFace(kind="tan"), "kind must be 'arc' or 'cos', got 'tan'"),  # type: ignore[arg-type]
     ],
 )
-def test_refuses_margins_out_of_range(build: Callable[[], Margin], message: str) -> None:
+def test_refuses_arguments_out_of_range(build: Callable[[], Margin], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         build()
 
 
 def test_repr_names_the_margin() -> None:
+    assert repr(Softmax()) == "Softmax()"
     assert repr(ArcFace(0.3)) == "ArcFace(m=0.3, straight_through=False)"
     assert repr(CosFace()) == "CosFace(m=0.4)"
     assert repr(Combined()) == "Combined(m1=1.0, m2=0.0, m3=0.4)"
+    assert repr(AdaFace()) == "AdaFace(m=0.4, h=0.333, alpha=0.01)"
+    assert repr(MagFace()) == "MagFace(l_a=10.0, u_a=110.0, l_m=0.45, u_m=0.8, lambda_g=35.0)"
+    assert repr(CurricularFace()) == "CurricularFace(m=0.5, alpha=0.01)"
+    assert repr(ElasticFace()) == "ElasticFace(m=0.5, std=0.05, kind='arc')"
