@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from fastface_lightning import FastFaceCallback
 from fastface_lightning.classifiers import Classifier, chunk_that_fits
 from fastface_lightning.data import FaceDataModule
-from fastface_lightning.module import FaceModule, moves_rows
-from fastface_lightning.plan import CARD_RESERVE, peak, plan_backbone, plan_classifier
+from fastface_lightning.module import FaceModule, check_sparse, moves_rows
+from fastface_lightning.plan import CARD_RESERVE, UNPLANNED, peak, plan_backbone, plan_classifier
 from fastface_lightning.program import program
 from fastface_lightning.report import print_plan, print_summary
 from fastface_lightning.run_record import ResumableCSVLogger, RunRecord, device_name, memory_of
@@ -35,7 +35,8 @@ HERE = Path(__file__).resolve().parent
 PAPER_FLOPS_PER_SECOND = 43e12
 
 NUMBERS = (
-    *("seed", "data.batch_size", "data.num_workers", "optimizer.lr", "checkpoint.every_n_steps"),
+    *("seed", "plan", "data.batch_size", "data.num_workers", "optimizer.lr", "classifier.lr"),
+    "checkpoint.every_n_steps",
     *("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches"),
 )
 
@@ -155,14 +156,19 @@ def torch_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, total_step
 
 def plan_run(cfg: DictConfig, folder: Path) -> None:
     """Print what the run will hold and compute, with every kind of classifier; train nothing."""
-    if not cfg.plan > 0:
+    if not 0 < cfg.plan < float("inf"):
         raise ValueError(f"plan must be true or a card's memory in GiB, got {cfg.plan}")
+    if cfg.trainer.strategy not in ("auto", "single_device") or cfg.trainer.devices not in (1, "1"):
+        raise ValueError(
+            f"a plan is of one device, got trainer.strategy={cfg.trainer.strategy} and "
+            f"trainer.devices={cfg.trainer.devices}"
+        )
     num_classes, num_images = data_size(cfg)
     device = torch.device("cuda" if uses_cuda(cfg) or cfg.plan is not True else "cpu")
     capacity = memory_of(device) if cfg.plan is True else int(cfg.plan * 2**30)
     reserve = CARD_RESERVE if device.type == "cuda" else 0
     batch, make = cfg.data.batch_size, instantiate(cfg.optimizer)
-    # None of these changes what is held, and none of them can be had without data.
+    # Where a tensor's numbers lie does not change what is held; what a compiler saves is unknown.
     off = {"channels_last": False, "compile": False, "pretrained": False}
     model = {**cfg.model, **{key: value for key, value in off.items() if key in cfg.model}}
     backbone = plan_backbone(lambda: instantiate(model), make, batch, cfg.trainer.precision)
@@ -172,8 +178,9 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
             classifier.chunk = chunk_that_fits(batch, cfg.model.embedding_size, device)
         build = functools.partial(build_classifier, cfg, num_classes, classifier)
         head = plan_classifier(build, make, batch, cfg.model.embedding_size, num_classes)
-        most = peak(backbone, head) + reserve
-        outcome = {"chunk": classifier.get("chunk"), "peak": most, "fits": most <= capacity}
+        most = peak(backbone, head, cfg.trainer.accumulate_grad_batches) + reserve
+        fits = UNPLANNED * most <= capacity
+        outcome = {"chunk": classifier.get("chunk"), "peak": most, "fits": fits}
         heads[kind] = {**head._asdict(), **outcome}
     this = next(iter(heads))
     batches = planned_batches(cfg, num_images)
@@ -218,7 +225,8 @@ def data_size(cfg: DictConfig) -> tuple[int, int]:
     if "images_per_identity" in cfg.data:  # drawn only when they are needed
         return cfg.data.num_identities, cfg.data.num_identities * cfg.data.images_per_identity
     if cfg.data.get("num_images") and not Path(cfg.data.root).is_dir():
-        return cfg.data.num_identities, cfg.data.num_images
+        share = 1 - cfg.data.get("held_out", 0)
+        return round(share * cfg.data.num_identities), round(share * cfg.data.num_images)
     data: FaceDataModule = instantiate(cfg.data)
     data.setup("fit")
     return data.num_classes, len(data.train_set)  # type: ignore[arg-type]
@@ -228,9 +236,10 @@ def classifier_kinds(cfg: DictConfig) -> dict[str, Any]:
     """The run's own classifier first, then the other kinds that its optimizer can train."""
     this = HydraConfig.get().runtime.choices["classifier"]
     kinds: dict[str, Any] = {this: cfg.classifier}
+    optimizer = instantiate(cfg.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+    check_sparse(cfg.classifier.get("rate", 1) < 1, optimizer)
     if cfg.classifier.get("chunk"):
         kinds[f"{this} classifier.chunk=null"] = OmegaConf.merge(cfg.classifier, {"chunk": None})
-    optimizer = instantiate(cfg.optimizer)([torch.nn.Parameter(torch.zeros(1))])
     for file in sorted((HERE / "conf" / "classifier").glob("*.yaml")):
         other = OmegaConf.load(file)
         other.scale = cfg.classifier.scale
@@ -277,7 +286,7 @@ def uses_cuda(cfg: DictConfig) -> bool:
 def resolve_device(cfg: DictConfig) -> None:
     """Replace the settings that say ``auto`` by what the device is good at."""
     # A plan for a card that is elsewhere is made here.
-    cuda = uses_cuda(cfg) or (cfg.plan and cfg.plan is not True)
+    cuda = uses_cuda(cfg) or (bool(cfg.plan) and cfg.plan is not True)
     if uses_cuda(cfg):
         torch.set_float32_matmul_precision("high")
     if cfg.model.channels_last == "auto":
@@ -303,8 +312,14 @@ def loss_scaling(cfg: DictConfig) -> dict[str, Any]:
 def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     """The checkpoint to go on from, if any; another run in the folder is never overwritten."""
     last = folder / "checkpoints" / "last.ckpt"
+    if cfg.classifier.reinit and not cfg.weights:
+        raise ValueError("classifier.reinit=true needs weights=FILE, whose backbone it takes")
     if cfg.resume == "auto":
         return last if last.exists() else None
+    if cfg.resume is not None and cfg.weights:
+        raise ValueError(
+            f"a run starts from weights or goes on from resume, got {cfg.weights} and {cfg.resume}"
+        )
     checkpoint = None if cfg.resume is None else Path(cfg.resume)
     if checkpoint is not None and not checkpoint.is_file():
         raise ValueError(f"resume must be 'auto' or a checkpoint file, got {checkpoint}")
@@ -338,6 +353,12 @@ def check_checkpoint(checkpoint: Path, module: FaceModule) -> int:
                 f"{tuple(tensor.shape)}, got {found}; weights=FILE classifier.reinit=true starts "
                 f"from its backbone alone"
             )
+    groups = len(saved["optimizer_states"][0]["param_groups"])
+    if groups != 1 + (module.classifier_lr is not None):
+        raise ValueError(
+            f"classifier.lr must be set as in the run of the checkpoint, where it was "
+            f"{'null' if groups == 1 else 'a number'}, got {module.classifier_lr}"
+        )
     return step
 
 

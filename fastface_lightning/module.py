@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .backbones import load_weights
+from .backbones.weights import check_finite, read_weights
 from .evaluation import VerificationAccuracy
-from .sgd import SGD
+from .sgd import SGD, like_weights
 
 
 class FaceModule(LightningModule):
@@ -29,7 +30,7 @@ class FaceModule(LightningModule):
         scheduler: takes the optimizer and the run's optimizer steps, gives a torch scheduler that
             steps once an optimizer step; None where a callback sets the learning rate.
         verify_names: name of each validation loader's set of pairs, in order.
-        head_lr: base learning rate of the classifier; None is the optimizer's own.
+        classifier_lr: base learning rate of the classifier; None is the optimizer's own.
 
     Batches are what :class:`fastface_lightning.data.FaceDataModule` gives: for training images
     uint8 (N, 3, 112, 112) RGB and labels (N,) int64; for validation the two images of each pair,
@@ -46,17 +47,17 @@ class FaceModule(LightningModule):
         optimizer: Callable[[Any], Optimizer],
         scheduler: Callable[[Optimizer, int], Any] | None = None,
         verify_names: Sequence[str] = (),
-        head_lr: float | None = None,
+        classifier_lr: float | None = None,
     ) -> None:
         super().__init__()
-        if head_lr is not None and not 0 <= head_lr < float("inf"):
-            raise ValueError(f"head_lr must be at least 0 and finite, got {head_lr}")
+        if classifier_lr is not None and not 0 <= classifier_lr < float("inf"):
+            raise ValueError(f"classifier_lr must be at least 0 and finite, got {classifier_lr}")
         self.backbone = backbone
         self.classifier = classifier
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.verify_names = list(verify_names)
-        self.head_lr = head_lr
+        self.classifier_lr = classifier_lr
         self.metrics = nn.ModuleList(VerificationAccuracy() for _ in verify_names)
         self._resumed_from: list[str] | None = None
         self._reduce_loss = False
@@ -101,7 +102,8 @@ class FaceModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer()
-        self._check_sparse(optimizer)
+        samples = getattr(self.classifier, "samples", False)
+        check_sparse(samples, optimizer, self.trainer.world_size)
         if self.scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -118,49 +120,36 @@ class FaceModule(LightningModule):
 
     def build_optimizer(self) -> Optimizer:
         """The optimizer of all parameters, the classifier's in a group apart if it has its lr."""
-        if self.head_lr is None:
+        if self.classifier_lr is None:
             return self.optimizer(self.parameters())
-        head = {"params": list(self.classifier.parameters()), "lr": self.head_lr}
+        head = {"params": list(self.classifier.parameters()), "lr": self.classifier_lr}
         return self.optimizer([{"params": list(self.backbone.parameters())}, head])
 
-    def _check_sparse(self, optimizer: Optimizer) -> None:
-        """A sampling classifier needs an optimizer that moves rows, and one process."""
-        if not getattr(self.classifier, "samples", False):
-            return
-        if not moves_rows(optimizer):
-            raise MisconfigurationException(
-                f"a partial classifier needs an optimizer that moves the sampled rows alone, "
-                f"fastface_lightning.sgd.SGD (optimizer=sgd), got {type(optimizer).__name__}"
-            )
-        if self.trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"a partial classifier below rate 1 trains in one process, since each would draw "
-                f"its own classes, got {self.trainer.world_size}: use the chunked classifier"
-            )
-
     def start_from(self, file: str | Path, reinit: bool = False) -> None:
-        """Take the weights of a file, all of them or, on any error, none.
+        """Take the weights of a file; on any error, none of them.
 
         Args:
-            file: a checkpoint of this module, or InsightFace's ``backbone.pth`` or ``model.pt``,
-                which leave the classifier as it is.
+            file: a checkpoint of this module, from which class centres and the margin's statistics
+                are taken too, or InsightFace's ``backbone.pth`` or ``model.pt``.
             reinit: take the backbone alone, as for other identities.
 
         Raises:
             ValueError: the file does not fit; see :func:`fastface_lightning.backbones.load_weights`
                 for the backbone. The classifier must have as many classes.
         """
-        centres = None if reinit else _centres(file)
-        weight = self.classifier.get_parameter("weight")
-        if centres is not None and centres.shape != weight.shape:
+        saved = {} if reinit else read_weights(file, "classifier.")
+        own = self.classifier.state_dict()
+        centres, wanted = saved.get("weight"), own["weight"]
+        if centres is not None and centres.shape != wanted.shape:
             raise ValueError(
-                f"weights must hold {tuple(weight.shape)} class centres, got "
+                f"weights must hold {tuple(wanted.shape)} class centres, got "
                 f"{tuple(centres.shape)} in {file}: classifier.reinit=true takes its backbone alone"
             )
+        check_finite(saved, file)
         load_weights(self.backbone, file)
-        if centres is not None:
-            with torch.no_grad():
-                weight.copy_(centres)
+        # Of another margin, what this one does not know is left, and what it has starts anew.
+        kept = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
+        self.classifier.load_state_dict({**own, **kept})
 
     def configure_gradient_clipping(
         self,
@@ -207,22 +196,36 @@ class FaceModule(LightningModule):
                 f"{', '.join(now) or 'none'}"
             )
 
+    def on_train_start(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            for p, state in optimizer.state.items():
+                like_weights(state, p)
+
     def _scheduler_names(self) -> list[str]:
         return [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs]
 
 
 def moves_rows(optimizer: Optimizer) -> bool:
-    """Whether an optimizer moves the rows that a sparse gradient names, and no others."""
-    return isinstance(optimizer, SGD | torch.optim.SparseAdam)
+    """Whether an optimizer moves, of a sparse gradient, the rows that it names and no others."""
+    return isinstance(optimizer, SGD)
 
 
-def _centres(file: str | Path) -> Tensor | None:
-    """The class centres in a checkpoint; None in a file of a backbone alone, or of no weights."""
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return saved["state_dict"].get("classifier.weight")
-    except Exception:  # load_weights says what is wrong
-        return None
+def check_sparse(samples: bool, optimizer: Optimizer, world_size: int = 1) -> None:
+    """A classifier that samples needs an optimizer that moves rows, and one process.
+
+    Raises:
+        MisconfigurationException: it has not.
+    """
+    if samples and not moves_rows(optimizer):
+        raise MisconfigurationException(
+            f"a partial classifier needs an optimizer that moves the sampled rows alone, "
+            f"fastface_lightning.sgd.SGD (optimizer=sgd), got {type(optimizer).__name__}"
+        )
+    if samples and world_size > 1:
+        raise MisconfigurationException(
+            f"a partial classifier below rate 1 trains in one process, since each would draw its "
+            f"own classes, got {world_size}: use the chunked classifier"
+        )
 
 
 def normalise(images: Tensor) -> Tensor:

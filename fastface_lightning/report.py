@@ -159,7 +159,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     text = f"  {plan['batches']:,} batches compute {figure} PFLOP"
     if plan["reserve"]:
         text += (
-            f": {plan['hours']:.3g} hours at the speed of the paper's RTX 4090. Peaks include "
+            f": at least {plan['hours']:.3g} hours, at the speed of the paper's RTX 4090 and where "
+            f"the data come as fast. Peaks include "
             f"{_size(plan['reserve'])} for the card's own libraries"
         )
     console.print(text + ".", soft_wrap=True)

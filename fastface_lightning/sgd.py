@@ -23,8 +23,8 @@ class SGD(torch.optim.SGD):
 
     torch's own adds :math:`\lambda w` to a copy of the gradient, which for 617,970 identities is
     another 1.3 GB, unless its fused kernel is asked for; and that one takes over the work of the
-    loss scaler, so that under float16 gradients cannot be clipped. This one always uses the fused
-    kernel, on gradients the scaler has unscaled already.
+    loss scaler, so that under float16 gradients cannot be clipped. This one uses the fused kernel
+    on every processor and CUDA device, on gradients the scaler has unscaled already.
 
     A sparse gradient (``torch.sparse_coo``, its rows from
     :class:`fastface_lightning.classifiers.PartialClassifier`) moves the rows it names alone: the
@@ -75,6 +75,7 @@ class SGD(torch.optim.SGD):
         state = self.state[p]
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(p)
+        like_weights(state, p)
         return state["momentum_buffer"]
 
     def _move_all(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
@@ -100,10 +101,21 @@ class SGD(torch.optim.SGD):
         # A block at a time: all rows at once would be copied three times.
         blocks = zip(grad.indices()[0].split(BLOCK), grad.values().split(BLOCK), strict=True)
         for rows, values in blocks:
-            step = values.add_(p[rows], alpha=group["weight_decay"])
+            step = values.add(p[rows], alpha=group["weight_decay"])
             if momentum:
                 buffer = self._buffer(p)
                 moved = buffer[rows].mul_(momentum).add_(step)
                 buffer[rows] = moved
                 step = step.add_(moved, alpha=momentum) if group["nesterov"] else moved
             p.index_add_(0, rows, step, alpha=-group["lr"])
+
+
+def like_weights(state: dict[str, Any], p: Tensor) -> None:
+    """Bring an optimizer's state of a parameter into the parameter's memory format.
+
+    A state that was saved with another one, by a run that had ``channels_last`` set otherwise,
+    would be taken element by element in the wrong order: the fused kernels look at memory only.
+    """
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+            state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastface_lightning.backbones import build_backbone
 from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
+from fastface_lightning.margins import AdaFace, CurricularFace, Margin
 from fastface_lightning.module import FaceModule, flip_some, normalise
 from fastface_lightning.sgd import SGD
 
@@ -100,14 +101,16 @@ def test_a_fused_optimizer_under_a_scaler_cannot_clip(tmp_path: Path) -> None:
 def test_the_classifier_may_have_a_learning_rate_of_its_own() -> None:
     backbone, classifier = nn.Linear(3, 5), FullClassifier(3, 5)
     make = partial(SGD, lr=0.1, momentum=0.9)
-    groups = FaceModule(backbone, classifier, make, head_lr=0.02).build_optimizer().param_groups
+    groups = (
+        FaceModule(backbone, classifier, make, classifier_lr=0.02).build_optimizer().param_groups
+    )
     assert [(g["lr"], g["momentum"], len(g["params"])) for g in groups] == [
         (0.1, 0.9, 2),
         (0.02, 0.9, 1),
     ]
     assert len(FaceModule(backbone, classifier, make).build_optimizer().param_groups) == 1
-    with pytest.raises(ValueError, match="head_lr must be at least 0 and finite, got -1"):
-        FaceModule(backbone, classifier, make, head_lr=-1)
+    with pytest.raises(ValueError, match="classifier_lr must be at least 0 and finite, got -1"):
+        FaceModule(backbone, classifier, make, classifier_lr=-1)
 
 
 def sampling(optimizer: Any) -> FaceModule:
@@ -136,9 +139,9 @@ def test_a_partial_classifier_trains_in_one_process(monkeypatch: pytest.MonkeyPa
     faces.configure_optimizers()
 
 
-def small_face_module(num_classes: int) -> FaceModule:
+def small_face_module(num_classes: int, margin: Margin | None = None) -> FaceModule:
     backbone = build_backbone("iresnet_tiny", 16)
-    return FaceModule(backbone, ChunkedClassifier(num_classes, 16), partial(SGD, lr=0.1))
+    return FaceModule(backbone, ChunkedClassifier(num_classes, 16, margin), partial(SGD, lr=0.1))
 
 
 def checkpoint(faces: FaceModule, file: Path) -> Path:
@@ -152,9 +155,56 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_start_from_a_checkpoint(tmp_path: Path) -> None:
-    saved, faces = small_face_module(7), small_face_module(7)
-    faces.start_from(checkpoint(saved, tmp_path / "last.ckpt"))
+    """The margin's statistics too; of another margin those that it has not are left."""
+    saved, faces = (small_face_module(7, AdaFace()) for _ in range(2))
+    saved.classifier.margin.mean.fill_(5.0)
+    file = checkpoint(saved, tmp_path / "last.ckpt")
+    faces.start_from(file)
     assert same(faces, saved)
+    other = small_face_module(7, CurricularFace())
+    other.start_from(file)
+    assert torch.equal(other.classifier.weight, saved.classifier.weight)
+    assert other.classifier.margin.t == 0
+
+
+@pytest.mark.parametrize("form", ["legacy", "_orig_mod.", "module."])
+def test_start_from_a_checkpoint_in_any_form(tmp_path: Path, form: str) -> None:
+    saved, faces = small_face_module(7), small_face_module(7)
+    prefix = "" if form == "legacy" else form
+    state = {prefix + key: value for key, value in saved.state_dict().items()}
+    file = tmp_path / "last.ckpt"
+    torch.save({"state_dict": state}, file, _use_new_zipfile_serialization=form != "legacy")
+    faces.start_from(file)
+    assert same(faces, saved)
+
+
+def test_start_from_centres_that_are_no_numbers(tmp_path: Path) -> None:
+    saved, faces = small_face_module(7), small_face_module(7)
+    with torch.no_grad():
+        saved.classifier.weight[3] = torch.nan
+    before = {key: value.clone() for key, value in faces.state_dict().items()}
+    with pytest.raises(ValueError, match="weights must be finite, got nan in weight of"):
+        faces.start_from(checkpoint(saved, tmp_path / "last.ckpt"))
+    assert all(torch.equal(value, before[key]) for key, value in faces.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", [SGD, partial(torch.optim.AdamW, fused=True)])
+def test_an_optimizers_state_follows_the_weights_memory_format(optimizer: Any) -> None:
+    backbone = nn.Conv2d(3, 4, 3)
+    faces = FaceModule(
+        backbone, ChunkedClassifier(3, 4), partial(optimizer, lr=0.1, weight_decay=1)
+    )
+    built = faces.build_optimizer()
+    for p in faces.parameters():
+        p.grad = torch.ones_like(p)
+        built.state[p] = {"of it": torch.arange(p.numel()).view(p.shape).float(), "step": 3}
+    backbone.to(memory_format=torch.channels_last)
+    faces.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    faces.trainer.strategy.optimizers = [built]
+    faces.on_train_start()
+    held = built.state[backbone.weight]["of it"]
+    assert held.stride() == backbone.weight.stride()
+    assert torch.equal(held, torch.arange(108).view(4, 3, 3, 3).float())
 
 
 def test_start_from_the_backbone_of_other_identities(tmp_path: Path) -> None:

@@ -150,3 +150,25 @@ def test_its_state_is_torchs(source: type) -> None:
 def test_refuses_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SGD(parameters(), **options)
+
+
+@pytest.mark.parametrize("kind", [SGD, torch.optim.SGD])
+def test_a_state_of_another_memory_format_is_taken_element_by_element(kind: type) -> None:
+    """A run with channels_last goes on without it, or the other way round."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(6, 4, 3, 3), torch.randn(2, 6, 4, 3, 3)
+
+    def run(optimizer_kind: type, change: bool) -> Tensor:
+        p = nn.Parameter(start.clone())
+        first = kind([p], lr=0.1, momentum=0.9)
+        p.grad = grads[0].clone()
+        first.step()
+        data = p.data.to(memory_format=torch.channels_last) if change else p.data
+        again = nn.Parameter(data)
+        second = optimizer_kind([again], lr=0.1)
+        second.load_state_dict(first.state_dict())
+        again.grad = torch.empty_like(again).copy_(grads[1])
+        second.step()
+        return again.detach()
+
+    torch.testing.assert_close(run(SGD, change=True), run(torch.optim.SGD, change=False))

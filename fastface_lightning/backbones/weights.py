@@ -43,15 +43,25 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
             f"weights must match {architecture(model)}, got {', '.join(differences)} in {file}"
         )
     weights = {key: value.to(own[key].dtype) for key, value in weights.items()}
+    check_finite(weights, file)
+    model.load_state_dict(weights, strict=False)  # only counts of batches may be missing
+
+
+def check_finite(weights: Mapping[str, Tensor], file: str | Path) -> None:
+    """Refuse weights of a file with a number that is none, naming its key."""
     for key, value in weights.items():
         if not value.isfinite().all():
             odd = value[~value.isfinite()][0].item()
             raise ValueError(f"weights must be finite, got {odd} in {key} of {file}")
-    model.load_state_dict(weights, strict=False)  # only counts of batches may be missing
 
 
-def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """The backbone's state_dict in a file, on the CPU, its keys without the prefixes of wrappers.
+def read_weights(file: str | Path, part: str = "backbone.") -> dict[str, Tensor]:
+    """A part's state_dict in a file, on the CPU, its keys without the prefixes of wrappers.
+
+    Args:
+        file: a state_dict of a backbone, or a checkpoint of ``train.py``.
+        part: what the keys of the part begin with in a checkpoint; a file of a backbone alone has
+            nothing of another part.
 
     Raises:
         ValueError: no such file, or one that holds something else.
@@ -65,10 +75,11 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise _refused(file, f"holds {_kind(value)} under {key!r}")
     weights = _unwrapped(dict(state))
-    if is_checkpoint:
-        weights = _unwrapped(_under("backbone.", weights))
-        if not weights:
-            raise _refused(file, "is a checkpoint without keys that begin with 'backbone.'")
+    if not is_checkpoint:
+        return weights if part == "backbone." else {}
+    weights = _unwrapped(_under(part, weights))
+    if not weights and part == "backbone.":
+        raise _refused(file, "is a checkpoint without keys that begin with 'backbone.'")
     return weights
 
 

@@ -85,9 +85,9 @@ class Classifier(nn.Module, ABC):
             Scalar loss, float32 (float64 for a float64 ``weight``).
 
         Raises:
-            ValueError: if shapes or dtypes do not fit or, on the CPU, a label is out of range. On
-                an accelerator looking at the labels would stall every step, so there a label out
-                of range ends in the device's own assertion.
+            ValueError: if shapes or dtypes do not fit or, on the CPU, a label is out of range. On a
+                GPU looking at the labels would stall every step, so there a label out of range
+                ends in an assertion of the device.
         """
         self._check(embeddings, labels)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -132,8 +132,11 @@ class Classifier(nn.Module, ABC):
             )
         if labels.dtype != torch.int64:
             raise ValueError(f"labels must be int64, got {labels.dtype}")
+        out_of_range = (labels < 0) | (labels >= self.num_classes)
+        if labels.device.type == "cuda":
+            torch._assert_async(~out_of_range.any(), f"labels must lie in [0, {self.num_classes})")
         if labels.device.type == "cpu" and type(labels) is Tensor:  # a fake one has no values
-            outside = labels[(labels < 0) | (labels >= self.num_classes)]
+            outside = labels[out_of_range]
             if len(outside) > 0:
                 raise ValueError(
                     f"labels of {self.num_classes} classes must lie in [0, {self.num_classes}), "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class ChunkedClassifier(Classifier):
             bfloat16; they are summed and everything else is computed in float32.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        ValueError: if an argument is outside its range, or the margin has parameters of its own
+            and ``negatives`` that may depend on them.
 
     References:
         As :class:`Classifier`. Milakov and Gimelshein, Online normalizer calculation for softmax,
@@ -74,6 +76,11 @@ class ChunkedClassifier(Classifier):
             raise ValueError(f"chunk must be at least 1 class, got {chunk}")
         if products not in ("float32", "bfloat16"):
             raise ValueError(f"products must be float32 or bfloat16, got {products!r}")
+        learnt = any(True for _ in self.margin.parameters())
+        if learnt and type(self.margin).negatives is not Margin.negatives:
+            raise ValueError(
+                f"a margin whose negatives are learnt needs FullClassifier, got {self.margin}"
+            )
         self.chunk = chunk
         self.products = products
 
@@ -122,8 +129,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.is_available():
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cpu" and meminfo.is_file():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if found:
+            return int(found[1]) * 1024
     return 2**63 - 1
 
 
@@ -209,12 +219,12 @@ class _LogSumExpOfOthers(Function):
                     a, *more = torch.autograd.grad(n, leaves, a, materialize_grads=True)
                     grad_y += more[0]
                     grad_prime += more[1]
-                along = (a * cos).sum(1, keepdim=True).mul_(-inv * inv)
-                a = a * inv
-                grad_x += ctx.product(a.T, w)
+                grad_x += ctx.product((a * inv).T, w)
                 if whole is not None:
+                    along = (a * cos).sum(1, keepdim=True).mul_(-inv)
                     out = whole[part] if whole.dtype == x.dtype else None
-                    block = ctx.product(a, x, out=out).addcmul_(w, along)
+                    # Divided by the length twice, as the square of a very short one is 0.
+                    block = ctx.product(a, x, out=out).addcmul_(w, along).mul_(inv)
                     if out is None:
                         whole[part] = block
         ctx.gradient.value = whole

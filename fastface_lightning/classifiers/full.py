@@ -10,8 +10,8 @@ from .base import Classifier, Negatives, unit
 class FullClassifier(Classifier):
     """The loss of :class:`Classifier` as its equation reads, by way of all N x C cosines.
 
-    For up to some 10,000 identities, and to check the other classifiers against. The forward keeps
-    one N x C matrix, the backward makes a second, and the optimizer step sees a dense gradient.
+    For up to some 10,000 identities, and to check the other classifiers against. At its peak it
+    holds, beside ``weight`` and its gradient, about three tensors of C x D and four of N x C.
 
     Args, Raises and References: as :class:`Classifier`.
     """

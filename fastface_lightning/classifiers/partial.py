@@ -19,7 +19,7 @@ class PartialClassifier(ChunkedClassifier):
 
     .. math::
 
-        S = \{y_1, \dots, y_N\} \cup R, \qquad |S| = \max(\lfloor r C \rfloor, |\{y_i\}|)
+        S = \{y_1, \dots, y_N\} \cup R, \qquad |S| = \max(\lfloor r C \rfloor, \min(N, C))
 
     with :math:`R` drawn uniformly from the other classes, without repetition, by torch's generator
     of the device. Only the rows :math:`S` of ``weight`` enter the loss, and its gradient is a
@@ -73,9 +73,9 @@ class PartialClassifier(ChunkedClassifier):
 
     def sample(self, labels: Tensor) -> Tensor:
         """The classes of a step: int64, ascending, every class of ``labels`` (N,) among them."""
-        size = math.floor(self.rate * self.num_classes)
-        if size < len(labels):  # else it certainly holds them all, and no GPU need be waited for
-            size = max(size, len(labels.unique()))
+        # Room for N classes, however few they are: to count them a GPU would have to be waited for.
+        room = min(len(labels), self.num_classes)
+        size = max(math.floor(self.rate * self.num_classes), room)
         chance = torch.rand(self.num_classes, device=labels.device)
         chance[labels] = 2
         return chance.topk(size).indices.sort().values

@@ -27,7 +27,7 @@ class HardNegatives(Margin):
 
     def negatives(self, cos: Tensor, cos_y: Tensor, cos_y_prime: Tensor) -> Tensor:
         hard = cos > cos_y_prime[:, None]
-        return torch.where(hard, cos * (0.5 + cos_y[:, None] + cos), cos)
+        return torch.where(hard, cos * (0.5 + cos_y[:, None] + cos_y_prime[:, None] + cos), cos)
 
     def penalty(self, norm: Tensor) -> Tensor:
         return norm / 10 + 1 / (1 + norm)

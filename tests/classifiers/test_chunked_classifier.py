@@ -1,5 +1,6 @@
 """ChunkedClassifier is FullClassifier to the last digits, and holds less."""
 
+import copy
 import re
 
 import pytest
@@ -47,7 +48,8 @@ def test_values_and_gradients_equal_the_full_classifiers(
     seed: int,
 ) -> None:
     x, labels = batch(n, num_classes, size, seed)
-    full = FullClassifier(num_classes, size, margin, scale, interclass_filter).double()
+    own = copy.deepcopy(margin)
+    full = FullClassifier(num_classes, size, own, scale, interclass_filter).double()
     assert_same(full, x, labels, chunk)
 
 
@@ -56,7 +58,7 @@ def test_values_and_gradients_equal_the_full_classifiers(
 def test_a_batch_that_lives_in_one_chunk(margin: Margin, chunk: int) -> None:
     """One identity many times, all other chunks without a label; a zero centre and embedding."""
     x, _ = batch(12, 101, 5)
-    full = FullClassifier(101, 5, margin).double()
+    full = FullClassifier(101, 5, copy.deepcopy(margin)).double()
     with torch.no_grad():
         full.weight[33] = 0
         x[3] = 0
@@ -121,11 +123,12 @@ def test_float32_whatever_autocast_says(dtype: torch.dtype) -> None:
 def test_half_precision_centres_get_half_precision_gradients() -> None:
     torch.manual_seed(0)
     classifier = ChunkedClassifier(50, 16, chunk=8).bfloat16()
-    loss, _, grad = outcome(classifier, torch.randn(8, 16), torch.arange(8))
-    assert (loss.dtype, grad.dtype) == (torch.float32, torch.bfloat16)
-    whole = twins(FullClassifier, classifier)
-    expected = outcome(whole, torch.randn(8, 16), torch.arange(8))[2]
-    assert expected.dtype == torch.bfloat16
+    x, labels = torch.randn(8, 16), torch.arange(8)
+    loss, grad, grad_weight = outcome(classifier, x, labels)
+    assert (loss.dtype, grad_weight.dtype) == (torch.float32, torch.bfloat16)
+    expected = outcome(twins(FullClassifier, classifier), x, labels)
+    torch.testing.assert_close((loss, grad), expected[:2])
+    torch.testing.assert_close(grad_weight, expected[2])  # to a rounding of bfloat16
 
 
 def test_backward_again() -> None:
@@ -194,7 +197,7 @@ def test_never_a_batch_by_classes_tensor(margin: Margin) -> None:
     x, labels = batch(n, num_classes, size)
     held = {}
     for kind, options in ((FullClassifier, {}), (ChunkedClassifier, {"chunk": 100})):
-        classifier = kind(num_classes, size, margin, **options)
+        classifier = kind(num_classes, size, copy.deepcopy(margin), **options)
         with Largest(but=classifier.weight.shape) as largest, MemoryMeter() as meter:
             outcome(classifier, x.float(), labels)
         held[kind] = largest.elements, meter.peak / classifier.weight.nbytes
@@ -238,6 +241,38 @@ def test_free_memory_of_a_card_counts_what_torch_has_put_by(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 700)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
     assert chunked.free_memory(torch.device("cuda")) == 1400
+
+
+def test_a_very_short_centre_has_a_finite_gradient() -> None:
+    classifier = ChunkedClassifier(5, 4, chunk=2)
+    with torch.no_grad():
+        classifier.weight[1] *= 1e-19
+    _, _, grad = outcome(classifier, torch.randn(3, 4), torch.tensor([0, 1, 2]))
+    assert grad.isfinite().all()
+
+
+def test_refuses_a_margin_whose_negatives_are_learnt() -> None:
+    """Their gradient would be lost; a margin that learns at the target alone is served."""
+
+    class Learnt(CosFace):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, cos_y: Tensor, norm: Tensor, label: Tensor) -> Tensor:
+            return self.b * cos_y
+
+    class LearntNegatives(Learnt):
+        def negatives(self, cos: Tensor, cos_y: Tensor, cos_y_prime: Tensor) -> Tensor:
+            return self.b * cos
+
+    with pytest.raises(ValueError, match="negatives are learnt needs FullClassifier"):
+        ChunkedClassifier(5, 4, LearntNegatives())
+    full = FullClassifier(5, 4, Learnt()).double()
+    other = twins(ChunkedClassifier, full, chunk=2)
+    x, labels = batch(3, 5, 4)
+    outcome(full, x, labels), outcome(other, x, labels)
+    torch.testing.assert_close(other.margin.b.grad, full.margin.b.grad)
 
 
 @pytest.mark.parametrize(
