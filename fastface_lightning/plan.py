@@ -21,7 +21,7 @@ from .sgd import BLOCK
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-# What a process took at most over what its plan said (tests/test_plan.py), for gaps and the like.
+# Room for what no plan knows, such as gaps between allocations.
 UNPLANNED = 1.12
 # What a CUDA context, cuDNN's workspaces and gaps between allocations take of a card.
 CARD_RESERVE = 3 * 2**29

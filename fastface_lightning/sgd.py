@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-BLOCK = 16384  # rows
+BLOCK = 4096  # rows
 
 
 class SGD(torch.optim.SGD):

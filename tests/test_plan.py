@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -23,36 +24,33 @@ from fastface_lightning.sgd import SGD
 
 SGD_OF_THE_PAPER = functools.partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
-# Trains three steps in a process of its own and prints by how much its resident set has grown.
+# Trains three steps in Lightning's order, in a process of its own, and prints by how much its
+# resident set has grown.
 MEASURED = r"""
-import functools, json, logging, re, sys, warnings
+import json, re, sys
 import torch
-from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader, TensorDataset
 from fastface_lightning import classifiers
 from fastface_lightning.backbones import build_backbone
-from fastface_lightning.module import FaceModule
+from fastface_lightning.module import flip_some, normalise
 from fastface_lightning.sgd import SGD
 
 case = json.loads(sys.argv[1])
 torch.set_num_threads(1)
-warnings.filterwarnings("ignore")
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 def train(batch, num_classes):
-    images = torch.zeros(1, 3, 112, 112, dtype=torch.uint8).expand(3 * batch, -1, -1, -1)
-    labels = torch.arange(3 * batch) % num_classes
-    module = FaceModule(
-        build_backbone(case["backbone"]),
-        getattr(classifiers, case["classifier"])(num_classes, **case["options"]),
-        functools.partial(SGD, lr=0.01, momentum=0.9, weight_decay=5e-4),
-    )
-    trainer = Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-        accumulate_grad_batches=case["accumulate"],
-    )
-    trainer.fit(module, DataLoader(TensorDataset(images, labels), batch))
+    net = build_backbone(case["backbone"])
+    head = getattr(classifiers, case["classifier"])(num_classes, **case["options"])
+    parameters = [*net.parameters(), *head.parameters()]
+    optimizer = SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
+    for number in range(3 * case["accumulate"]):
+        images = torch.zeros(batch, 3, 112, 112, dtype=torch.uint8)
+        labels = torch.arange(batch) % num_classes
+        loss = head(net(normalise(flip_some(images))), labels)
+        if number % case["accumulate"] == 0:
+            optimizer.zero_grad()
+        loss.backward()
+        if (number + 1) % case["accumulate"] == 0:
+            optimizer.step()
 
 def memory(what):
     # What getrusage tells may be the parent's.
@@ -98,6 +96,8 @@ def test_within_15_percent_of_what_a_process_takes(values: tuple[Any, ...]) -> N
         text=True,
         check=True,
         timeout=300,
+        # Large blocks go back when they are freed: what gaps an allocator leaves is not planned.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"},
     )
     measured = int(done.stdout)
     print(planned(case) / measured)  # below 1 by what UNPLANNED adds
@@ -147,7 +147,7 @@ def test_classifiers_counted_by_hand() -> None:
     for each in (full, chunked, partial):
         assert (each.weights, each.states) == (weight, weight)
     assert full.update == chunked.update == 0
-    assert partial.update == partial.gradients + 2 * 16384 * 512 * 4  # sorted, and two blocks
+    assert partial.update == partial.gradients + 2 * 4096 * 512 * 4  # sorted, and two blocks
     assert full.gradients == chunked.gradients == weight
     assert partial.gradients == 20_000 * (512 * 4 + 8)
     assert full.work == pytest.approx(3 * weight + 4 * logits, rel=0.02)
