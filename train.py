@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> float | None:
     check_numbers(cfg)
     checkpoint = checkpoint_to_resume(cfg, folder)
     resolve_device(cfg)
-    if cfg.plan:
+    if cfg.plan is not False and cfg.plan is not None:  # 0 is a mistake, not a no
         plan_run(cfg, folder)
         return None
     seed_everything(cfg.seed, workers=True, verbose=False)

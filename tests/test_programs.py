@@ -325,6 +325,7 @@ BAD_INPUT = [
     (["classifier.reinit=true"], "classifier.reinit=true needs weights=FILE"),
     ([f"resume={ROOT / 'README.md'}", "weights=x"], "starts from weights or goes on from resume"),
     (["plan=24GB"], "plan must be a number, got '24GB'"),
+    (["plan=0"], "plan must be true or a card's memory in GiB, got 0"),
     (["plan=inf"], "plan must be true or a card's memory in GiB, got inf"),
     (["plan=24", "trainer=ddp", "trainer.devices=4"], "a plan is of one device"),
     (["plan=24", "classifier=partial", "optimizer=adamw"], "(optimizer=sgd), got AdamW"),
