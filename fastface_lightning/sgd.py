@@ -97,13 +97,14 @@ class SGD(torch.optim.SGD):
         )
 
     def _move_rows(self, p: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
+        """Move the rows of p (C, D) that a coalesced sparse ``grad`` of its shape names."""
         momentum = group["momentum"]
+        buffer = self._buffer(p) if momentum else None
         # A block at a time: all rows at once would be copied three times.
         blocks = zip(grad.indices()[0].split(BLOCK), grad.values().split(BLOCK), strict=True)
         for rows, values in blocks:
             step = values.add(p[rows], alpha=group["weight_decay"])
-            if momentum:
-                buffer = self._buffer(p)
+            if buffer is not None:
                 moved = buffer[rows].mul_(momentum).add_(step)
                 buffer[rows] = moved
                 step = step.add_(moved, alpha=momentum) if group["nesterov"] else moved

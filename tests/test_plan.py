@@ -174,16 +174,14 @@ def test_a_sample_smaller_than_the_batch() -> None:
     assert plan_classifier(build, SGD_OF_THE_PAPER, 64, 16, 100).gradients == 64 * (16 * 4 + 8)
 
 
-@pytest.mark.parametrize(
-    ("kind", "states", "copies"), [(torch.optim.SGD, 1, True), (torch.optim.AdamW, 2, True)]
-)
-def test_other_optimizers(kind: Any, states: int, copies: bool) -> None:
+@pytest.mark.parametrize(("kind", "states"), [(torch.optim.SGD, 1), (torch.optim.AdamW, 2)])
+def test_other_optimizers(kind: Any, states: int) -> None:
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     make = functools.partial(kind, lr=0.1, weight_decay=0.1, **options)
     build = functools.partial(ChunkedClassifier, 50_000, chunk=512)
     plan = plan_classifier(build, make, 32, 512, 50_000)
     assert plan.states == pytest.approx(states * plan.weights, rel=0.01)
-    assert (plan.update >= plan.weights) == copies
+    assert plan.update >= plan.weights
     fused = plan_classifier(build, functools.partial(make, fused=True), 32, 512, 50_000)
     assert fused.update == 0
 
