@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,6 +29,7 @@ from fastface_lightning.program import program
 from fastface_lightning.report import print_plan, print_summary
 from fastface_lightning.run_record import ResumableCSVLogger, RunRecord, device_name, memory_of
 from fastface_lightning.schedule import PlateauSchedule
+from fastface_lightning.seeding import SeededBatches
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).resolve().parent
@@ -76,6 +78,7 @@ def main(cfg: DictConfig) -> float | None:
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
+        write_names(folder / "identities.txt", data.train_set.identities)
     trainer = build_trainer(cfg, folder, schedule, record, resume_step)
 
     if not data.verify_names:
@@ -87,11 +90,18 @@ def main(cfg: DictConfig) -> float | None:
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if data.verify_names and record.verified_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
+    record.bad_images = data.train_set.bad_images()
     results = record.write(trainer, folder)
     if trainer.is_global_zero:
         print_summary(results, folder)
     accuracies = [found["accuracy"] for found in results["verification"].values()]
     return sum(accuracies) / len(accuracies) if accuracies else None
+
+
+def write_names(file: Path, names: Iterable[str]) -> None:
+    """One name a line, in the bytes that the file system has for it."""
+    with file.open("w", encoding="utf-8", errors="surrogateescape") as lines:
+        lines.writelines(f"{name}\n" for name in names)
 
 
 def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, list[str]]:
@@ -128,6 +138,7 @@ def build_module(
         functools.partial(torch_schedule, cfg) if schedule is None else None,
         data.verify_names,
         cfg.classifier.lr,
+        instantiate(cfg.augment),
     )
 
 
@@ -224,12 +235,12 @@ def data_size(cfg: DictConfig) -> tuple[int, int]:
     """Identities and images: of the data where they are, else what the config says of them."""
     if "images_per_identity" in cfg.data:  # drawn only when they are needed
         return cfg.data.num_identities, cfg.data.num_identities * cfg.data.images_per_identity
-    if cfg.data.get("num_images") and not Path(cfg.data.root).is_dir():
+    if cfg.data.get("num_images") and not Path(cfg.data.root).exists():
         share = 1 - cfg.data.get("held_out", 0)
         return round(share * cfg.data.num_identities), round(share * cfg.data.num_images)
     data: FaceDataModule = instantiate(cfg.data)
     data.setup("fit")
-    return data.num_classes, len(data.train_set)  # type: ignore[arg-type]
+    return data.num_classes, len(data.train_set)
 
 
 def classifier_kinds(cfg: DictConfig) -> dict[str, Any]:
@@ -271,7 +282,7 @@ def build_trainer(
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     return instantiate(
         cfg.trainer,
-        callbacks=[*callbacks, record],
+        callbacks=[SeededBatches(cfg.seed), *callbacks, record],
         logger=loggers or False,
         default_root_dir=str(folder),
         **loss_scaling(cfg),

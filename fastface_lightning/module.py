@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .backbones import load_weights
 from .backbones.weights import check_finite, read_weights
+from .data.augment import Augment
 from .evaluation import VerificationAccuracy
 from .sgd import SGD, like_weights
 
@@ -31,6 +32,7 @@ class FaceModule(LightningModule):
             steps once an optimizer step; None where a callback sets the learning rate.
         verify_names: name of each validation loader's set of pairs, in order.
         classifier_lr: base learning rate of the classifier; None is the optimizer's own.
+        augment: changes a batch of uint8 images on their device; None mirrors half of them.
 
     Batches are what :class:`fastface_lightning.data.FaceDataModule` gives: for training images
     uint8 (N, 3, 112, 112) RGB and labels (N,) int64; for validation the two images of each pair,
@@ -48,6 +50,7 @@ class FaceModule(LightningModule):
         scheduler: Callable[[Optimizer, int], Any] | None = None,
         verify_names: Sequence[str] = (),
         classifier_lr: float | None = None,
+        augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if classifier_lr is not None and not 0 <= classifier_lr < float("inf"):
@@ -58,6 +61,7 @@ class FaceModule(LightningModule):
         self.scheduler = scheduler
         self.verify_names = list(verify_names)
         self.classifier_lr = classifier_lr
+        self.augment = Augment() if augment is None else augment
         self.metrics = nn.ModuleList(VerificationAccuracy() for _ in verify_names)
         self._resumed_from: list[str] | None = None
         self._reduce_loss = False
@@ -72,7 +76,7 @@ class FaceModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = self.classifier(self(flip_some(images)), labels)
+        loss = self.classifier(self(self.augment(images)), labels)
         self.log("train/loss", loss, batch_size=len(labels), sync_dist=self._reduce_loss)
         if batch_idx % max(self.trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
             # The progress bar reads what it shows at every step: on the device it would wait.
@@ -230,10 +234,4 @@ def check_sparse(samples: bool, optimizer: Optimizer, world_size: int = 1) -> No
 
 def normalise(images: Tensor) -> Tensor:
     """Images uint8 (N, 3, H, W) in [0, 255] as float32 in [-1, 1]."""
-    return images.float().div_(127.5).sub_(1)
-
-
-def flip_some(images: Tensor) -> Tensor:
-    """Mirror each image (N, 3, H, W) left to right with probability one half."""
-    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(mirrored, images.flip(-1), images)
+    return images.contiguous().float().div_(127.5).sub_(1)

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .module import flip_some, normalise
+from .data.augment import flip_some
+from .module import normalise
 from .sgd import BLOCK
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]

@@ -82,6 +82,7 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(dirpath) / "last.ckpt"
         self.every_n_steps = every_n_steps
         self._saved_step = -1
+        self._epoch_ended = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run is at a saved step until its next optimizer step.
@@ -96,7 +97,21 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_ended = True
         self._save(trainer)
+        self._epoch_ended = False
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # A run with max_steps would go on with one batch more of the epoch that has ended.
+        if self._epoch_ended:
+            loop = checkpoint["loops"]["fit_loop"]
+            batches = loop["epoch_loop.batch_progress"]
+            batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
+            for count in ("total", "current"):
+                epochs = loop["epoch_progress"][count]
+                epochs["completed"] = epochs["processed"]
 
     def _save(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.global_step:
@@ -112,6 +127,7 @@ class RunRecord(Callback):
         accuracy: the same at the last verification.
         std: its standard deviation over the folds.
         verified_step: optimizer steps done at the last verification.
+        bad_images: training images that could not be read and were replaced; to be set.
     """
 
     def __init__(self) -> None:
@@ -119,6 +135,7 @@ class RunRecord(Callback):
         self.accuracy: dict[str, float] = {}
         self.std: dict[str, float] = {}
         self.verified_step: int | None = None
+        self.bad_images: list[str] = []
         self._images = 0
         self._lr: float | None = None
         self._lr_changes: list[Change] = []
@@ -190,6 +207,7 @@ class RunRecord(Callback):
             "lr_changes": [change._asdict() for change in self._changes(trainer)],
             "final_lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "images": self._images,
+            "bad_images": self.bad_images,
             "images_per_second": self._images / max(self._train_seconds, 1e-9),
             "wall_seconds": self._wall_seconds(),
             "peak_memory_bytes": peak_memory(device),

@@ -1,16 +1,19 @@
 """Shared fixtures: one torch thread a worker, and the reference data where it is present."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run
 
+__all__ = ["run", "shared_data"]
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
+def shared_data() -> Iterator[Path]:
     """Folder with LFW View 1, the authors' training log and format fixtures.
 
     Looked for beside the checkout (`../shared/data`) or where FASTFACE_SHARED_DATA points.
@@ -19,4 +22,8 @@ def shared_data() -> Path:
     folder = Path(os.environ.get("FASTFACE_SHARED_DATA", root.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"reference data is absent: no folder {folder}")
-    return folder
+    index = folder / "lfw112" / "images.index"
+    kept = index.exists()
+    yield folder
+    if not kept:
+        index.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """Every combination of configs composes, and every option builds what it names."""
 
 import itertools
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ def test_the_options_are_those_promised() -> None:
         *("r18", "r34", "r50", "r100", "r200", "mbf", "mbf_large", "timm", "tiny"),
     }
     assert set(OPTIONS["data"]) == {
-        *("synthetic", "folder", "lfw", "ms1mv2", "ms1mv3"),
+        *("synthetic", "folder", "record", "lfw"),
+        *("casia_webface", "ms1mv2", "ms1mv3", "glint360k", "vggface2"),
         *("webface4m", "webface8m", "webface12m", "webface42m"),
     }
     assert set(OPTIONS["margin"]) == {
@@ -84,6 +87,95 @@ def test_a_data_set_brings_the_papers_margin(data: str) -> None:
     assert composed(f"data={data}", "margin=softmax").margin._target_.endswith("Softmax")
     for key in ("batch_size", "num_workers"):
         assert cfg.data[key] >= 0
+
+
+def card_of(data: str) -> dict[str, str]:
+    """The comments at the head of a data set's file, by what they tell of; `run` is the command."""
+    lines = (CONF / "data" / f"{data}.yaml").read_text().splitlines()
+    head = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
+    if "@package" in head[0]:
+        del head[0]
+    assert 4 <= len(head) <= 7, f"{data}: {len(head)} lines"
+    text = " ".join(line[2:].strip() for line in head)
+    parts = re.split(r"(Origin|Size|Terms|Get it|Layout): |(?=python train\.py)", text)
+    title, *parts, _, run = parts
+    assert title and "" not in parts
+    return dict(zip(parts[::2], parts[1::2], strict=True), run=run)
+
+
+def counts_of(data: str) -> tuple[int, int] | None:
+    """Identities and images that a config promises; None if it promises none."""
+    cfg = composed(f"data={data}").data
+    if data == "synthetic":
+        return cfg.num_identities, cfg.num_identities * cfg.images_per_identity
+    if data == "lfw":
+        return 4038, 9525  # of peopleDevTrain.txt; a test below counts them there
+    return (cfg.num_identities, cfg.num_images) if cfg.num_identities else None
+
+
+@pytest.mark.parametrize("data", OPTIONS["data"])
+def test_a_data_set_has_a_card(data: str) -> None:
+    """Origin, size, terms, how to get it, layout, and a command that composes."""
+    card = card_of(data)
+    assert list(card) == ["Origin", "Size", "Terms", "Get it", "Layout", "run"]
+    assert all(len(words) > 5 for words in card.values())
+    counts = counts_of(data)
+    if counts is None:
+        assert data in ("folder", "record") and "yours" in card["Origin"]
+    else:
+        assert card["Size"].startswith("{:,} identities, {:,} images".format(*counts))
+    if data not in ("synthetic", "folder", "record"):
+        assert re.search(r"\b(19|20)\d\d\b|arXiv", card["Origin"])
+        assert "research" in card["Terms"]
+    assert ("withdrew MS-Celeb-1M in 2019" in card["Terms"]) == data.startswith("ms1m")
+    assert ("agreement" in card["Terms"]) == data.startswith("webface")
+    program, script, *overrides = shlex.split(card["run"])
+    assert (program, script) == ("python", "train.py")
+    cfg = composed(*overrides)
+    assert cfg.data.get("name", data) == data
+    assert f"data={data}" in overrides and cfg.data.get("root", "DIR") == "DIR"
+
+
+@pytest.mark.parametrize("data", OPTIONS["data"])
+def test_the_verification_sets_of_a_card_are_found(data: str, tmp_path: Path) -> None:
+    """What a card adds for InsightFace's packs names the files that lie in them."""
+    added = re.findall(r"'(data\.verify=\S+)'", card_of(data)["Layout"])
+    assert bool(added) == ("InsightFace's dataset zoo" in card_of(data)["Get it"])
+    assert not composed(f"data={data}").data.verify
+    if added:
+        module = instantiate(composed(f"data={data}", f"data.root={tmp_path}", *added).data)
+        for name in ("lfw.bin", "cfp_fp.bin", "agedb_30.bin"):
+            (tmp_path / name).touch()
+        found = [module._find(name).name for name in module.verify]
+        assert found == ["lfw.bin", "cfp_fp.bin", "agedb_30.bin"]
+
+
+def test_the_page_of_data_sets_agrees_with_their_configs() -> None:
+    page = (CONF.parent / "docs" / "datasets.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \| (.*) \|$", page, re.MULTILINE)
+    assert sorted(data for data, *_ in rows) == OPTIONS["data"]
+    for data, identities, images, rest in rows:
+        counts = counts_of(data)
+        expected = ("yours", "yours") if counts is None else tuple(f"{n:,}" for n in counts)
+        assert (identities, images) == expected, data
+        assert rest.count(" | ") == 2, data
+    notes = page.partition("## Notes on each\n\n")[2].split("\n\n")
+    noted = {
+        data: margin
+        for note in notes
+        for margin in re.findall(r"Margin\s`(\w+)`", note)
+        for data in re.findall(r"\*\*(\w+)\*\*", note)
+    }
+    assert len(noted) == 7  # webface8m and webface12m lie within a range
+    assert all(margin_option(composed(f"data={data}")) == noted[data] for data in noted)
+
+
+def test_view_1_of_lfw_has_the_counts_of_its_card(shared_data: Path) -> None:
+    lines = (shared_data / "lfw112" / "peopleDevTrain.txt").read_text().split("\n")[1:]
+    images = [int(line.split("\t")[1]) for line in lines if line]
+    assert counts_of("lfw") == (len(images), sum(images))
+    pairs = (shared_data / "lfw112" / "pairsDevTest.txt").read_text().split("\n")
+    assert f"{len([line for line in pairs[1:] if line]):,} pairs" in card_of("lfw")["Size"]
 
 
 def test_the_paper_run() -> None:

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastface_lightning.backbones import build_backbone
 from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
+from fastface_lightning.data.augment import flip_some
 from fastface_lightning.margins import AdaFace, CurricularFace, Margin
-from fastface_lightning.module import FaceModule, flip_some, normalise
+from fastface_lightning.module import FaceModule, normalise
 from fastface_lightning.sgd import SGD
 
 IMAGES = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8)

@@ -31,7 +31,8 @@ import json, re, sys
 import torch
 from fastface_lightning import classifiers
 from fastface_lightning.backbones import build_backbone
-from fastface_lightning.module import flip_some, normalise
+from fastface_lightning.data.augment import flip_some
+from fastface_lightning.module import normalise
 from fastface_lightning.sgd import SGD
 
 case = json.loads(sys.argv[1])

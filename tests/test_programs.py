@@ -1,24 +1,20 @@
 """The programs as a user meets them: what a run leaves, how it resumes, what bad input gets."""
 
 import csv
-import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from programs import ROOT, Run, load
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     "data.num_identities=8",
     "data.images_per_identity=4",
@@ -27,48 +23,6 @@ SMALL = [
     "data.batch_size=8",
     "trainer.enable_progress_bar=false",
 ]
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-    folder: Path
-
-
-Run = Callable[..., Ended]
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"program_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def run(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a program in this process, with a run folder of its own."""
-
-    def run(*arguments: str, program: str = "train.py", folder: str = "run") -> Ended:
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        monkeypatch.chdir(tmp_path)
-        # Handlers of an earlier test's run write to a stream that its capture has closed.
-        monkeypatch.setattr(logging, "raiseExceptions", False)
-        run_dir = tmp_path / folder
-        argv = [program, *arguments, f"hydra.run.dir={run_dir}"]
-        monkeypatch.setattr(sys, "argv", argv)
-        code = 0
-        try:
-            load(ROOT / program).main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capfd.readouterr()
-        return Ended(code, out, err, run_dir)
-
-    return run
 
 
 def small(*more: str) -> list[str]:
@@ -293,10 +247,10 @@ BAD_INPUT = [
     (["schedule.patience=1.5"], "patience must be a whole number of steps or a share"),
     (["schedule=mhlr", "schedule.haar_window=1"], "haar_window must be at least 2 steps, got 1"),
     (["data=folder"], "data.root"),
-    (["data=folder", "data.root=nowhere"], "no folder nowhere; expected nowhere/<identity>"),
+    (["data=folder", "data.root=nowhere"], "nothing at nowhere; expected nowhere/<identity>"),
     (
         ["data=webface12m", "model=r100"],
-        "webface12m: no folder data/webface12m; expected data/webface12m/<identity>/<image>.jpg "
+        "webface12m: nothing at data/webface12m; expected data/webface12m/<identity>/<image>.jpg "
         "with 617,970 identities and 12,720,066 images",
     ),
     (["data=lfw", "data.root=nowhere"], "lfw: no nowhere"),

@@ -45,7 +45,7 @@ def test_python_blocks_run(page: str) -> None:
 
 
 def test_every_command_is_known() -> None:
-    assert len(COMMANDS) == 30
+    assert len(COMMANDS) == 41
     for command in COMMANDS:
         assert re.match(r"python (train|recipes/\w+)\.py ", command), command
 
@@ -100,6 +100,11 @@ def test_commands_run(command: str, stand_in: Path) -> None:
     if "weights=RUN" in command:
         run([*small(["train.py"]), "hydra.run.dir=EARLIER"], stand_in)
         shutil.copy(stand_in / "EARLIER" / "checkpoints" / "last.ckpt", finished / "checkpoints")
+    pack = stand_in / "train.rec"
+    for file in (pack, pack.with_suffix(".idx")):
+        file.unlink(missing_ok=True)
+    if "data.root=train.rec" in words:
+        run(["recipes/pack.py", "data=folder", "data.root=DIR", "target=train.rec"], stand_in)
     run(small(words) if words[0] == "train.py" else words, stand_in)
     shutil.rmtree(finished)
 

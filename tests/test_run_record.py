@@ -24,13 +24,32 @@ class KillAt(Callback):
             raise Killed
 
 
-def fit(folder: Path, kill_at: int | None, every: int | None, accumulate: int = 1) -> Trainer:
+class Batches(Callback):
+    """Remembers (step, epoch, batch) of each batch."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[int, int, int]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: object, batch: object, i: int) -> None:
+        epoch = trainer.fit_loop.epoch_progress.current.processed
+        assert epoch == trainer.current_epoch
+        self.done.append((trainer.global_step, epoch, i))
+
+
+def fit(
+    folder: Path,
+    kill_at: int | None,
+    every: int | None,
+    accumulate: int = 1,
+    batches: Batches | None = None,
+    **length: int,
+) -> Trainer:
     """Three epochs of ten steps, from the last checkpoint where there is one."""
     last = folder / "last.ckpt"
     trainer = Trainer(
-        max_epochs=3,
+        **(length or {"max_epochs": 3}),
         accelerator="cpu",
-        callbacks=[LastCheckpoint(folder, every), KillAt(kill_at)],
+        callbacks=[LastCheckpoint(folder, every), KillAt(kill_at), batches or Batches()],
         accumulate_grad_batches=accumulate,
         logger=False,
         enable_progress_bar=False,
@@ -59,6 +78,23 @@ def test_a_run_killed_again_and_again_takes_every_step_once(
     assert (trainer.global_step, trainer.current_epoch) == (30, 3)
     again = fit(tmp_path, None, every, accumulate)
     assert again.global_step == 30
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("every", [None, 3, 5])
+@pytest.mark.parametrize("length", [{"max_epochs": -1}, {"max_epochs": 9}])
+def test_runs_that_end_by_steps_resume_at_their_batch(
+    tmp_path: Path, every: int | None, length: dict[str, int]
+) -> None:
+    """Lightning 2.6 alone would take an eleventh batch of an epoch that has ended."""
+    for kill_at in (10, 13, 20):
+        with pytest.raises(Killed):
+            fit(tmp_path, kill_at, every, max_steps=26, **length)
+        batches = Batches()
+        with pytest.raises(Killed):
+            fit(tmp_path, kill_at + 4, every, batches=batches, max_steps=26, **length)
+        assert batches.done == [(step, step // 10, step % 10) for step, _, _ in batches.done]
+    assert fit(tmp_path, None, every, max_steps=26, **length).global_step == 26
 
 
 def test_checkpoints_need_a_period_of_a_step() -> None:

@@ -1,38 +1,70 @@
 """Faces as tensors: sets of identities to train on, and sets of pairs to verify on."""
 
+from .align import ARCFACE_POINTS, align_face, read_landmarks, similarity_transform
+from .augment import Augment
 from .datamodule import (
+    FaceData,
     FaceDataModule,
-    FolderData,
     LFWData,
     SyntheticData,
+    open_faces,
     split_identities,
 )
-from .folder import IdentityFolder, identity_names
-from .image import decode_image
-from .order import EpochSampler, epoch_order
+from .dataset import FaceDataset
+from .folder import FaceList, IdentityFolder, identity_names
+from .image import decode_image, decode_into, decode_original, encode_jpeg, is_packable
+from .order import EpochSampler, FaceLoader, epoch_order
+from .records import RecordDataset
+from .sheet import contact_sheet, pick_images
 from .synthetic import SyntheticFaces, synthetic_pairs
 from .verification import (
     VerificationPairs,
     held_out_pairs,
     interleaved,
+    pair_files,
     read_pairs,
+    read_verification,
+    read_verification_bin,
 )
+from .verification_bin import write_verification_bin
+from .zips import ZippedFaces
 
 __all__ = [
+    "ARCFACE_POINTS",
+    "Augment",
     "EpochSampler",
+    "FaceData",
     "FaceDataModule",
-    "FolderData",
+    "FaceDataset",
+    "FaceList",
+    "FaceLoader",
     "IdentityFolder",
     "LFWData",
+    "RecordDataset",
     "SyntheticData",
     "SyntheticFaces",
     "VerificationPairs",
+    "ZippedFaces",
+    "align_face",
+    "contact_sheet",
     "decode_image",
+    "decode_into",
+    "decode_original",
+    "encode_jpeg",
     "epoch_order",
     "held_out_pairs",
     "identity_names",
     "interleaved",
+    "is_packable",
+    "open_faces",
+    "pair_files",
+    "pick_images",
+    "read_landmarks",
     "read_pairs",
+    "read_verification",
+    "read_verification_bin",
+    "similarity_transform",
     "split_identities",
     "synthetic_pairs",
+    "write_verification_bin",
 ]

@@ -14,41 +14,52 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from .folder import IdentityFolder, identity_names
-from .order import EpochSampler
+from .dataset import FaceDataset
+from .folder import FaceList, IdentityFolder
+from .order import EpochSampler, FaceLoader
+from .records import RecordDataset
 from .synthetic import SyntheticFaces, synthetic_pairs
-from .verification import (
-    VerificationPairs,
-    held_out_pairs,
-    read_pairs,
-)
+from .verification import VerificationPairs, held_out_pairs, read_pairs, read_verification
+from .zips import ZippedFaces
 
 logger = logging.getLogger(__name__)
 
 
 class FaceDataModule(LightningDataModule, ABC):
-    """Training set and verification sets as loaders; a subclass says in ``build`` what they are.
+    """Training set and verification sets as loaders; a subclass says what they are.
 
     Args:
         batch_size: images a training step and rank; pairs a verification step.
         num_workers: processes that decode training images; 0 decodes in the main process.
         seed: at least 0; with the epoch it decides the order of the training images.
+        verify: further verification sets: ``.bin`` files, or pairs files, which
+            :func:`read_verification` reads. A bare name, ``lfw``, is ``lfw.bin`` beside the data.
+            A set is named as its file without the suffix.
+        verify_root: folder of the pairs files' images; None is the data's own.
 
     Attributes:
         train_set: from ``setup`` on, the training set.
         num_classes: from ``setup`` on, the number of its identities.
-        verify: from ``setup`` on, the verification sets by name.
+        sets: from ``setup`` on, the verification sets by name.
         verify_names: from ``setup`` on, those names, in the order of the loaders.
     """
 
-    train_set: Dataset[Any]
+    home: Path | None = None  # folder of the data
+    train_set: FaceDataset
     num_classes: int
-    verify: dict[str, VerificationPairs]
+    sets: dict[str, VerificationPairs]
     verify_names: list[str]
 
-    def __init__(self, batch_size: int = 128, num_workers: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        verify: Sequence[str | Path] = (),
+        verify_root: str | Path | None = None,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 image, got {batch_size}")
@@ -56,44 +67,58 @@ class FaceDataModule(LightningDataModule, ABC):
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
+        if isinstance(verify, (str, Path)):
+            raise ValueError(f"verify must be a list, as [lfw,cfp_fp], got {str(verify)!r}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.verify, self.verify_root = list(verify), verify_root
         self._built = False
 
+    def faces(self) -> FaceDataset:
+        """All that the data set holds, of whatever use."""
+        return self.build()[0]
+
     @abstractmethod
-    def build(self) -> tuple[Dataset[Any], dict[str, VerificationPairs]]:
-        """The training set, which has ``num_classes``, and the verification sets by name."""
+    def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
+        """The training set, and the verification sets that come with it, by name."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the sets, once, whatever the stage."""
+        """Build the sets, once, whatever the stage.
+
+        Raises:
+            ValueError: something is not there; a verification set's name comes twice.
+        """
         if self._built:
             return
-        self.train_set, self.verify = self.build()
-        self.num_classes = self.train_set.num_classes  # type: ignore[attr-defined]
-        self.verify_names = list(self.verify)
+        files = [self._find(name) for name in self.verify]  # before what takes long
+        self.train_set, self.sets = self.build()
+        for file in files:
+            name = file.stem.replace(".", "_")
+            if name in self.sets:
+                raise ValueError(f"verification sets must have different names, got {name} twice")
+            self.sets[name] = read_verification(file, self.verify_root or self.home)
+        self.num_classes = self.train_set.num_classes
+        self.verify_names = list(self.sets)
         self._built = True
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches, all of ``batch_size``; see :class:`EpochSampler` for the order.
+    def _find(self, name: str | Path) -> Path:
+        """File of a verification set."""
+        places = [Path(name)]
+        if self.home is not None:
+            places += [self.home / name, self.home / f"{name}.bin"]
+        for place in places:
+            if place.is_file():
+                return place
+        sought = " and ".join(map(str, places))
+        raise ValueError(f"verify must name .bin or pairs files, got {name}; looked for {sought}")
+
+    def train_dataloader(self) -> FaceLoader:
+        """Shuffled batches, all of ``batch_size``; see :class:`FaceLoader` for order and resuming.
 
         Raises:
             ValueError: there are not enough images for one batch.
         """
         sampler = EpochSampler(self.train_set, self.seed)
-        if self.batch_size > len(sampler):
-            ranks = f" of each of {sampler.num_replicas} ranks" if sampler.num_replicas > 1 else ""
-            raise ValueError(
-                f"batch_size {self.batch_size} is larger than"
-                f" the {len(sampler)} training images{ranks}"
-            )
-        return DataLoader(
-            self.train_set,
-            self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            drop_last=True,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return FaceLoader(self.train_set, self.batch_size, sampler, self.num_workers)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader a verification set, in order; without workers, as the pairs are in memory."""
@@ -108,7 +133,7 @@ class FaceDataModule(LightningDataModule, ABC):
                 self.batch_size,
                 pin_memory=torch.cuda.is_available(),
             )
-            for pairs in self.verify.values()
+            for pairs in self.sets.values()
         ]
 
 
@@ -119,9 +144,9 @@ class SyntheticData(FaceDataModule):
         num_identities: identities to train on.
         images_per_identity: images of each identity.
         verify_identities: further identities, which only the verification pairs show.
-        verify_pairs: number of verification pairs, a multiple of 20; 0 verifies on nothing.
-        batch_size, num_workers, seed: see :class:`FaceDataModule`. The faces are the same for
-            every seed, so that runs with different seeds compare.
+        verify_pairs: number of verification pairs, a multiple of 20; 0 draws none.
+        batch_size, num_workers, seed, verify, verify_root: see :class:`FaceDataModule`. The faces
+            are the same for every seed, so that runs with different seeds compare.
     """
 
     def __init__(
@@ -130,18 +155,18 @@ class SyntheticData(FaceDataModule):
         images_per_identity: int = 20,
         verify_identities: int = 200,
         verify_pairs: int = 1000,
-        batch_size: int = 128,
-        num_workers: int = 0,
-        seed: int = 0,
+        **common: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(**common)
         self.num_identities, self.images_per_identity = num_identities, images_per_identity
         self.verify_identities, self.verify_pairs = verify_identities, verify_pairs
 
-    def build(self) -> tuple[Dataset[Any], dict[str, VerificationPairs]]:
-        train_set = SyntheticFaces(self.num_identities, self.images_per_identity)
+    def faces(self) -> FaceDataset:
+        return SyntheticFaces(self.num_identities, self.images_per_identity)
+
+    def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
         if not self.verify_pairs:
-            return train_set, {}
+            return self.faces(), {}
         images, same = synthetic_pairs(
             self.verify_pairs,
             self.verify_identities,
@@ -149,80 +174,95 @@ class SyntheticData(FaceDataModule):
             seed=0,
             first_identity=self.num_identities,
         )
-        return train_set, {"synthetic": VerificationPairs(images, same, [])}
+        return self.faces(), {"synthetic": VerificationPairs(images, same, [])}
 
 
-class FolderData(FaceDataModule):
-    """Images in ``<root>/<identity>/<image>``, verified on people held out or on a pairs file.
+class FaceData(FaceDataModule):
+    """Faces on disk, verified on people held out or on other sets.
 
     Args:
-        root: folder that holds the identity folders.
+        root: where they are: a folder of ``<identity>/<image>``, a RecordIO file ``.rec`` or a
+            folder with ``train.rec``, a ``.zip`` or a folder of them with ``<identity>/<image>``.
+        list: a file that lists images in the folder ``root`` with their identities, instead; see
+            :class:`FaceList`.
         held_out: share of the identities, in [0, 1), that is not trained on but verified on, as
             the set ``held_out``. Who that is depends on the names alone, so that runs with
             different seeds compare.
         verify_pairs: number of pairs drawn from them, even.
-        pairs: an LFW-style pairs file, a verification set named as the file without its suffix.
-        pairs_root: folder of its images; None is ``root``.
         min_images: identities with fewer images are not trained on.
         max_bad: images that may prove unreadable before the run stops.
+        reindex: index the data anew, whatever their kept index says.
         name: the data set's name, for messages.
         num_identities, num_images: what the whole data set should hold; a warning says if it does
             not.
-        batch_size, num_workers, seed: see :class:`FaceDataModule`.
+        batch_size, num_workers, seed, verify, verify_root: see :class:`FaceDataModule`.
     """
 
     def __init__(
         self,
         root: str | Path,
+        list: str | Path | None = None,
         held_out: float = 0.0,
         verify_pairs: int = 3000,
-        pairs: str | Path | None = None,
-        pairs_root: str | Path | None = None,
         min_images: int = 1,
         max_bad: int = 100,
+        reindex: bool = False,
         name: str = "folder",
         num_identities: int | None = None,
         num_images: int | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
-        seed: int = 0,
+        **common: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(**common)
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out must lie in [0, 1), got {held_out}")
-        self.root, self.held_out, self.verify_pairs = Path(root), held_out, verify_pairs
-        self.pairs = None if pairs is None else Path(pairs)
-        self.pairs_root = self.root if pairs_root is None else Path(pairs_root)
-        self.min_images, self.max_bad, self.name = min_images, max_bad, name
+        self.root, self.list, self.held_out = Path(root), list, held_out
+        self.home = self.root.parent if self.root.is_file() else self.root
+        self.verify_pairs, self.min_images = verify_pairs, min_images
+        self.max_bad, self.reindex, self.name = max_bad, reindex, name
         self.num_identities, self.num_images = num_identities, num_images
 
-    def build(self) -> tuple[Dataset[Any], dict[str, VerificationPairs]]:
+    def faces(self) -> FaceDataset:
+        """All faces, whose numbers are compared with what they should be.
+
+        Raises:
+            ValueError: they are not there.
+        """
         expected = _figures(self.num_identities, self.num_images)
-        if not self.root.is_dir():
+        if not self.root.exists():
             raise ValueError(
-                f"{self.name}: no folder {self.root}; expected"
-                f" {self.root}/<identity>/<image>.jpg{expected and f' with {expected}'}"
+                f"{self.name}: nothing at {self.root}; expected {self.root}/<identity>/<image>.jpg, a .rec"
+                f" or .zip files{expected and f' with {expected}'}"
             )
-        kept, held_out = split_identities(identity_names(self.root), self.held_out)
-        train_set = IdentityFolder(
-            self.root, identities=kept, min_images=self.min_images, max_bad=self.max_bad
-        )
-        num_identities, num_images = train_set.num_classes, len(train_set)
-        verify = {}
-        if held_out:
-            folder = IdentityFolder(self.root, identities=held_out)
-            verify["held_out"] = held_out_pairs(folder, self.verify_pairs)
-            num_identities += folder.num_classes
-            num_images += len(folder)
-        if self.pairs is not None:
-            verify[self.pairs.stem.replace(".", "_")] = read_pairs(self.pairs, self.pairs_root)
+        faces = open_faces(self.root, self.list, self.max_bad, self.reindex)
         found = _figures(
-            None if self.num_identities is None else num_identities,
-            None if self.num_images is None else num_images,
+            None if self.num_identities is None else faces.num_classes,
+            None if self.num_images is None else len(faces),
         )
         if found != expected:
             logger.warning("%s: expected %s in %s, got %s", self.name, expected, self.root, found)
-        return train_set, verify
+        return faces
+
+    def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
+        faces = self.faces()
+        if not self.held_out:
+            return faces.restricted(min_images=self.min_images), {}
+        kept, held_out = split_identities(faces.identities, self.held_out)
+        pairs = held_out_pairs(faces.restricted(held_out), self.verify_pairs)
+        return faces.restricted(kept, self.min_images), {"held_out": pairs}
+
+
+def open_faces(
+    root: Path, list: str | Path | None = None, max_bad: int = 100, reindex: bool = False
+) -> FaceDataset:
+    """The faces at ``root``, in whichever of the layouts that :class:`FaceData` names."""
+    if list is not None:
+        return FaceList(list, root, max_bad=max_bad, reindex=reindex)
+    if root.suffix == ".zip" or (root.is_dir() and any(root.glob("*.zip"))):
+        return ZippedFaces(root, max_bad=max_bad, reindex=reindex)
+    records = root / "train.rec" if root.is_dir() else root
+    if records.is_file():
+        return RecordDataset(records, max_bad=max_bad, reindex=reindex)
+    return IdentityFolder(root, max_bad=max_bad, reindex=reindex)
 
 
 class LFWData(FaceDataModule):
@@ -232,35 +272,35 @@ class LFWData(FaceDataModule):
         root: folder with ``images/<name>/<name>_0001.jpg``, aligned, and the benchmark's files
             ``peopleDevTrain.txt`` and ``pairsDevTest.txt``, which share no person.
         max_bad: images that may prove unreadable before the run stops.
-        batch_size, num_workers, seed: see :class:`FaceDataModule`.
+        batch_size, num_workers, seed, verify, verify_root: see :class:`FaceDataModule`.
 
     References:
         Huang et al., Labeled Faces in the Wild, UMass Amherst technical report 07-49, 2007.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        max_bad: int = 100,
-        batch_size: int = 128,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+    def __init__(self, root: str | Path, max_bad: int = 100, **common: Any) -> None:
+        super().__init__(**common)
         self.root, self.max_bad = Path(root), max_bad
+        self.home = self.root / "images"
 
-    def build(self) -> tuple[Dataset[Any], dict[str, VerificationPairs]]:
-        images, people, pairs = (
-            self.root / name for name in ("images", "peopleDevTrain.txt", "pairsDevTest.txt")
+    def faces(self) -> FaceDataset:
+        return IdentityFolder(self._part("images"), max_bad=self.max_bad)
+
+    def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
+        images, people, pairs = map(
+            self._part, ("images", "peopleDevTrain.txt", "pairsDevTest.txt")
         )
-        for path in (images, people, pairs):
-            if not path.exists():
-                raise ValueError(
-                    f"lfw: no {path}; expected images/<name>/<name>_0001.jpg, peopleDevTrain.txt"
-                    f" and pairsDevTest.txt in {self.root}"
-                )
-        train_set = IdentityFolder(images, identities=_read_people(people), max_bad=self.max_bad)
+        train_set = self.faces().restricted(_read_people(people))
         return train_set, {"lfw_view1": read_pairs(pairs, images)}
+
+    def _part(self, name: str) -> Path:
+        path = self.root / name
+        if not path.exists():
+            raise ValueError(
+                f"lfw: no {path}; expected images/<name>/<name>_0001.jpg, peopleDevTrain.txt"
+                f" and pairsDevTest.txt in {self.root}"
+            )
+        return path
 
 
 def split_identities(names: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:

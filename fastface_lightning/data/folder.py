@@ -1,19 +1,150 @@
-"""A folder of identities is a data set: one sub-folder a person, one file an image."""
+"""Faces in files of their own: one sub-folder a person, or a list that says who is in which."""
 
-import logging
+import csv
 import os
+from abc import abstractmethod
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from rich.progress import track
 
-from .image import IMAGE_SUFFIXES, decode_image
+from .cache import Arrays, cached, file_stamp
+from .dataset import FaceDataset
+from .image import IMAGE_SUFFIXES
+from .names import Labels, Names, Packer, jpeg_name, printable
 
-logger = logging.getLogger(__name__)
+# Folders are read in blocks of so many; where the disk is far away, so many wait at once.
+_BLOCK, _THREADS = 256, 16
+# Folders whose times are compared at a start; all of them would take long, too.
+_SAMPLE = 1000
+
+
+class _Files(FaceDataset):
+    """Images that are files under ``root``."""
+
+    root: Path
+    _files: Names
+
+    def path(self, index: int) -> Path:
+        """File of image ``index``."""
+        return Path(self._path(index))
+
+    def name(self, index: int) -> str:
+        return printable(self._path(index))
+
+    def _fetch(self, index: int) -> bytes:
+        with open(self._path(index), "rb", buffering=0) as file:
+            return file.readall()
+
+    def file_name(self, index: int) -> str:
+        return jpeg_name(self._path(index))
+
+    @abstractmethod
+    def _path(self, index: int) -> str:
+        """File of an image."""
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+
+class IdentityFolder(_Files):
+    """Images in ``<root>/<identity>/<image>``, labelled by the sorted names of the identities.
+
+    ``dataset[i]`` is ((3, size, size) uint8 RGB, label): see :func:`decode_image` for the pixels,
+    :class:`FaceDataset` for bad images. Images are ordered by identity, then by file name.
+
+    The folder is walked once. Its index, some 20 bytes an image, is kept beside it (see
+    :func:`cached`) and mapped at the next start, until the folder of identities has changed or one
+    of a thousand of the folders in it; a change in another one alone goes unseen until ``reindex``.
+
+    Args:
+        root: folder that holds the identity folders; hidden ones do not count.
+        size: height and width of the images served, pixels.
+        identities: names of the only identities to take; None takes all.
+        min_images: identities with fewer images are left out.
+        max_bad: images that may prove unreadable before the data set gives up.
+        reindex: walk the folder whatever its index says.
+
+    Raises:
+        ValueError: there is no image to serve, or more than ``max_bad`` were found unreadable.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int = 112,
+        identities: Iterable[str] | None = None,
+        min_images: int = 1,
+        max_bad: int = 100,
+        reindex: bool = False,
+    ) -> None:
+        super().__init__(size, max_bad)
+        if min_images < 1:
+            raise ValueError(f"min_images must be at least 1, got {min_images}")
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise ValueError(f"no folder {root}; expected {root}/<identity>/<image>.jpg")
+        index = cached(self.root, lambda: _walk(self.root), lambda i: _fresh(self.root, i), reindex)
+        people = Names.from_arrays("identities", index)
+        labels = np.repeat(np.arange(len(people), dtype=np.int32), index["counts"])
+        self._files = Names.from_arrays("files", index)
+        self._hold(people, labels)
+        self._restrict(identities, min_images)
+
+    def _path(self, index: int) -> str:
+        file = self._files[self._row(index)]
+        return f"{self.root}/{self.identities[int(self.labels[index])]}/{file}"
+
+
+class FaceList(_Files):
+    """Images that a file lists with their identities; labels follow the identities' sorted names.
+
+    Each line of a ``.csv`` file is ``path,identity``, below a header ``path,identity`` or none.
+    Other files have ``path identity`` with a tab or a blank before the identity, or, as MXNet's
+    ``.lst``, ``number<TAB>identity<TAB>path``. Images keep the order of the lines.
+
+    Args:
+        file: the list.
+        root: folder that its paths start from; None is the folder of the list.
+        size, max_bad, reindex: see :class:`IdentityFolder`.
+
+    Raises:
+        ValueError: there is no such file or folder, or a line is malformed.
+    """
+
+    def __init__(
+        self,
+        file: str | Path,
+        root: str | Path | None = None,
+        size: int = 112,
+        max_bad: int = 100,
+        reindex: bool = False,
+    ) -> None:
+        super().__init__(size, max_bad)
+        self.file = Path(file)
+        self.root = self.file.parent if root is None else Path(root)
+        if not self.file.is_file():
+            raise ValueError(f"no list {file}; expected lines of path,identity")
+        if not self.root.is_dir():
+            raise ValueError(f"no folder {self.root}, from which the paths of {file} start")
+        stamp = file_stamp(self.file)
+        index = cached(
+            self.file,
+            lambda: {**_parse(self.file), "stamp": stamp},
+            lambda kept: np.array_equal(kept["stamp"], stamp),
+            reindex,
+        )
+        self._files = Names.from_arrays("files", index)
+        self._hold(Names.from_arrays("identities", index), index["labels"])
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.root, self._files[self._row(index)])
+
+    def __str__(self) -> str:
+        return str(self.file)
 
 
 def identity_names(root: str | Path) -> list[str]:
@@ -31,140 +162,93 @@ def identity_names(root: str | Path) -> list[str]:
     return names
 
 
-class IdentityFolder(Dataset[tuple[Tensor, int]]):
-    """Images in ``<root>/<identity>/<image>``, labelled by the sorted names of the identities.
+def _walk(root: Path) -> Arrays:
+    """Index a folder of identities, many folders at once."""
+    time = root.stat().st_mtime_ns
+    names = identity_names(root)
+    blocks = [names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)]
+    files, counts = Packer(), array("q")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        walked = pool.map(lambda block: [_image_names(f"{root}/{name}") for name in block], blocks)
+        what = f"indexing {root.name}"
+        for block in track(walked, what, len(blocks), transient=True, disable=len(blocks) < 40):
+            for found in block:
+                counts.append(len(found))
+                for name in found:
+                    files.append(name)
+    people = Names.of(names)
+    return {
+        **people.arrays("identities"),
+        **files.names().arrays("files"),
+        "counts": np.array(counts, np.int64),
+        "times": np.array([time, *_times(root, people)], np.int64),
+    }
 
-    ``dataset[i]`` is ((3, size, size) uint8 RGB, label): see :func:`decode_image` for the pixels.
-    Images are ordered by identity, then by file name. An image that cannot be read is named in a
-    warning, counted, and replaced by the next readable one with that one's label, so that batches
-    keep their shape.
 
-    Args:
-        root: folder that holds the identity folders.
-        size: height and width of the images served, pixels.
-        identities: names of the only identities to take; None takes all.
-        min_images: identities with fewer images are left out.
-        max_bad: images that may prove unreadable before the data set gives up.
+def _fresh(root: Path, index: Arrays) -> bool:
+    people = Names.from_arrays("identities", index)
+    return index["times"].tolist() == [root.stat().st_mtime_ns, *_times(root, people)]
 
-    Attributes:
-        identities: names of the identities, by label.
-        labels: (N,) int32, ascending; the label of each image.
-        missing: names in the argument ``identities`` that have no image under ``root``.
-        bad: (N,) uint8, 1 for each image found unreadable. It lies in shared memory, so that
-            loader workers and the main process count together.
 
-    Raises:
-        ValueError: there is no image to serve, or more than ``max_bad`` were found unreadable.
-    """
+def _times(root: Path, names: Names) -> list[int]:
+    """When folders last changed, of a sample of the identities; 0 for one that is gone."""
+    times = []
+    for i in np.linspace(0, len(names) - 1, min(len(names), _SAMPLE)).astype(int).tolist():
+        try:
+            times.append(os.stat(f"{root}/{names[i]}").st_mtime_ns)
+        except OSError:
+            times.append(0)
+    return times
 
-    def __init__(
-        self,
-        root: str | Path,
-        size: int = 112,
-        identities: Iterable[str] | None = None,
-        min_images: int = 1,
-        max_bad: int = 100,
-    ) -> None:
-        if size < 1:
-            raise ValueError(f"size must be at least 1 pixel, got {size}")
-        if min_images < 1:
-            raise ValueError(f"min_images must be at least 1, got {min_images}")
-        if max_bad < 0:
-            raise ValueError(f"max_bad must be at least 0 images, got {max_bad}")
-        self.root, self.size, self.max_bad = Path(root), size, max_bad
-        present = identity_names(root)
-        names = present if identities is None else sorted(set(identities))
-        empty = self._scan(names, min_images)
-        self.missing = [] if identities is None else empty
-        if len(empty) == len(names):
-            raise ValueError(f"none of the {len(names)} identities sought in {root} has an image")
-        if not self.identities:
-            raise ValueError(f"no identity in {root} has min_images = {min_images} images")
-        if empty:
-            logger.warning(
-                "%d of the %d identities sought in %s have no image: %s",
-                len(empty),
-                len(names),
-                root,
-                abridged(empty),
+
+def _image_names(folder: str) -> list[str]:
+    """Names of the images in ``folder``, sorted as text; none if there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if entry.name.lower().endswith(IMAGE_SUFFIXES)
+                and not entry.name.startswith(".")
+                and entry.is_file()
             )
-        self.bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
-
-    def _scan(self, names: Sequence[str], min_images: int) -> list[str]:
-        """Index the identities' images; return the names of those that have none."""
-        self.identities: list[str] = []
-        empty = []
-        # One blob of file names: millions of str objects would take gigabytes.
-        blob, ends, counts = bytearray(), array("q", [0]), array("q")
-        for name in names:
-            files = _image_names(self.root / name)
-            if not files:
-                empty.append(name)
-            if len(files) < min_images:
-                continue
-            self.identities.append(name)
-            counts.append(len(files))
-            for file in files:
-                blob += os.fsencode(file)
-                ends.append(len(blob))
-        self._files, self._ends = bytes(blob), np.array(ends, np.int64)
-        self.labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        return empty
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of identities; labels lie in [0, num_classes)."""
-        return len(self.identities)
-
-    def path(self, index: int) -> Path:
-        """File of image ``index``."""
-        file = os.fsdecode(self._files[self._ends[index] : self._ends[index + 1]])
-        return self.root / self.identities[self.labels[index]] / file
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        start, count = range(len(self))[index], len(self)
-        for i in (k % count for k in range(start, start + count)):
-            if self.bad[i]:
-                continue
-            try:
-                return decode_image(self.path(i), self.size), int(self.labels[i])
-            except ValueError as error:
-                self._count_bad(i, error)
-        raise ValueError(f"none of the {count} images under {self.root} can be read")
-
-    def _count_bad(self, index: int, error: ValueError) -> None:
-        self.bad[index] = 1
-        count = int(self.bad.sum())
-        if count > self.max_bad:
-            raise ValueError(
-                f"at most max_bad = {self.max_bad} images may be unreadable,"
-                f" got {count}, the last because: {error}"
-            ) from error
-        logger.warning("skipping bad image %d of at most %d: %s", count, self.max_bad, error)
-
-    def bad_files(self) -> list[str]:
-        """Paths of the images found unreadable so far, in the data set's order."""
-        return [str(self.path(int(i))) for i in self.bad.nonzero()]
-
-
-def abridged(names: Sequence[str], limit: int = 10) -> str:
-    """The names, separated by commas; beyond ``limit`` of them, how many more there are."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _image_names(folder: Path) -> list[str]:
-    """Sorted names of the images in ``folder``; none if there is no such folder."""
-    if not folder.is_dir():
+    except OSError:
         return []
-    with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if entry.name.lower().endswith(IMAGE_SUFFIXES)
-            and not entry.name.startswith(".")
-            and entry.is_file()
-        )
+
+
+def _parse(file: Path) -> Arrays:
+    """Index a list of images, a line at a time."""
+    files, labels = Packer(), Labels()
+    for path, identity in _rows(file):
+        files.append(path)
+        labels.append(identity)
+    if not files:
+        raise ValueError(f"{file} lists no image; expected lines of path,identity")
+    identities, numbers = labels.sorted()
+    return {
+        **identities.arrays("identities"),
+        **files.names().arrays("files"),
+        "labels": numbers,
+    }
+
+
+def _rows(file: Path) -> Iterator[tuple[str, str]]:
+    """(path, identity) of each line."""
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        table = file.suffix.lower() == ".csv"
+        rows = csv.reader(lines) if table else (_fields(line) for line in lines)
+        for number, row in enumerate(rows, 1):
+            fields = [field.strip() for field in row]
+            if not any(fields) or (number == 1 and fields == ["path", "identity"]):
+                continue
+            if len(fields) == 3 and not table:
+                fields = [fields[2], fields[1]]
+            if len(fields) != 2 or not all(fields):
+                raise ValueError(
+                    f"{file}:{number}: expected a path and an identity, got {','.join(row)[:80]!r}"
+                )
+            yield fields[0], fields[1]
+
+
+def _fields(line: str) -> list[str]:
+    return line.split("\t") if "\t" in line else line.rsplit(maxsplit=1)

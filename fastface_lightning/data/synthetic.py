@@ -1,5 +1,7 @@
 """A population of drawn faces as a data set, and pairs of it to verify on."""
 
+import os
+from collections.abc import Sequence
 from mmap import mmap
 from typing import Any
 
@@ -7,12 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from .dataset import FaceDataset
 from .faces import draw_face
+from .image import encode_jpeg
 
 
-class SyntheticFaces(Dataset[tuple[Tensor, int]]):
+class SyntheticFaces(FaceDataset):
     """Photographs of invented people: index -> ((3, size, size) uint8 RGB, int label).
 
     Image i shows identity ``first_identity + label``, where ``label = i // images_per_identity``
@@ -20,9 +23,10 @@ class SyntheticFaces(Dataset[tuple[Tensor, int]]):
     that identity's, on nothing else: a data set of more people begins with the same pictures, and
     sets whose ranges of identities do not meet have nobody in common.
 
-    An image is drawn when first asked for (about 2 ms) and kept in memory that forked loader
-    workers share, so each is drawn once: ``3 * size**2`` bytes an image drawn, 37,632 at 112. A
-    pickled copy holds no pictures and draws its own.
+    An image is drawn when first asked for (about 2 ms). If all images fit a quarter of the
+    machine's memory, it is kept where forked loader workers share it, so each is drawn once:
+    ``3 * size**2`` bytes an image drawn, 37,632 at 112. A pickled copy draws its own. More images
+    than that are drawn whenever they are asked for; ``recipes/pack.py`` draws them once.
 
     Args:
         num_identities: number of people, at least 1.
@@ -48,30 +52,69 @@ class SyntheticFaces(Dataset[tuple[Tensor, int]]):
         _check("seed", seed, 0, 2**32 - 1)
         _check("first_identity", first_identity, 0, 2**32 - num_identities)
         _check("size", size, 16, 2**12)
-        self.num_classes, self.images_per_identity = num_identities, images_per_identity
-        self.seed, self.first_identity, self.size = seed, first_identity, size
-        # An anonymous mapping is shared by fork, needs no room in /dev/shm, and takes memory only
-        # where it is written. Two workers may draw one image at once: they write the same bytes.
-        self._drawn = torch.frombuffer(mmap(-1, len(self)), dtype=torch.uint8)
-        pictures = torch.frombuffer(mmap(-1, len(self) * 3 * size * size), dtype=torch.uint8)
-        self._pictures = pictures.view(len(self), 3, size, size)
+        super().__init__(size, max_bad=0)
+        self.images_per_identity, self.seed = images_per_identity, seed
+        self.first_identity = first_identity
+        numbers = range(first_identity, first_identity + num_identities)
+        labels = np.repeat(np.arange(num_identities, dtype=np.int32), images_per_identity)
+        self._hold(_Numbered(numbers), labels)
+        self._pictures: Tensor | None = None
+        if len(self) * 3 * size * size <= _memory() // 4:
+            # An anonymous mapping is shared by fork, needs no room in /dev/shm, and takes memory
+            # only where it is written. Two workers may draw one image: they write the same bytes.
+            self._drawn = torch.frombuffer(mmap(-1, len(self)), dtype=torch.uint8)
+            pictures = torch.frombuffer(mmap(-1, len(self) * 3 * size * size), dtype=torch.uint8)
+            self._pictures = pictures.view(len(self), size, size, 3)
 
-    def __len__(self) -> int:
-        return self.num_classes * self.images_per_identity
+    def name(self, index: int) -> str:
+        label, image = divmod(self._row(index), self.images_per_identity)
+        return f"{self.first_identity + label}/{image}"
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must lie in [0, {len(self) - 1}], got {index}")
-        label, image = divmod(int(index), self.images_per_identity)
-        if not self._drawn[index]:
-            pixels = draw_face(self.seed, self.first_identity + label, image, self.size)
-            self._pictures[index] = torch.from_numpy(pixels)
-            self._drawn[index] = 1
-        return self._pictures[index].clone(), label
+    def read_into(self, index: int, out: NDArray[np.uint8]) -> None:
+        row = self._row(index)
+        if self._pictures is None:
+            out[:] = self._draw(row)
+            return
+        if not self._drawn[row]:
+            self._pictures[row] = torch.from_numpy(self._draw(row))
+            self._drawn[row] = 1
+        out[:] = self._pictures[row].numpy()
+
+    def _draw(self, row: int) -> NDArray[np.uint8]:
+        label, image = divmod(row, self.images_per_identity)
+        pixels = draw_face(self.seed, self.first_identity + label, image, self.size)
+        return pixels.transpose(1, 2, 0)
+
+    def _fetch(self, index: int) -> bytes:
+        out = np.empty((self.size, self.size, 3), np.uint8)
+        self.read_into(index, out)
+        return encode_jpeg(out)
+
+    def __str__(self) -> str:
+        return "the drawn faces"
 
     def __reduce__(self) -> tuple[Any, ...]:
         people = (self.num_classes, self.images_per_identity, self.seed, self.first_identity)
         return type(self), (*people, self.size)
+
+
+class _Numbered(Sequence[str]):
+    """Numbers as names."""
+
+    def __init__(self, numbers: range) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.numbers[index]
+        return str(found) if isinstance(found, int) else list(map(str, found))
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def synthetic_pairs(

@@ -12,8 +12,8 @@ from lightning import LightningModule, Trainer
 from torch.utils.data import Dataset
 
 from fastface_lightning.data import (
+    FaceData,
     FaceDataModule,
-    FolderData,
     LFWData,
     SyntheticData,
     VerificationPairs,
@@ -144,7 +144,7 @@ def test_a_trainer_sets_the_epoch_and_verifies_on_every_pair(tmp_path: Path) -> 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_a_trainer_does_without_verification(tree: Tree, tmp_path: Path) -> None:
-    data = FolderData(tree(ann=2, bob=2), batch_size=2)
+    data = FaceData(tree(ann=2, bob=2), batch_size=2)
     fit(Recorder(), data, tmp_path)
     assert data.val_dataloader() == [] and data.verify_names == []
 
@@ -167,7 +167,7 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
 )
 def test_arguments_are_checked(argument: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FolderData("anywhere", **argument)
+        FaceData("anywhere", **argument)
 
 
 def test_synthetic_data_verifies_on_other_people() -> None:
@@ -188,19 +188,19 @@ def test_synthetic_data_may_verify_on_nothing() -> None:
 
 
 def test_folder_data_trains_on_all_when_nobody_is_held_out(tree: Tree) -> None:
-    data = ready(FolderData(tree(ann=3, bob=2, cem=1), min_images=2))
+    data = ready(FaceData(tree(ann=3, bob=2, cem=1), min_images=2))
     assert data.train_set.identities == ["ann", "bob"] and data.num_classes == 2
 
 
 def test_folder_data_verifies_on_people_it_does_not_train_on(tree: Tree) -> None:
     root = tree(**{f"p{k}": 3 for k in range(10)})
-    data = ready(FolderData(root, held_out=0.4, verify_pairs=6))
+    data = ready(FaceData(root, held_out=0.4, verify_pairs=6))
     trained = {int(name[1:]) for name in data.train_set.identities}
-    (pairs,) = data.verify.values()
+    (pairs,) = data.sets.values()
     verified = set(pairs.images[:, 0, 0, 0].tolist())
     assert data.verify_names == ["held_out"] and len(trained) == 6 and len(pairs.same) == 6
     assert verified and not trained & verified
-    assert ready(FolderData(root, held_out=0.4, seed=9)).train_set.identities == (
+    assert ready(FaceData(root, held_out=0.4, seed=9)).train_set.identities == (
         data.train_set.identities
     )
 
@@ -209,31 +209,39 @@ def test_folder_data_verifies_on_a_pairs_file(tree: Tree, tmp_path: Path) -> Non
     root = tree(ann=2, bob=2, cem=2, dan=2)
     file = tmp_path / "mine.txt"
     file.write_text("1\nann 1 2\nann 1 bob 1\n")
-    data = ready(FolderData(root, pairs=file, held_out=0.5))
+    data = ready(FaceData(root, verify=[file], held_out=0.5))
     assert data.verify_names == ["held_out", "mine"]
-    assert len(ready(FolderData(root, pairs=file, pairs_root=root)).verify["mine"].same) == 2
+    (root / "mine.txt").write_text("1\nann 1 2\nann 1 bob 1\n")
+    data = ready(FaceData(root, verify=["mine.txt"], verify_root=root))
+    assert len(data.sets["mine"].same) == 2
+    with pytest.raises(ValueError, match="different names, got mine twice"):
+        ready(FaceData(root, verify=["mine.txt", file]))
+    with pytest.raises(ValueError, match=r"got lfw; looked for lfw and .*lfw\.bin"):
+        ready(FaceData(root, verify=["lfw"]))
+    with pytest.raises(ValueError, match="verify must be a list"):
+        FaceData(root, verify="lfw")
 
 
 def test_an_absent_folder_says_what_should_be_there(tmp_path: Path) -> None:
-    data = FolderData(
+    data = FaceData(
         tmp_path / "gone", name="webface12m", num_identities=617_970, num_images=12_720_066
     )
     message = (
-        r"^webface12m: no folder .*gone; expected .*gone/<identity>/<image>\.jpg"
+        r"^webface12m: nothing at .*gone; expected .*gone/<identity>/<image>\.jpg, a \.rec or \.zip files"
         r" with 617,970 identities and 12,720,066 images$"
     )
     with pytest.raises(ValueError, match=message):
         data.setup()
-    with pytest.raises(ValueError, match=r"^folder: no folder .*<image>\.jpg$"):
-        FolderData(tmp_path / "gone").setup()
+    with pytest.raises(ValueError, match=r"^folder: nothing at .*<image>\.jpg, a \.rec or \.zip files$"):
+        FaceData(tmp_path / "gone").setup()
 
 
 def test_unexpected_counts_warn(tree: Tree, caplog: pytest.LogCaptureFixture) -> None:
     root = tree(**{f"p{k}": 3 for k in range(10)})
-    ready(FolderData(root, held_out=0.4, name="ten", num_identities=10, num_images=30))
-    ready(FolderData(root, name="ten", num_images=30))
+    ready(FaceData(root, held_out=0.4, name="ten", num_identities=10, num_images=30))
+    ready(FaceData(root, name="ten", num_images=30))
     assert not caplog.messages
-    ready(FolderData(root, name="ten", num_identities=10, num_images=31))
+    ready(FaceData(root, name="ten", num_identities=10, num_images=31))
     (message,) = caplog.messages
     assert message.startswith("ten: expected 10 identities and 31 images in")
     assert message.endswith("got 10 identities and 30 images")
@@ -261,7 +269,7 @@ def test_a_split_without_people_on_both_sides_is_refused(share: float) -> None:
 def test_lfw_data(shared_data: Path) -> None:
     data = ready(LFWData(shared_data / "lfw112"))
     assert data.num_classes == 4038 and len(data.train_set) == 9525
-    assert data.verify_names == ["lfw_view1"] and len(data.verify["lfw_view1"].same) == 999
+    assert data.verify_names == ["lfw_view1"] and len(data.sets["lfw_view1"].same) == 999
     assert "Betsy_Coffin" not in data.train_set.identities
     assert len(data.train_dataloader()) == 9525 // 128
 

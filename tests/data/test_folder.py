@@ -35,7 +35,7 @@ def test_labels_follow_sorted_names_and_images_follow_file_names(tree: Tree) -> 
     image, label = dataset[0]
     assert image.dtype == torch.uint8 and image.shape == (3, 8, 8) and type(label) is int
     assert dataset.path(4) == dataset.root / "bob" / "bob_0002.png"
-    assert dataset.bad_files() == dataset.missing == []
+    assert dataset.bad_images() == dataset.missing == []
 
 
 def test_indices_count_from_the_end_too_and_have_bounds(tree: Tree) -> None:
@@ -133,7 +133,7 @@ def test_a_bad_image_is_named_once_and_replaced_by_the_next(tree: Tree, caplog) 
     dataset = IdentityFolder(root, size=8)
     for _ in range(2):
         assert read(dataset) == [(0, 1, 0), (0, 2, 0), (1, 1, 1), (1, 1, 1), (0, 1, 0)]
-    assert dataset.bad_files() == bad and dataset.bad.tolist() == [0, 0, 1, 0, 1]
+    assert dataset.bad_images() == bad and dataset.bad.tolist() == [0, 0, 1, 0, 1]
     assert len(caplog.records) == 2
     assert all(file in line for file, line in zip(bad, caplog.messages, strict=True))
 
@@ -152,7 +152,7 @@ def test_a_folder_of_bad_images_only_raises(tree: Tree) -> None:
     root = tree(ann=2)
     for file in root.rglob("*.png"):
         break_file(file)
-    with pytest.raises(ValueError, match=r"none of the 2 images under .* can be read"):
+    with pytest.raises(ValueError, match=r"none of the 2 images in .* can be read"):
         IdentityFolder(root, size=8)[0]
 
 
@@ -173,7 +173,7 @@ def test_workers_and_main_process_count_together(tree: Tree, context: str, worke
     loader = DataLoader(dataset, 2, num_workers=workers, multiprocessing_context=context)
     images = torch.cat([x for x, _ in loader])
     assert images[:, 1, 0, 0].tolist() == [1, 3, 3, 4, 6, 6]
-    assert dataset.bad_files() == bad
+    assert dataset.bad_images() == bad
 
 
 def test_a_worker_ends_the_run_too(tree: Tree) -> None:

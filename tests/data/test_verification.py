@@ -1,7 +1,11 @@
 """Pairs files are read as they are written, and drawn pairs are what they say they are."""
 
+import csv
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -10,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastface_lightning.data import IdentityFolder, held_out_pairs, interleaved, read_pairs
-from fastface_lightning.data.verification import VerificationPairs, _draw_different, _draw_same
+from fastface_lightning.data.verification import (
+    VerificationPairs,
+    _draw_different,
+    _draw_same,
+    pair_files,
+    read_verification,
+)
+from fastface_lightning.data.verification_bin import write_verification_bin
 
 Tree = Callable[..., Path]
 VIEW_1 = "2\nann\t1\t2\nbob\t2\t1\nann\t1\tbob\t1\nann\t3\tcem\t1\n"
@@ -89,7 +100,7 @@ def test_absent_and_broken_images_lose_their_pairs_only(
     ("text", "message"),
     [
         ("", "pairs.txt is empty"),
-        ("two\nann 1 2\n", r"pairs.txt:1: expected 'N' or 'folds N', got 'two'"),
+        ("two\nann 1 2\n", r"pairs.txt:1: expected 'N' or 'folds N', or 'a,b,same', got 'two'"),
         ("0\n", r"pairs.txt:1: expected 'N'"),
         ("1 2 3\n", r"pairs.txt:1: expected 'N'"),
         ("-1\n", r"pairs.txt:1: expected 'N'"),
@@ -113,7 +124,7 @@ def test_malformed_files_raise_one_sentence(
 def test_a_binary_file_is_refused(tree: Tree, tmp_path: Path) -> None:
     file = tmp_path / "pairs.bin"
     file.write_bytes(bytes(range(256)) * 100)
-    with pytest.raises(ValueError, match=r"pairs.bin:1: expected 'N' or 'folds N', got .{,400}$"):
+    with pytest.raises(ValueError, match=r"pairs.bin:1: expected 'N' or .*, got .{,400}$"):
         read_pairs(file, tree(ann=1))
 
 
@@ -146,6 +157,142 @@ def test_lfw_trains_and_tests_on_different_people(shared_data: Path) -> None:
     rows = [line.split("\t") for line in (lfw / "pairsDevTest.txt").read_text().split("\n")[1:-1]]
     tested = {row[0] for row in rows} | {row[2] for row in rows if len(row) == 4}
     assert len(people) == 4038 and len(rows) == 1000 and not people & tested
+
+
+CSV = """a,b,same
+ann/ann_0001.png,ann/ann_0002.png,1
+ann/ann_0001.png,bob/bob_0001.png,0
+bob/bob_0002.png,bob/bob_0001.png,true
+ann/ann_0003.png,cem/cem_0001.png,False
+"""
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        lambda text: text,
+        lambda text: text.partition("\n")[2].rstrip(),
+        lambda text: "\ufeff" + text.replace("\n", "\r\n").replace("a,b,same", "A, B, Same"),
+        lambda text: "\n" + text.replace("\n", "\n\n").replace(",", ', "').replace(', "', ", "),
+        lambda text: re.sub(r"(\w+/\w+\.png)", r'"\1"', text),
+    ],
+    ids=["plain", "no header", "windows", "blanks", "quoted"],
+)
+def test_csv_keeps_its_order(
+    tree: Tree, tmp_path: Path, caplog: pytest.LogCaptureFixture, variant: Callable[[str], str]
+) -> None:
+    file = tmp_path / "pairs.csv"
+    file.write_bytes(variant(CSV).encode())
+    assert read(read_pairs(file, tree(ann=3, bob=2, cem=1), size=8)) == [
+        (0, 1, 0, 2, True), (0, 1, 1, 1, False), (1, 2, 1, 1, True), (0, 3, 2, 1, False)
+    ]  # fmt: skip
+    assert not caplog.messages
+
+
+def test_csv_of_one_kind_after_the_other_warns(
+    tree: Tree, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its tenths are no balanced folds."""
+    header, *rows = CSV.splitlines()
+    rows.sort(key=lambda row: row.lower().endswith(("0", "false")))
+    pairs = read_pairs(write(tmp_path, "\n".join([header, *rows])), tree(ann=3, bob=2, cem=1))
+    assert pairs.same.tolist() == [True, True, False, False]
+    assert len(caplog.messages) == 1 and "contiguous tenths" in caplog.text
+
+
+NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: not {*name} & {*b"\0\r\n"})
+
+
+@given(
+    st.lists(
+        st.tuples(NAMES, NAMES, st.booleans()),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_csv_names_survive_whatever_their_bytes(rows: list[tuple[bytes, bytes, bool]]) -> None:
+    """Blanks, commas, quotes and bytes that are no text."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "pairs.csv")
+        with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out:
+            table = csv.writer(out, quoting=csv.QUOTE_ALL)
+            table.writerows((os.fsdecode(a), os.fsdecode(b), int(same)) for a, b, same in rows)
+        found = pair_files(file, folder)
+    assert found == [
+        (Path(folder, os.fsdecode(a)), Path(folder, os.fsdecode(b)), same) for a, b, same in rows
+    ]
+
+
+def test_names_that_are_no_text_are_read(tree: Tree, tmp_path: Path) -> None:
+    root = tree(ann=2)
+    name = os.fsdecode(b"\xff\xe9.png")
+    (root / "ann" / "ann_0002.png").rename(root / "ann" / name)
+    file = tmp_path / "pairs.csv"
+    file.write_bytes(b"ann/ann_0001.png,ann/\xff\xe9.png,0\nann/\xfe.png,ann/ann_0001.png,0\n")
+    pairs = read_pairs(file, root, size=8)
+    assert read(pairs) == [(0, 1, 0, 2, False)]
+    assert pairs.missing[0].startswith(os.fsdecode(b"\xfe and ann_0001: cannot read image"))
+
+
+def test_absolute_paths_need_no_root(tree: Tree, tmp_path: Path) -> None:
+    root = tree(ann=2)
+    first, second = root / "ann" / "ann_0001.png", root / "ann" / "ann_0002.png"
+    file = write(tmp_path, f"{first},{second},1\n")
+    assert pair_files(file) == pair_files(file, tmp_path) == [(first, second, True)]
+    assert read(read_verification(file, size=8)) == [(0, 1, 0, 2, True)]
+    for text in (f"ann/ann_0001.png,{second},1\n", VIEW_1, TEN_FOLD):
+        with pytest.raises(ValueError, match=r"^image_root must be the folder of the images in .*"):
+            read_verification(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b,same\n", r"pairs.txt holds no pairs"),
+        ("a,b,same\na,b\n", r"pairs.txt:2: expected 'a,b,same', .* got 'a,b'"),
+        ("a,b,same\na,b,1,c\n", r"pairs.txt:2: expected 'a,b,same', .* got 'a,b,1,c'"),
+        ("path1,path2,label\na,b,1\n", r"pairs.txt:1: expected .* got 'path1,path2,label'"),
+        ("a,b,1\n\na,b,2\n", r"pairs.txt:3: expected .* got 'a,b,2'"),
+        ("a,b,1\n,b,1\n", r"pairs.txt:2: expected .* got ',b,1'"),
+        ("a,b,1\na,b,same\n", r"pairs.txt:2: expected .* got 'a,b,same'"),
+        ('a,b,1\n"a,b,1\n', r"pairs.txt:2: unexpected end of data"),
+        ('"a"x,b,1\n', r"pairs.txt:1: .*expected after"),
+        ("a,b,1\n" + "a" * 200_000 + ",b,1\n", r"pairs.txt:2: field larger than field limit"),
+        ("a,b,1\n", r"none of the 1 pairs of .* can be read: a and b: cannot read image"),
+    ],
+)
+def test_malformed_csv_raises_one_sentence(
+    tree: Tree, tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read_pairs(write(tmp_path, text), tree(ann=2))
+    assert len(str(caught.value)) < 500
+
+
+def test_pair_files_are_what_is_read(tree: Tree, tmp_path: Path) -> None:
+    """Images there or not, in the order in which they are read."""
+    root = tree(ann=3, bob=2)
+    for text, order in [(VIEW_1, [0, 2, 1, 3]), (TEN_FOLD, [0, 1, 2, 3])]:
+        pairs = pair_files(write(tmp_path, text), root)
+        rows = [row.split() for row in text.splitlines()[1:]]
+        for pair, row in zip(pairs, [rows[i] for i in order], strict=True):
+            assert pair.first.stem == f"{row[0]}_000{row[1]}"
+            assert pair.second.stem == f"{row[-2 if len(row) == 4 else 0]}_000{row[-1]}"
+            assert pair.same is (len(row) == 3)
+        assert {pair.second.exists() for pair in pairs} == {True, False}
+        assert pairs[-1].second == root / "cem" / "cem_0001.jpg"
+
+
+def test_a_pairs_file_and_its_bin_are_the_same_set(tree: Tree, tmp_path: Path) -> None:
+    root = tree(ann=3, bob=2, cem=1)
+    file = write(tmp_path, VIEW_1)
+    pairs = pair_files(file, root)
+    images = [path.read_bytes() for pair in pairs for path in pair[:2]]
+    for name in ("set.bin", "set.BIN"):
+        write_verification_bin(tmp_path / name, images, [pair.same for pair in pairs])
+        packed, plain = read_verification(tmp_path / name, size=8), read_pairs(file, root, size=8)
+        assert torch.equal(packed.images, plain.images) and torch.equal(packed.same, plain.same)
+    assert torch.equal(read_verification(file, root, size=8).images, plain.images)
 
 
 @given(st.lists(st.booleans(), max_size=200))

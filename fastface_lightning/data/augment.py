@@ -1,0 +1,269 @@
+"""A batch of faces is mirrored, cropped, coarsened and recoloured on the device it trains on.
+
+Every image has its own parameters, and one that is not chosen has those that change nothing: so
+the whole batch goes through the same few operations, and the host never waits to learn which
+images were chosen.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Tables = tuple[Tensor, Tensor]  # shrinking (5, S, L, L) and enlarging (5, S, L, L), float32
+
+_SCALE = (0.2, 1.0)  # share of the area that a crop keeps
+_RATIO = (3 / 4, 4 / 3)  # its width by its height
+_TRIES = 10  # windows drawn until one fits: all miss once in a hundred million
+_SIDE = (0.2, 1.0)  # share of the side that a coarse image has
+_JITTER = 0.5  # factors lie in 1 -/+ this
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Change some images of a batch, each kind of change with its own probability.
+
+    Args:
+        flip: probability in [0, 1] that an image is mirrored left to right.
+        crop: that all but a random window of it is black; :func:`crop_some`.
+        low_resolution: that it is made small and large again; :func:`coarsen_some`.
+        photometric: that brightness, contrast and saturation change; :func:`recolour_some`.
+
+    The changes come in that order. Random numbers are those of torch's default generator on the
+    images' device: one ``torch.rand`` a batch and kind, whose size depends on the batch's alone,
+    and none for a kind of probability 0.
+
+    References:
+        FastFace (arXiv 2404.11118) flips only. The other three are AdaFace's (Kim, Jain and Liu,
+        CVPR 2022, arXiv 2204.00964, and the released program), each with probability
+        0.2 there.
+
+    Example:
+        >>> augment = Augment(crop=0.2, low_resolution=0.2, photometric=0.2)
+        >>> augment(torch.zeros(8, 3, 112, 112, dtype=torch.uint8)).shape
+        torch.Size([8, 3, 112, 112])
+
+    Raises:
+        ValueError: a probability lies outside [0, 1].
+    """
+
+    flip: float = 0.5
+    crop: float = 0.0
+    low_resolution: float = 0.0
+    photometric: float = 0.0
+    _tables: dict[tuple[int, torch.device], Tables] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "crop", "low_resolution", "photometric"):
+            p = getattr(self, name)
+            if not 0 <= p <= 1:
+                raise ValueError(f"{name} must be a probability in [0, 1], got {p}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The batch, changed; the one given stays as it is.
+
+        Args:
+            images: (N, 3, H, W) uint8 RGB in [0, 255], on any device, in any memory format.
+
+        Returns:
+            The same shape, type, device and memory format.
+
+        Raises:
+            ValueError: the images have another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}"
+            )
+        if self.flip:
+            images = flip_some(images, self.flip)
+        if self.crop:
+            images = crop_some(images, self.crop)
+        if self.low_resolution:
+            rows, columns = (self._tables_of(side, images.device) for side in images.shape[2:])
+            images = coarsen_some(images, self.low_resolution, rows, columns)
+        if self.photometric:
+            images = recolour_some(images, self.photometric)
+        return images
+
+    def _tables_of(self, length: int, device: torch.device) -> Tables:
+        key = length, device
+        if key not in self._tables:
+            shrink, enlarge = (torch.from_numpy(table) for table in resizing_tables(length))
+            self._tables[key] = shrink.to(device), enlarge.to(device)
+        return self._tables[key]
+
+
+def flip_some(images: Tensor, p: float = 0.5) -> Tensor:
+    """Mirror each image (N, 3, H, W) left to right with probability p."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < p
+    return torch.where(mirrored, images.flip(-1), images)
+
+
+def crop_some(images: Tensor, p: float) -> Tensor:
+    """Blacken, with probability p, all but a random window of each image (N, 3, H, W) uint8.
+
+    The window is that of a random resized crop: a share of the area uniform in (0.2, 1), an aspect
+    ratio log-uniform in (3/4, 4/3), a place uniform among those it fits. As in AdaFace it stays
+    where it is and as large as it is, so the face keeps its alignment; nothing is resized.
+    """
+    height, width = images.shape[2:]
+    draws = torch.rand(3 + 2 * _TRIES, len(images), device=images.device)
+    chosen, (y, x), (scale, aspect) = draws[0] < p, draws[1:3], draws[3:].view(2, _TRIES, -1)
+    area = height * width * _between(_SCALE, scale)
+    ratio = _between((math.log(_RATIO[0]), math.log(_RATIO[1])), aspect).exp()
+    tall, wide = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (tall >= 1) & (tall <= height) & (wide >= 1) & (wide <= width)
+    first = fits.int().argmax(0, keepdim=True)
+    cropped = chosen & fits.any(0)
+    tall = torch.where(cropped, tall.gather(0, first)[0], height)
+    wide = torch.where(cropped, wide.gather(0, first)[0], width)
+    top, left = (y * (height - tall + 1)).floor(), (x * (width - wide + 1)).floor()
+    rows, columns = _interval(top, tall, height), _interval(left, wide, width)
+    return images * (rows[:, None, :, None] & columns[:, None, None, :])
+
+
+def coarsen_some(images: Tensor, p: float, rows: Tables, columns: Tables) -> Tensor:
+    """Make each image (N, 3, H, W) uint8 small and large again, with probability p.
+
+    The small side is int(ratio x side), at least 1, the ratio uniform in (0.2, 1). Each way has
+    one of OpenCV's five interpolations, as AdaFace draws them, with equal odds; see
+    :func:`resizing_tables`. Shrinking is thus antialiased by the area rule alone. The small image
+    is not rounded to bytes between.
+
+    Resizing is linear and separable: with the product R of an enlarging and a shrinking matrix,
+    a channel X becomes :math:`R_H X R_W^T`.
+
+    Args:
+        images: the batch.
+        p: probability in [0, 1].
+        rows: ``resizing_tables(H)`` on the images' device.
+        columns: ``resizing_tables(W)`` there.
+    """
+    chosen, ratio, down, up = torch.rand(4, len(images), device=images.device)
+    ratio = torch.where(chosen < p, _between(_SIDE, ratio), 1)
+    down, up = ((kind * len(INTERPOLATIONS)).long() for kind in (down, up))
+    height, width = images.shape[2:]
+    # Mixed precision would do this in 8 or 11 bits.
+    with torch.autocast(images.device.type, enabled=False):
+        tall = _resizing(rows, (ratio * height).long(), down, up)
+        wide = tall if width == height else _resizing(columns, (ratio * width).long(), down, up)
+        return _to_bytes(tall[:, None] @ images.float() @ wide[:, None].mT, images)
+
+
+def recolour_some(images: Tensor, p: float) -> Tensor:
+    """Change brightness, contrast and saturation of each image (N, 3, H, W) with probability p.
+
+    Each of the three is a blend f X + (1 - f) Y, clamped to [0, 255], with f uniform in
+    (0.5, 1.5): Y is black for brightness, the mean grey of the image for contrast, each pixel's
+    own grey for saturation, with grey = 0.299 R + 0.587 G + 0.114 B. Their order is random; the
+    hue stays. Values are rounded once, at the end.
+    """
+    draws = torch.rand(7, len(images), 1, 1, 1, device=images.device)
+    chosen, order = draws[0] < p, draws[1:4].argsort(0)
+    factors = torch.where(chosen, _between((1 - _JITTER, 1 + _JITTER), draws[4:]), 1)
+    pixels = images.float()
+    for kind, f in zip(order, factors, strict=True):
+        red, green, blue = pixels.split(1, dim=1)
+        grey = 0.299 * red + 0.587 * green + 0.114 * blue
+        grey = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), grey)
+        other = torch.where(kind == 0, 0, grey)
+        pixels = (f * pixels + (1 - f) * other).clamp_(0, 255)
+    return _to_bytes(pixels, images)
+
+
+def _between(bounds: tuple[float, float], draws: Tensor) -> Tensor:
+    low, high = bounds
+    return low + (high - low) * draws
+
+
+def _interval(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Which of the positions 0 ... size - 1 lie in each interval: (N, size) bool."""
+    at = torch.arange(size, device=start.device)
+    return (at >= start[:, None]) & (at < (start + length)[:, None])
+
+
+def _to_bytes(pixels: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like).copy_(pixels.round_().clamp_(0, 255))
+
+
+def _smallest(length: int) -> int:
+    """The smallest side that an image of this side is shrunk to."""
+    return max(int(_SIDE[0] * length), 1)
+
+
+def _resizing(tables: Tables, side: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """To the small side and back: (N, L, L) float32 from sides and kinds (N,) int64."""
+    shrink, enlarge = tables
+    length = shrink.shape[-1]
+    at = side.clamp(_smallest(length), length) - _smallest(length)
+    return enlarge[up, at] @ shrink[down, at]
+
+
+def _linear(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.maximum(1 - np.abs(x), 0)
+
+
+def _cubic(x: NDArray[np.float64], a: float = -0.75) -> NDArray[np.float64]:
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+def _lanczos(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(np.abs(x) < 4, np.sinc(x) * np.sinc(x / 4), 0)
+
+
+INTERPOLATIONS = ("nearest", "area", "linear", "cubic", "lanczos")
+_KERNELS = {"linear": _linear, "cubic": _cubic, "lanczos": _lanczos}  # of the distance in pixels
+
+
+def resizing_matrix(kind: str, length: int, to: int) -> NDArray[np.float64]:
+    """The matrix (to, length) that resizes a line of pixels, as OpenCV defines it.
+
+    - ``nearest``: output pixel i is input pixel floor(i length / to).
+    - ``area``: the mean over the input that the output pixel covers.
+    - ``linear``, ``cubic`` (a = -0.75), ``lanczos`` (8 taps): the kernel between pixel centres,
+      at the input's own scale (so without antialiasing), edges repeated, rows summing to 1.
+    """
+    step = length / to
+    matrix = np.zeros((to, length))
+    if kind == "nearest":
+        matrix[np.arange(to), np.arange(to) * length // to] = 1
+    elif kind == "area":
+        start, pixel = np.arange(to)[:, None] * step, np.arange(length)
+        overlap = np.minimum(start + step, pixel + 1) - np.maximum(start, pixel)
+        matrix = np.maximum(overlap, 0) / step
+    else:
+        centre = (np.arange(to)[:, None] + 0.5) * step - 0.5
+        taps = np.floor(centre) + np.arange(-3, 5)
+        weights = _KERNELS[kind](centre - taps)
+        at = np.clip(taps, 0, length - 1).astype(int)
+        np.add.at(matrix, (np.arange(to)[:, None], at), weights)
+        matrix /= weights.sum(1, keepdims=True)
+    return matrix
+
+
+def resizing_tables(length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """All matrices from ``length`` pixels to a smaller side, and all back.
+
+    Returns:
+        shrinking and enlarging, each (5, S, length, length) float32, by interpolation (``nearest``,
+        ``area``, ``linear``, ``cubic``, ``lanczos``) and by small side, from
+        max(int(0.2 length), 1) to ``length``, which changes nothing. A small side's own rows, or
+        columns, come first and zeros fill the rest. At 112 pixels the two take 46 MB.
+    """
+    first = _smallest(length)
+    shape = len(INTERPOLATIONS), length - first + 1, length, length
+    shrink, enlarge = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    for k, kind in enumerate(INTERPOLATIONS):
+        for side in range(first, length + 1):
+            shrink[k, side - first, :side] = resizing_matrix(kind, length, side)
+            enlarge[k, side - first, :, :side] = resizing_matrix(kind, side, length)
+    return shrink, enlarge

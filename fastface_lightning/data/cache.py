@@ -1,0 +1,94 @@
+"""What took long to find out about a data set is kept beside it, and trusted while it is true."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+logger = logging.getLogger(__name__)
+
+Arrays = dict[str, NDArray[Any]]
+SUFFIX = ".index"
+FORMAT = "fastface_lightning 1"
+
+
+def cached(
+    source: Path,
+    build: Callable[[], Arrays],
+    fresh: Callable[[Arrays], bool],
+    rebuild: bool = False,
+) -> Arrays:
+    """Arrays that describe ``source``, from their file if that is fresh, else built and kept.
+
+    The file is ``<source>.index`` beside it or, where that cannot be written, one in
+    ``$XDG_CACHE_HOME/fastface_lightning``. Where neither can be, warnings say why, and the arrays
+    are built anew at the next start. Nothing half-written ever has the file's name.
+
+    Args:
+        source: file or folder that the arrays describe.
+        build: makes the arrays.
+        fresh: whether the arrays of a file still describe ``source``.
+        rebuild: build them whatever the file holds.
+
+    Returns:
+        The arrays; those of a file are memory-mapped, not read.
+    """
+    places = _places(source)
+    for place in places if not rebuild else ():
+        arrays = _load(place)
+        if arrays is not None and fresh(arrays):
+            return arrays
+    arrays = build()
+    for place in places:
+        try:
+            _save(place, arrays)
+        except (OSError, SafetensorError) as error:
+            logger.warning("cannot keep the index of %s as %s: %s", source, place, error)
+        else:
+            return _load(place) or arrays
+    return arrays
+
+
+def file_stamp(*files: Path) -> NDArray[np.int64]:
+    """Sizes and times of files, zeros for an absent one: what changes when they are rewritten."""
+    stamp = []
+    for file in files:
+        status = file.stat() if file.exists() else None
+        stamp += [status.st_size, status.st_mtime_ns] if status else [0, 0]
+    return np.array(stamp, np.int64)
+
+
+def _places(source: Path) -> list[Path]:
+    source = source.resolve()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
+    elsewhere = home / "fastface_lightning" / f"{source.name}-{digest}{SUFFIX}"
+    return [source.with_name(source.name + SUFFIX), elsewhere]
+
+
+def _load(file: Path) -> Arrays | None:
+    """The arrays in a file; None if there is no such file, or it is damaged or of another kind."""
+    try:
+        with safe_open(file, framework="pt") as opened:  # torch's are maps, numpy's are copies
+            if (opened.metadata() or {}).get("format") != FORMAT:
+                return None
+            return {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+
+
+def _save(file: Path, arrays: Arrays) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        save_file(arrays, part, metadata={"format": FORMAT})
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)

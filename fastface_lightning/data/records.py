@@ -1,0 +1,69 @@
+"""Faces in a RecordIO file, as InsightFace packs them, read without MXNet."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.progress import Progress
+
+from .cache import Arrays, cached, file_stamp
+from .dataset import FaceDataset
+from .names import Names
+from .recordio import RecordFile, read_table
+
+
+class RecordDataset(FaceDataset):
+    """Images of a ``.rec`` file, ordered by their keys: ``dataset[i]`` is (image, label).
+
+    Labels are numbered anew from 0 in the order of the file's own, which ``identities`` names.
+    The file is read through a memory map, by any number of workers. Where its images lie is found
+    out once, by the ``.idx`` beside it or, where there is none, by going through the file, and kept
+    as an index beside it (see :func:`cached`).
+
+    Args:
+        path: the ``.rec`` file, with InsightFace's header record or without.
+        size: height and width of the images served, pixels.
+        max_bad: images that may prove unreadable before the data set gives up.
+        reindex: look for the images whatever the kept index says.
+
+    Raises:
+        ValueError: there is no such file, it holds no image, or a label is not a whole number.
+    """
+
+    def __init__(
+        self, path: str | Path, size: int = 112, max_bad: int = 100, reindex: bool = False
+    ) -> None:
+        super().__init__(size, max_bad)
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"no record file {path}")
+        stamp = file_stamp(self.path, self.path.with_suffix(".idx"))
+
+        def table() -> Arrays:
+            with Progress(transient=True) as bar:
+                task = bar.add_task(f"indexing {self.path.name}")
+                found = read_table(
+                    self.path,
+                    progress=lambda done, size: bar.update(task, completed=done, total=size),
+                )
+            people, labels = np.unique(found.labels, return_inverse=True)
+            names = Names.of(map(str, people.tolist()))
+            return {
+                **names.arrays("identities"),
+                "labels": labels.astype(np.int32),
+                "offsets": found.offsets,
+                "stamp": stamp,
+            }
+
+        index = cached(self.path, table, lambda kept: np.array_equal(kept["stamp"], stamp), reindex)
+        self._offsets = index["offsets"]
+        self._records = RecordFile(self.path)
+        self._hold(Names.from_arrays("identities", index), index["labels"])
+
+    def name(self, index: int) -> str:
+        return f"at byte {self._offsets[self._row(index)]} of {self.path}"
+
+    def _fetch(self, index: int) -> bytes | memoryview:
+        return self._records.image_record(int(self._offsets[self._row(index)])).image
+
+    def __str__(self) -> str:
+        return str(self.path)

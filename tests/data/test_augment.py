@@ -1,0 +1,494 @@
+"""Augmentation agrees with plain code for one image at a time, and is blind to the data."""
+
+import math
+import pickle
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torchvision.transforms import functional as TF
+
+from fastface_lightning.data.augment import (
+    INTERPOLATIONS,
+    Augment,
+    coarsen_some,
+    crop_some,
+    flip_some,
+    recolour_some,
+    resizing_matrix,
+    resizing_tables,
+)
+from fastface_lightning.data.faces import draw_face
+
+KINDS = ("flip", "crop", "low_resolution", "photometric")
+
+
+def noise(n: int, height: int = 112, width: int | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(n + height)
+    shape = n, 3, height, width or height
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def faces(n: int) -> Tensor:
+    return torch.from_numpy(np.stack([draw_face(5, i, 0) for i in range(n)]))
+
+
+def only(kind: str, p: float = 1.0) -> Augment:
+    return Augment(**{**dict.fromkeys(KINDS, 0.0), kind: p})
+
+
+@pytest.fixture(scope="module")
+def tables() -> tuple[Tensor, Tensor]:
+    shrink, enlarge = resizing_tables(112)
+    return torch.from_numpy(shrink), torch.from_numpy(enlarge)
+
+
+def with_draws(draws: list[list[float]]) -> "patch[object]":
+    """Let the next ``torch.rand`` give these numbers, reshaped as it was asked for."""
+    numbers = torch.tensor(draws)
+    return patch("torch.rand", lambda *shape, device: numbers.reshape(shape).to(device))
+
+
+def changed(before: Tensor, after: Tensor) -> list[bool]:
+    return (before != after).flatten(1).any(1).tolist()
+
+
+class TestContract:
+    def test_the_default_is_the_papers_flip_in_one_draw(self) -> None:
+        images = noise(64)
+        torch.manual_seed(3)
+        mirrored = torch.rand(64, 1, 1, 1) < 0.5
+        after = torch.rand(())
+        expected = torch.stack(
+            [x.flip(-1) if m else x for x, m in zip(images, mirrored, strict=True)]
+        )
+        torch.manual_seed(3)
+        assert torch.equal(Augment()(images), expected)
+        assert torch.rand(()) == after
+
+    def test_probabilities_of_zero_draw_nothing_and_copy_nothing(self) -> None:
+        images = noise(4)
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        assert Augment(0, 0, 0, 0)(images) is images
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_each_kind_is_one_draw_whose_size_depends_on_the_batch_alone(self, kind: str) -> None:
+        shapes: list[tuple[int, ...]] = []
+        real = torch.rand
+
+        def spy(*shape: int, device: torch.device) -> Tensor:
+            shapes.append(shape)
+            return real(*shape, device=device)
+
+        with patch("torch.rand", spy):
+            for images in (noise(6), torch.zeros(6, 3, 112, 112, dtype=torch.uint8)):
+                for p in (1e-9, 0.5, 1.0):
+                    only(kind, p)(images)
+        assert len(shapes) == 6 and len(set(shapes)) == 1
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_same_seed_same_images(self, kind: str) -> None:
+        images, augment = faces(8), only(kind, 0.5)
+        runs = []
+        for seed in (7, 7, 8):
+            torch.manual_seed(seed)
+            runs.append(augment(images))
+        assert torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], runs[2])
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_batch_given_stays_as_it_is(self, kind: str) -> None:
+        images = faces(4)
+        before = images.clone()
+        only(kind)(images)
+        assert torch.equal(images, before)
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_memory_format_is_kept_and_changes_nothing(self, layout: torch.memory_format) -> None:
+        images = faces(5)
+        torch.manual_seed(0)
+        expected = Augment(1, 1, 1, 1)(images)
+        torch.manual_seed(0)
+        found = Augment(1, 1, 1, 1)(images.contiguous(memory_format=layout))
+        assert found.is_contiguous(memory_format=layout)
+        assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_share_of_changed_images_is_the_probability(self, kind: str) -> None:
+        images, n = faces(16).repeat(125, 1, 1, 1)[:, :, 40:72, 40:72], 2000
+        torch.manual_seed(1)
+        share = sum(changed(images, only(kind, 0.2)(images))) / n
+        assert abs(share - 0.2) < 4 * math.sqrt(0.2 * 0.8 / n)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_one_always_and_almost_never(self, kind: str) -> None:
+        images = faces(32)
+        torch.manual_seed(0)
+        # A window of all but the whole area, or 111 of 112 pixels, is a change one may not see.
+        assert sum(changed(images, only(kind, 1.0)(images))) >= 31
+        assert not any(changed(images, only(kind, 1e-12)(images)))
+
+    @given(
+        n=st.integers(0, 3),
+        height=st.integers(1, 24),
+        width=st.integers(1, 24),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def test_any_shape(self, n: int, height: int, width: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        images = noise(n, height, width)
+        found = Augment(1, 1, 1, 1)(images)
+        assert found.shape == images.shape and found.dtype == torch.uint8
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_nothing_depends_on_the_data(self, device: str) -> None:
+        # A fake tensor has no values: `.item()`, `nonzero` and Boolean masks raise here, and
+        # those are what makes a host wait for its device.
+        with FakeTensorMode():
+            images = torch.empty(6, 3, 112, 112, dtype=torch.uint8, device=device)
+            found = Augment(0.5, 0.5, 0.5, 0.5)(images)
+        assert found.shape == images.shape and found.dtype == images.dtype
+        assert found.device.type == device
+
+    def test_mixed_precision_changes_nothing(self) -> None:
+        images, augment = faces(4), Augment(1, 1, 1, 1)
+        torch.manual_seed(0)
+        expected = augment(images)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(augment(images), expected)
+
+    def test_it_survives_pickling_and_compares_by_its_probabilities(self) -> None:
+        augment = Augment(low_resolution=0.5)
+        augment(noise(2, 16))
+        assert pickle.loads(pickle.dumps(augment)) == augment == Augment(low_resolution=0.5)
+        assert repr(augment) == "Augment(flip=0.5, crop=0.0, low_resolution=0.5, photometric=0.0)"
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), float("inf")])
+    def test_a_probability_is_one(self, kind: str, p: float) -> None:
+        with pytest.raises(ValueError, match=rf"{kind} must be a probability in \[0, 1\], got {p}"):
+            only(kind, p)
+
+    @pytest.mark.parametrize(
+        "images", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(2, 1, 8, 8)]
+    )
+    def test_other_images_are_refused(self, images: Tensor) -> None:
+        with pytest.raises(ValueError, match=r"images must be uint8 \(N, 3, H, W\), got "):
+            Augment()(images)
+
+
+class TestFlip:
+    @given(st.lists(st.booleans(), min_size=1, max_size=8))
+    def test_chosen_images_are_mirrored_bit_by_bit(self, chosen: list[bool]) -> None:
+        images = noise(len(chosen), 9)
+        with with_draws([[0.1 if c else 0.9 for c in chosen]]):
+            found = flip_some(images, 0.5)
+        for image, result, c in zip(images, found, chosen, strict=True):
+            assert torch.equal(result, image.flip(-1) if c else image)
+
+
+def window(image: Tensor) -> tuple[int, int, int, int]:
+    """Top, left, height and width of what is not black in a white image."""
+    rows, columns = image[0].any(1).nonzero(), image[0].any(0).nonzero()
+    (top, bottom), (left, right) = rows.aminmax(), columns.aminmax()
+    return int(top), int(left), int(bottom - top) + 1, int(right - left) + 1
+
+
+def windows(n: int, size: int = 112) -> NDArray[np.int64]:
+    white = torch.full((n, 3, size, size), 255, dtype=torch.uint8)
+    return np.array([window(image) for image in crop_some(white, 1.0)])
+
+
+class TestCrop:
+    def test_inside_the_window_all_stays_and_outside_is_black(self) -> None:
+        torch.manual_seed(0)
+        images = noise(32).clamp_(min=1)
+        for image, found in zip(images, crop_some(images, 1.0), strict=True):
+            top, left, height, width = window(found)
+            expected = torch.zeros_like(image)
+            inside = (..., slice(top, top + height), slice(left, left + width))
+            expected[inside] = image[inside]
+            assert torch.equal(found, expected)
+
+    def test_numbers_become_the_window_that_torchvision_would_take(self) -> None:
+        # Plain twin: the rule of RandomResizedCrop.get_params with the draws given.
+        generator = np.random.default_rng(0)
+        draws = generator.random((23, 50), np.float32)
+        white = torch.full((50, 3, 90, 112), 255, dtype=torch.uint8)
+        with with_draws(draws.tolist()):
+            found = crop_some(white, 1.0)
+        for image, u in zip(found, draws.T.astype(float), strict=True):
+            for scale, aspect in zip(u[3:13], u[13:], strict=True):
+                area = 90 * 112 * (0.2 + 0.8 * scale)
+                ratio = math.exp(math.log(3 / 4) + aspect * math.log(16 / 9))
+                height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+                if height <= 90 and width <= 112:
+                    break
+            top, left = int(u[1] * (90 - height + 1)), int(u[2] * (112 - width + 1))
+            assert window(image) == (top, left, height, width)
+
+    def test_sizes_and_places_are_distributed_as_torchvisions(self) -> None:
+        from torchvision.transforms import RandomResizedCrop
+
+        torch.manual_seed(0)
+        ours = windows(3000)
+        image, crop = torch.empty(3, 112, 112), RandomResizedCrop(112, (0.2, 1.0))
+        theirs = np.array([crop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)])
+        for of in (lambda w: w[:, 2] * w[:, 3], lambda w: w[:, 3] / w[:, 2], lambda w: w[:, 0]):
+            a, b = np.sort(of(ours)), np.sort(of(theirs))
+            at = np.linspace(a[0], a[-1], 200)
+            gap = np.abs(np.searchsorted(a, at) - np.searchsorted(b, at)).max() / 3000
+            assert gap < 1.95 * math.sqrt(2 / 3000)  # Kolmogorov and Smirnov, 0.1 %
+
+    def test_bounds(self) -> None:
+        torch.manual_seed(1)
+        top, left, height, width = windows(2000).T
+        assert (height * width >= 0.2 * 112**2 - 112).all()
+        assert (np.abs(np.log(width / height)) < math.log(4 / 3) + 0.03).all()
+        assert (top + height <= 112).all() and (left + width <= 112).all()
+        assert (top + height == 112).any() and (left + width == 112).any() and (top == 0).any()
+
+    def test_where_no_window_fits_the_image_stays(self) -> None:
+        images = noise(1, 112, 30)  # narrower than 3 : 4, and the full area is asked for
+        draws = [0.0, 0.5, 0.5] + 10 * [0.999] + 10 * [0.9]
+        with with_draws([[u] for u in draws]):
+            assert torch.equal(crop_some(images, 1.0), images)
+
+
+def slow_matrix(kind: str, length: int, to: int) -> NDArray[np.float64]:
+    """The same weights, pixel by pixel."""
+    matrix = np.zeros((to, length))
+    for i in range(to):
+        for j in range(length):
+            if kind == "area":
+                share = min((i + 1) * length / to, j + 1) - max(i * length / to, j)
+                matrix[i, j] = max(share, 0) * to / length
+        if kind == "lanczos":
+            centre = (i + 0.5) * length / to - 0.5
+            for tap in range(math.floor(centre) - 3, math.floor(centre) + 5):
+                x = math.pi * (centre - tap)
+                weight = 1.0 if x == 0 else math.sin(x) * math.sin(x / 4) * 4 / x**2
+                matrix[i, min(max(tap, 0), length - 1)] += weight
+            matrix[i] /= matrix[i].sum()
+    return matrix
+
+
+# cv2.resize of the float32 line below by OpenCV 5.0.0, from 8 pixels to 5 and to 11.
+LINE = np.array([10, 200, 30, 90, 250, 0, 120, 60], np.float32)
+OPENCV: dict[str, tuple[list[float], list[float]]] = {
+    "nearest": (
+        [10.0, 200.0, 90.0, 250.0, 120.0],
+        [10.0, 10.0, 200.0, 30.0, 30.0, 90.0, 250.0, 0.0, 0.0, 120.0, 60.0],
+    ),
+    "area": (
+        [81.25, 80.0, 170.0, 61.25, 82.5],
+        [10.0, 128.75, 157.5, 30.0, 82.5, 170.0, 218.75, 0.0, 90.0, 97.5, 60.0],
+    ),
+    "linear": (
+        [67.0, 47.0, 170.0, 12.0, 78.0],
+        [10.0, 122.273, 145.909, 32.727, 76.364, 170.0, 193.182, 11.364, 81.818, 95.455, 60.0],
+    ),
+    "cubic": (
+        [71.042, 41.578, 199.062, -4.942, 82.41],
+        [-4.494, 142.573, 167.234, 26.618, 56.427, 199.062, 211.861, 5.408, 77.898, 108.97, 55.423],
+    ),
+    "lanczos": (
+        [75.84, 49.304, 223.678, -6.765, 94.658],
+        [-9.405, 147.1, 175.937, 22.355, 35.372, 223.678, 205.024, 5.482, 66.724, 126.016, 49.673],
+    ),
+}
+
+
+class TestLowResolution:
+    @pytest.mark.parametrize("to", [1, 22, 56, 75, 111, 112, 130, 224])
+    @pytest.mark.parametrize("kind", INTERPOLATIONS)
+    def test_matrices_against_plain_code(self, kind: str, to: int) -> None:
+        found = resizing_matrix(kind, 112, to)
+        if kind in ("area", "lanczos"):
+            expected = slow_matrix(kind, 112, to)
+        else:
+            mode = {"nearest": "nearest", "linear": "bilinear", "cubic": "bicubic"}[kind]
+            align = {} if kind == "nearest" else {"align_corners": False}
+            eye = torch.eye(112, dtype=torch.float64)[None, None]
+            expected = F.interpolate(eye, (to, 112), mode=mode, **align)[0, 0].numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+
+    @pytest.mark.parametrize("kind", INTERPOLATIONS)
+    def test_matrices_against_opencv(self, kind: str) -> None:
+        for expected in OPENCV[kind]:
+            found = resizing_matrix(kind, 8, len(expected)) @ LINE
+            np.testing.assert_allclose(found, expected, atol=2e-3)
+
+    @given(kind=st.sampled_from(INTERPOLATIONS), length=st.integers(1, 40), to=st.integers(1, 40))
+    def test_a_plain_surface_stays_plain(self, kind: str, length: int, to: int) -> None:
+        np.testing.assert_allclose(resizing_matrix(kind, length, to).sum(1), 1, atol=1e-12)
+
+    @pytest.mark.parametrize("length", [1, 2, 7, 30])
+    def test_tables_hold_every_side(self, length: int) -> None:
+        shrink, enlarge = resizing_tables(length)
+        first = max(int(0.2 * length), 1)
+        assert shrink.shape == enlarge.shape == (5, length - first + 1, length, length)
+        for k, kind in enumerate(INTERPOLATIONS):
+            for s in range(first, length + 1):
+                small, large = shrink[k, s - first], enlarge[k, s - first]
+                np.testing.assert_allclose(small[:s], resizing_matrix(kind, length, s), atol=1e-7)
+                np.testing.assert_allclose(large[:, :s], resizing_matrix(kind, s, length), 0, 1e-7)
+                assert not small[s:].any() and not large[:, s:].any()
+            np.testing.assert_allclose(shrink[k, -1], np.eye(length), atol=1e-7)
+
+    @pytest.mark.parametrize("sharp", [False, True])
+    def test_a_batch_against_one_image_at_a_time(
+        self, sharp: bool, tables: tuple[Tensor, Tensor]
+    ) -> None:
+        images = (noise(40) > 127).byte() * 255 if sharp else faces(40)
+        overshoots = 0
+        draws = np.random.default_rng(0).random((4, 40), np.float32)
+        draws[0] = np.where(np.arange(40) % 4, 0.1, 0.9)
+        with with_draws(draws.tolist()):
+            found = coarsen_some(images, 0.5, tables, tables)
+        for image, result, (chosen, ratio, down, up) in zip(images, found, draws.T, strict=True):
+            if chosen >= 0.5:
+                assert torch.equal(result, image)
+                continue
+            side = int((0.2 + 0.8 * float(ratio)) * 112)
+            shrink = resizing_matrix(INTERPOLATIONS[int(down * 5)], 112, side)
+            enlarge = resizing_matrix(INTERPOLATIONS[int(up * 5)], side, 112)
+            small = shrink @ image.numpy().astype(float) @ shrink.T
+            plain = enlarge @ small @ enlarge.T
+            np.testing.assert_allclose(result, plain.clip(0, 255), atol=0.5 + 1e-3)
+            overshoots += bool((plain < -20).any() and (plain > 275).any())
+        assert overshoots > 10 or not sharp  # where a byte would wrap
+
+    def test_sides_and_kinds_are_uniform(self) -> None:
+        asked: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def spy(length: int, side: Tensor, down: Tensor, up: Tensor) -> Tensor:
+            asked.append((side, down, up))
+            return torch.eye(length).expand(len(side), length, length)
+
+        torch.manual_seed(0)
+        with patch("fastface_lightning.data.augment._resizing", spy):
+            coarsen_some(noise(4500, 8, 90), 1.0, 8, 90)  # type: ignore[arg-type]
+        (_, down, up), (sides, _, _) = asked
+        counts = torch.bincount(sides)
+        assert len(counts) == 90 and not counts[:18].any()
+        assert (counts[18:] - 62.5).abs().max() < 5 * math.sqrt(62.5)
+        pairs = torch.bincount(down * 5 + up)
+        assert len(pairs) == 25 and (pairs - 180).abs().max() < 5 * math.sqrt(180)
+
+    def test_tables_are_made_once(self) -> None:
+        augment = only("low_resolution")
+        with patch("fastface_lightning.data.augment.resizing_tables", wraps=resizing_tables) as spy:
+            for size in (16, 16, 20, 16):
+                augment(noise(2, size))
+        assert [call.args for call in spy.call_args_list] == [(16,), (20,)]
+
+
+ADJUST = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+
+
+def draws_for(order: tuple[int, ...], factors: tuple[float, ...]) -> list[list[float]]:
+    """Numbers that make one image's changes come in this order with these factors."""
+    ranks = [0.0] * 3
+    for place, kind in enumerate(order):
+        ranks[kind] = 0.1 + 0.3 * place
+    return [[0.0], *([r] for r in ranks), *([f - 0.5] for f in factors)]
+
+
+class TestPhotometric:
+    @pytest.mark.parametrize("factor", [0.5, 0.8, 1.0, 1.3, 1.49])
+    @pytest.mark.parametrize("kind", [0, 1, 2])
+    def test_one_change_against_torchvision(self, kind: int, factor: float) -> None:
+        order = (kind, *({0, 1, 2} - {kind}))
+        for image in faces(8):
+            with with_draws(draws_for(order, (factor, 1.0, 1.0))):
+                found = recolour_some(image[None], 1.0)[0].float()
+            # torchvision rounds down, and PIL rounds greys to bytes.
+            assert (found - ADJUST[kind](image, factor).float()).abs().max() <= 1
+            pil = TF.pil_to_tensor(ADJUST[kind](TF.to_pil_image(image), factor)).float()
+            assert (found - pil).abs().max() <= 1
+
+    @pytest.mark.parametrize(
+        "order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+    )
+    def test_all_orders_against_torchvision_in_floats(self, order: tuple[int, ...]) -> None:
+        factors = (1.4, 0.7, 1.35)
+        for image in faces(8):
+            expected = image / 255
+            for kind, factor in zip(order, factors, strict=True):
+                expected = ADJUST[kind](expected, factor)
+            with with_draws(draws_for(order, factors)):
+                found = recolour_some(image[None], 1.0)[0]
+            # torchvision's grey is 0.2989 R + ..., of weights that add up to 0.9999
+            assert (found - expected * 255).abs().max() < 0.6
+
+    def test_orders_and_factors_are_uniform_and_independent(self) -> None:
+        # One red image: brightness, contrast and saturation leave it at different colours.
+        torch.manual_seed(0)
+        n = 6000
+        draws = torch.rand(7, n, 1, 1, 1)
+        order, factors = draws[1:4].argsort(0).flatten(1), 0.5 + draws[4:].flatten(1)
+        images = faces(1).repeat(n, 1, 1, 1)[:, :, 30:60:6, 30:60:6]
+        torch.manual_seed(0)
+        found = recolour_some(images, 1.0)
+        pick = torch.randint(n, (20,)).tolist()
+        for i in pick:
+            expected = images[i] / 255
+            for kind, factor in zip(order[:, i].tolist(), factors[:, i].tolist(), strict=True):
+                expected = ADJUST[kind](expected, factor)
+            assert (found[i] - expected * 255).abs().max() < 0.6
+        counts = torch.bincount(order[0] * 9 + order[1] * 3 + order[2])
+        assert (counts > 0).sum() == 6
+        assert (counts[counts > 0] - n / 6).abs().max() < 5 * math.sqrt(n / 6)
+        assert (
+            abs(float(factors.mean()) - 1) < 0.01 and factors.min() >= 0.5 and factors.max() < 1.5
+        )
+
+    def test_grey_images_stay_grey(self) -> None:
+        torch.manual_seed(0)
+        grey = noise(16)[:, :1].repeat(1, 3, 1, 1)
+        red, green, blue = recolour_some(grey, 1.0).unbind(1)
+        assert torch.equal(red, green) and torch.equal(green, blue)
+
+    def test_white_and_black_do_not_wrap(self) -> None:
+        images = torch.zeros(2, 3, 7, 7, dtype=torch.uint8)
+        images[1] = 255
+        for factor, white in ((1.5, 255), (0.5, 128)):  # 127.5 is rounded to the even byte
+            draws = [[u, u] for (u,) in draws_for((0, 1, 2), (factor, 1.0, 1.0))]
+            with with_draws(draws):
+                found = recolour_some(images, 1.0)
+            assert not found[0].any() and (found[1] == white).all()
+
+    @given(st.integers(0, 255), st.floats(0.5, 1.4375))
+    def test_bytes_are_rounded_to_the_nearest(self, value: int, factor: float) -> None:
+        images = torch.full((1, 3, 1, 1), value, dtype=torch.uint8)
+        with with_draws(draws_for((0, 1, 2), (factor, 1.0, 1.0))):
+            found = float(recolour_some(images, 1.0)[0, 0])
+        assert abs(found - min(value * factor, 255)) <= 0.5 + 1e-4
+
+
+def rendered(kind: str, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    yield from zip(images, only(kind)(images), strict=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_face_is_still_the_same_face(kind: str) -> None:
+    """Whatever the change, what is left of the picture goes up and down as the original does."""
+    for before, after in rendered(kind, faces(16)):
+        a = (before.flip(-1) if kind == "flip" else before).float()
+        b = after.float()
+        kept = b.sum(0) > 0 if kind == "crop" else torch.ones(112, 112, dtype=torch.bool)
+        correlation = torch.corrcoef(torch.stack([a[:, kept].flatten(), b[:, kept].flatten()]))
+        assert correlation[0, 1] > 0.85

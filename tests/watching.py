@@ -1,0 +1,45 @@
+"""Callbacks that a test gives a run of train.py: one kills it, one writes down what it sees."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class KillAt(Callback):
+    """`kill -9` of every process of the run, before one of its batches."""
+
+    def __init__(self, batch: int | None) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batch:
+            os.killpg(0, signal.SIGKILL)
+
+
+class WriteInputs(Callback):
+    """A line for each batch: epoch, batch, and what the network was really given, flips and all."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.file = self.folder / f"inputs-{trainer.global_rank}.jsonl"
+        pl_module.backbone.register_forward_pre_hook(self.see)
+
+    def see(self, module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+        self.inputs = inputs[0].detach()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        at = [trainer.fit_loop.epoch_progress.current.processed, batch_idx]
+        place = torch.arange(self.inputs[0].numel(), dtype=torch.float64).view(self.inputs[0].shape)
+        prints = (self.inputs.double() * place).sum((1, 2, 3)).tolist()
+        with self.file.open("a") as lines:
+            lines.write(json.dumps([at, batch[1].tolist(), prints]) + "\n")
