@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 Task = Callable[[DictConfig], Any]
 BAD_INPUT = (
     ValueError,
-    FileNotFoundError,
+    OSError,  # absent files, full disks, places where one may not write
     ModuleNotFoundError,
     MisconfigurationException,
     HydraException,

@@ -247,9 +247,9 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
     write = write_records if target.suffix == ".rec" else write_files
     if target.suffix == ".rec" and target.exists():
         raise ValueError(f"a record file must be new, but {target} exists")
-    if write is write_files and target.is_dir() and any(target.iterdir()):
-        if not target.with_name(target.name + ".part.json").exists():
-            raise ValueError(f"a folder to unpack into must be new or empty, got {target}")
+    begun = target.with_name(target.name + ".part.json").exists()
+    if write is write_files and not begun and target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"a folder to unpack into must be new or empty, got {target}")
     progress = Progress(target, source)
     packed = write(images, target, progress, cfg.data.num_workers)
     progress.file.unlink()

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from .names import printable
+
 logger = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
@@ -43,14 +45,15 @@ def cached(
     places = _places(source)
     for place in places if not rebuild else ():
         arrays = _load(place)
-        if arrays is not None and fresh(arrays):
+        if arrays is not None and _holds(fresh, arrays):
             return arrays
     arrays = build()
     for place in places:
         try:
             _save(place, arrays)
         except (OSError, SafetensorError) as error:
-            logger.warning("cannot keep the index of %s as %s: %s", source, place, error)
+            what = printable(f"{source} as {place}: {error}")
+            logger.warning("cannot keep the index of %s", what)
         else:
             return _load(place) or arrays
     return arrays
@@ -69,8 +72,10 @@ def _places(source: Path) -> list[Path]:
     source = source.resolve()
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
-    elsewhere = home / "fastface_lightning" / f"{source.name}-{digest}{SUFFIX}"
-    return [source.with_name(source.name + SUFFIX), elsewhere]
+    name = f"{printable(source.name)}-{digest}{SUFFIX}"
+    places = [source.with_name(source.name + SUFFIX), home / "fastface_lightning" / name]
+    # safetensors opens no file whose path is not UTF-8.
+    return [place for place in places if printable(str(place)) == str(place)]
 
 
 def _load(file: Path) -> Arrays | None:
@@ -82,6 +87,13 @@ def _load(file: Path) -> Arrays | None:
             return {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
+
+
+def _holds(fresh: Callable[[Arrays], bool], arrays: Arrays) -> bool:
+    try:
+        return fresh(arrays)
+    except KeyError:  # they describe a data set of another kind
+        return False
 
 
 def _save(file: Path, arrays: Arrays) -> None:

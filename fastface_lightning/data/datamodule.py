@@ -230,8 +230,8 @@ class FaceData(FaceDataModule):
         expected = _figures(self.num_identities, self.num_images)
         if not self.root.exists():
             raise ValueError(
-                f"{self.name}: nothing at {self.root}; expected {self.root}/<identity>/<image>.jpg, a .rec"
-                f" or .zip files{expected and f' with {expected}'}"
+                f"{self.name}: nothing at {self.root}; expected {self.root}/<identity>/<image>.jpg,"
+                f" a .rec or .zip files{expected and f' with {expected}'}"
             )
         faces = open_faces(self.root, self.list, self.max_bad, self.reindex)
         found = _figures(

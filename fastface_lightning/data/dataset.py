@@ -113,15 +113,17 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
     def __getitems__(self, indices: Sequence[int]) -> "Batch":
         """What a loader calls: all images of a batch, decoded into one tensor."""
         pixels = _empty_pixels(len(indices), self.size)
-        served = [self._serve(i, out) for i, out in zip(indices, pixels.numpy(), strict=True)]
+        bad = self.bad.numpy()  # shares its memory, and takes a tenth of the time to look into
+        served = [self._serve(i, out, bad) for i, out in zip(indices, pixels.numpy(), strict=True)]
         labels = torch.from_numpy(self.labels[served].astype(np.int64))
         return Batch(pixels.permute(0, 3, 1, 2), labels)
 
-    def _serve(self, index: int, out: NDArray[np.uint8]) -> int:
+    def _serve(self, index: int, out: NDArray[np.uint8], bad: NDArray[np.uint8]) -> int:
         """Decode image ``index``, or the next that can be read, and say which."""
         count = len(self)
-        for i in (k % count for k in range(index, index + count)):
-            if self.bad[i]:
+        for k in range(index, index + count):
+            i = k % count
+            if bad[i]:
                 continue
             try:
                 self.read_into(i, out)
@@ -235,7 +237,8 @@ def collate(batch: Any) -> Any:
 def _empty_pixels(count: int, size: int) -> Tensor:
     """(count, size, size, 3) uint8; of a loader's worker in the memory that it shares."""
     if get_worker_info() is None:
-        return torch.empty(count, size, size, 3, dtype=torch.uint8)
+        # numpy asks for huge pages, where faulting small ones in takes 5 % of the decoder's time.
+        return torch.from_numpy(np.empty((count, size, size, 3), np.uint8))
     storage = torch.UntypedStorage._new_shared(count * size * size * 3, device="cpu")
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(count, size, size, 3)
 

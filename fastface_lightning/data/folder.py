@@ -4,7 +4,7 @@ import csv
 import os
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .names import Labels, Names, Packer, jpeg_name, printable
 
 # Folders are read in blocks of so many; where the disk is far away, so many wait at once.
 _BLOCK, _THREADS = 256, 16
+_CHUNK = 1 << 16  # bytes read together: nearly all faces are smaller
 # Folders whose times are compared at a start; all of them would take long, too.
 _SAMPLE = 1000
 
@@ -26,28 +27,34 @@ class _Files(FaceDataset):
     """Images that are files under ``root``."""
 
     root: Path
+    identities: Names
+    _prefix: bytes
     _files: Names
 
     def path(self, index: int) -> Path:
         """File of image ``index``."""
-        return Path(self._path(index))
+        return Path(os.fsdecode(self._path(index)))
 
     def name(self, index: int) -> str:
-        return printable(self._path(index))
+        return printable(os.fsdecode(self._path(index)))
 
     def _fetch(self, index: int) -> bytes:
-        with open(self._path(index), "rb", buffering=0) as file:
-            return file.readall()
-
-    def file_name(self, index: int) -> str:
-        return jpeg_name(self._path(index))
+        file = os.open(self._path(index), os.O_RDONLY)
+        try:
+            content = more = os.read(file, _CHUNK)
+            while len(more) == _CHUNK:
+                more = os.read(file, _CHUNK)
+                content += more
+        finally:
+            os.close(file)
+        return content
 
     @abstractmethod
-    def _path(self, index: int) -> str:
-        """File of an image."""
+    def _path(self, index: int) -> bytes:
+        """File of an image, in the file system's encoding: strings would be encoded anew."""
 
     def __str__(self) -> str:
-        return str(self.root)
+        return printable(str(self.root))
 
 
 class IdentityFolder(_Files):
@@ -84,7 +91,7 @@ class IdentityFolder(_Files):
         super().__init__(size, max_bad)
         if min_images < 1:
             raise ValueError(f"min_images must be at least 1, got {min_images}")
-        self.root = Path(root)
+        self.root, self._prefix = Path(root), os.fsencode(root)
         if not self.root.is_dir():
             raise ValueError(f"no folder {root}; expected {root}/<identity>/<image>.jpg")
         index = cached(self.root, lambda: _walk(self.root), lambda i: _fresh(self.root, i), reindex)
@@ -94,9 +101,12 @@ class IdentityFolder(_Files):
         self._hold(people, labels)
         self._restrict(identities, min_images)
 
-    def _path(self, index: int) -> str:
-        file = self._files[self._row(index)]
-        return f"{self.root}/{self.identities[int(self.labels[index])]}/{file}"
+    def file_name(self, index: int) -> str:
+        return jpeg_name(os.fsdecode(self._path(index)))
+
+    def _path(self, index: int) -> bytes:
+        person = self.identities.encoded(self.labels[index])
+        return b"%b/%b/%b" % (self._prefix, person, self._files.encoded(self._row(index)))
 
 
 class FaceList(_Files):
@@ -126,6 +136,7 @@ class FaceList(_Files):
         super().__init__(size, max_bad)
         self.file = Path(file)
         self.root = self.file.parent if root is None else Path(root)
+        self._prefix = os.fsencode(self.root)
         if not self.file.is_file():
             raise ValueError(f"no list {file}; expected lines of path,identity")
         if not self.root.is_dir():
@@ -140,11 +151,11 @@ class FaceList(_Files):
         self._files = Names.from_arrays("files", index)
         self._hold(Names.from_arrays("identities", index), index["labels"])
 
-    def _path(self, index: int) -> str:
-        return os.path.join(self.root, self._files[self._row(index)])
+    def _path(self, index: int) -> bytes:
+        return os.path.join(self._prefix, self._files.encoded(self._row(index)))
 
     def __str__(self) -> str:
-        return str(self.file)
+        return printable(str(self.file))
 
 
 def identity_names(root: str | Path) -> list[str]:
@@ -156,7 +167,7 @@ def identity_names(root: str | Path) -> list[str]:
     if not Path(root).is_dir():
         raise ValueError(f"no folder {root}; expected {root}/<identity>/<image>.jpg")
     with os.scandir(root) as entries:
-        names = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+        names = sorted(e.name for e in entries if not e.name.startswith(".") and _is(e.is_dir))
     if not names:
         raise ValueError(f"{root} holds no folders; expected {root}/<identity>/<image>.jpg")
     return names
@@ -164,24 +175,26 @@ def identity_names(root: str | Path) -> list[str]:
 
 def _walk(root: Path) -> Arrays:
     """Index a folder of identities, many folders at once."""
+    # The times come first: what changes during the walk then shows at the next start.
     time = root.stat().st_mtime_ns
     names = identity_names(root)
+    people = Names.of(names)
+    times = np.array([time, *_times(root, people)], np.int64)
     blocks = [names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)]
     files, counts = Packer(), array("q")
     with ThreadPoolExecutor(_THREADS) as pool:
         walked = pool.map(lambda block: [_image_names(f"{root}/{name}") for name in block], blocks)
-        what = f"indexing {root.name}"
+        what = printable(f"indexing {root.name}")
         for block in track(walked, what, len(blocks), transient=True, disable=len(blocks) < 40):
             for found in block:
                 counts.append(len(found))
                 for name in found:
                     files.append(name)
-    people = Names.of(names)
     return {
         **people.arrays("identities"),
         **files.names().arrays("files"),
         "counts": np.array(counts, np.int64),
-        "times": np.array([time, *_times(root, people)], np.int64),
+        "times": times,
     }
 
 
@@ -210,10 +223,18 @@ def _image_names(folder: str) -> list[str]:
                 for entry in entries
                 if entry.name.lower().endswith(IMAGE_SUFFIXES)
                 and not entry.name.startswith(".")
-                and entry.is_file()
+                and _is(entry.is_file)
             )
     except OSError:
         return []
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; not so a symbolic link that leads round in a circle."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _parse(file: Path) -> Arrays:

@@ -8,6 +8,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from .image import IMAGE_SUFFIXES
+
 
 class Names(Sequence[str]):
     """A sequence of strings, file names among them, that can lie in a memory map.
@@ -19,6 +21,10 @@ class Names(Sequence[str]):
 
     def __init__(self, blob: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
         self.blob, self.ends = blob, ends
+        self._bytes, self._places = blob.data, ends.data  # which take an index faster
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.blob, self.ends)
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "Names":
@@ -37,6 +43,10 @@ class Names(Sequence[str]):
         """The names of that name among arrays that belong together."""
         return cls(arrays[name], arrays[f"{name}_ends"])
 
+    def encoded(self, index: int) -> bytes:
+        """Name ``index``, from 0, as it is stored."""
+        return self._bytes[self._places[index] : self._places[index + 1]].tobytes()
+
     def __len__(self) -> int:
         return len(self.ends) - 1
 
@@ -53,8 +63,7 @@ class Names(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"index must lie in [0, {len(self)}), got {index}")
-        index %= len(self)
-        return os.fsdecode(self.blob[self.ends[index] : self.ends[index + 1]].tobytes())
+        return os.fsdecode(self.encoded(index % len(self)))
 
 
 class Packer:
@@ -103,6 +112,9 @@ def printable(name: str) -> str:
 
 
 def jpeg_name(path: str) -> str:
-    """Name of a JPEG made of the file at ``path``; two files of a folder never have the same."""
+    """Name of a JPEG made of the image at ``path``; two images of a folder never have the same."""
     name = os.path.basename(path)
-    return name if name.endswith(".jpg") else f"{name}.jpg"
+    stem, suffix = os.path.splitext(name)
+    # A file a.png.jpg may lie beside a.png.
+    kept = suffix == ".jpg" and not stem.lower().endswith(IMAGE_SUFFIXES)
+    return name if kept else f"{name}.jpg"

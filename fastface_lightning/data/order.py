@@ -75,9 +75,10 @@ class FaceLoader(DataLoader[Any]):
     images' memory is (B, H, W, 3), as they were decoded. Lightning keeps :meth:`state_dict` in its
     checkpoints.
 
-    torchdata's StatefulDataLoader is not used: it draws and drops the indices before the position,
-    asks every worker for its state, and its checkpoints hold the workers' number. Here two numbers
-    say it all.
+    torchdata's StatefulDataLoader (0.11) is not used: under Lightning, which makes a loader's
+    iterator before it sets the epoch, it goes on with the images of epoch 0 in any other one, and
+    after a checkpoint at an epoch's end it leaves the next one out; and its checkpoints demand the
+    same number of workers. Here two numbers say it all.
 
     Args:
         dataset: the training set.
@@ -141,6 +142,7 @@ class FaceLoader(DataLoader[Any]):
                         f" within an epoch, got {own}"
                     )
         self._resume = state_dict
+        self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
         self.sampler.set_epoch(state_dict["epoch"])
 
     def _units(self) -> dict[str, int]:

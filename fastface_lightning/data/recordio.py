@@ -35,7 +35,8 @@ _INEXACT = 1 << 24  # from here on not every whole number is a float32
 _BLOCK = 1 << 16  # records looked at together
 _TEXT_BLOCK = 1 << 22  # bytes of an index parsed together, and of records written
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
-_Heads = np.dtype([("offset", np.int64), ("id", np.uint64), ("label", np.float32), ("image", "?")])
+_Heads = np.dtype([("offset", "i8"), ("id", "u8"), ("label", "f4"), ("image", "?"), ("whole", "?")])
+_MOST_DAMAGED = 10_000  # records; a file with more is not the one that was meant
 
 
 class _CutRecord(ValueError):
@@ -46,6 +47,15 @@ class _CutRecord(ValueError):
         self.part = part
 
 
+class _Damage(list[str]):
+    """Sentences about damaged records, of which there may be so many."""
+
+    def append(self, sentence: str) -> None:
+        super().append(sentence)
+        if len(self) > _MOST_DAMAGED:
+            raise ValueError(f"more than {_MOST_DAMAGED} records are damaged, the last: {sentence}")
+
+
 class ImageRecord(NamedTuple):
     """What the payload of an image's record says.
 
@@ -53,12 +63,14 @@ class ImageRecord(NamedTuple):
         flag: 0 for the one label of the head, else the number of labels that follow it.
         labels: (max(flag, 1),) float32; the first is the identity.
         id: uint64, by custom the record's key.
+        id2: uint64, which readers leave alone.
         image: the encoded image, empty in records that only tell about others.
     """
 
     flag: int
     labels: NDArray[np.float32]
     id: int
+    id2: int
     image: memoryview
 
 
@@ -69,11 +81,13 @@ class RecordTable(NamedTuple):
         keys: (N,) int64, distinct.
         offsets: (N,) int64, where in the file the record begins, bytes.
         labels: (N,) int64 in [0, 2^24), as stored.
+        damaged: a sentence for each record that is left out because it cannot be read.
     """
 
     keys: NDArray[np.int64]
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64]
+    damaged: list[str]
 
 
 class RecordFile:
@@ -185,10 +199,15 @@ class RecordFile:
         start, length = self._parts(offset)[-1]
         return start + _padded(length)
 
-    def _next_head(self, offset: int) -> int | None:
-        """Offset of the first magic number at or after ``offset``, wherever heads may be."""
-        found = np.flatnonzero(self._words[offset // 4 :] == MAGIC)
-        return offset + 4 * int(found[0]) if len(found) else None
+    def _next_record(self, offset: int) -> int | None:
+        """Offset of the first head of a record at or after ``offset``, if there is one."""
+        while offset <= self.size - _HEAD.size:
+            words = self._words[offset // 4 : offset // 4 + _TEXT_BLOCK]
+            for place in np.flatnonzero(words[:-1] == MAGIC):
+                if words[place + 1] >> 29 in (_WHOLE, _FIRST):
+                    return offset + 4 * int(place)
+            offset += 4 * max(len(words) - 1, 1)  # the last word may be a head's first
+        return None
 
 
 def parse_image_record(payload: bytes | memoryview) -> ImageRecord:
@@ -202,14 +221,15 @@ def parse_image_record(payload: bytes | memoryview) -> ImageRecord:
         raise ValueError(
             f"an image record must hold at least {_IMAGE_HEAD.size} bytes, got {len(payload)}"
         )
-    flag, _, key, _ = _IMAGE_HEAD.unpack_from(payload)
+    flag, _, key, id2 = _IMAGE_HEAD.unpack_from(payload)
     end = _IMAGE_HEAD.size + 4 * flag
     if len(payload) < end:
         raise ValueError(
             f"an image record with {flag} labels must hold at least {end} bytes, got {len(payload)}"
         )
     start, count = (_IMAGE_HEAD.size, flag) if flag else (4, 1)
-    return ImageRecord(flag, np.frombuffer(payload, "<f4", count, start), key, payload[end:])
+    labels = np.frombuffer(payload, "<f4", count, start)
+    return ImageRecord(flag, labels, key, id2, payload[end:])
 
 
 def read_idx(path: str | Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -269,25 +289,32 @@ def read_table(
     one for each identity. The numbers are float32, hence inexact from 2^24 on; they are compared
     with what was found, and a warning tells of a difference.
 
+    Damaged records are left out and said: heads that are none, offsets outside the file, labels
+    that are not whole numbers in [0, 2^24). Without an index, the next head is then looked for.
+
     Args:
         path: a ``.rec`` file; its index has the suffix ``.idx``.
         reindex: look for the records whatever the index says.
         progress: called now and then with the bytes passed and the bytes there are.
 
     Raises:
-        ValueError: the file or its index is damaged, a key occurs twice, a label is not a whole
-            number in [0, 2^24), or there is no image.
+        ValueError: the file is absent or empty, a line of its index is none, a key occurs twice,
+            more than 10,000 records are damaged, or there is no image.
     """
-    file = RecordFile(path)
+    file, damaged = RecordFile(path), _Damage()
     if hasattr(mmap, "MADV_SEQUENTIAL"):  # each page once: reading ahead beats millions of seeks
         file._map.madvise(mmap.MADV_SEQUENTIAL)
     index = file.path.with_suffix(".idx")
     if reindex or not index.exists():
-        heads = _concatenated(_heads(file, block) for block in _scanned(file, progress))
+        blocks = _scanned(file, progress, damaged)
+        heads = _concatenated(_heads(file, block, damaged) for block in blocks)
+        heads = heads[heads["whole"]]
         keys = _keys_of(heads["id"])
     else:
-        keys, offsets = _indexed(file, index)
-        heads = _concatenated(_heads(file, block) for block in _blocks(file, offsets, progress))
+        keys, offsets = _indexed(file, index, damaged)
+        blocks = _blocks(file, offsets, progress)
+        heads = _concatenated(_heads(file, block, damaged) for block in blocks)
+        keys, heads = keys[heads["whole"]], heads[heads["whole"]]
     order = keys.argsort(kind="stable")
     keys, heads = keys[order], heads[order]
     twice = np.flatnonzero(keys[1:] == keys[:-1])
@@ -297,16 +324,23 @@ def read_table(
         raise ValueError(f"{path} must hold images, got {len(heads)} records and none with one")
     _compare_count(file, keys, heads)
     keys, heads = keys[heads["image"]], heads[heads["image"]]
-    return RecordTable(keys, heads["offset"].copy(), _checked_labels(file, keys, heads))
+    good = _good_labels(file, keys, heads, damaged)
+    keys, heads = keys[good], heads[good]
+    if not len(heads):
+        raise ValueError(f"{path} must hold images, got none with a label: {damaged[-1]}")
+    return RecordTable(keys, heads["offset"].copy(), heads["label"].astype(np.int64), list(damaged))
 
 
-def pack_image(label: float | Sequence[float], id: int, image: bytes | memoryview) -> bytes:
+def pack_image(
+    label: float | Sequence[float], id: int, image: bytes | memoryview, id2: int = 0
+) -> bytes:
     """Payload of an image's record, as ``mxnet.recordio.pack`` makes it.
 
     Args:
         label: one for the head, or some to follow it (flag is their number, even of one).
         id: in [0, 2^64).
         image: encoded image.
+        id2: a number of one's own, in [0, 2^64).
 
     Raises:
         ValueError: ``id`` is out of range, or a label is not a finite float32, or there is none.
@@ -317,8 +351,8 @@ def pack_image(label: float | Sequence[float], id: int, image: bytes | memoryvie
     if labels.ndim > 1 or not labels.size or not (abs(labels) <= np.finfo(np.float32).max).all():
         raise ValueError(f"label must be one or a list of finite float32 numbers, got {label}")
     if labels.ndim == 0:
-        return _IMAGE_HEAD.pack(0, float(labels), id, 0) + image
-    head = _IMAGE_HEAD.pack(labels.size, 0.0, id, 0)
+        return _IMAGE_HEAD.pack(0, float(labels), id, id2) + image
+    head = _IMAGE_HEAD.pack(labels.size, 0.0, id, id2)
     return b"".join([head, labels.astype("<f4").tobytes(), image])
 
 
@@ -520,6 +554,9 @@ class InsightFaceWriter(_PartWriter):
         path: the ``.rec`` file to be.
         resume: go on with the parts if there are any.
 
+    Attributes:
+        last_id2: of the last image that was there when resuming; None if there was none.
+
     Raises:
         ValueError: one of the files exists, or their parts do and are not to be resumed or are
             not of this layout.
@@ -529,6 +566,7 @@ class InsightFaceWriter(_PartWriter):
     def __init__(self, path: str | Path, resume: bool = False) -> None:
         self._first_keys = array("q")  # of each identity, in order
         self._label = -1
+        self.last_id2: int | None = None
         super().__init__(path, resume)
         if not self._count:
             self._append(pack_image([0, 0], 0, b""), 0)
@@ -536,8 +574,10 @@ class InsightFaceWriter(_PartWriter):
     def __len__(self) -> int:
         return max(self._count - 1, 0)
 
-    def write_image(self, label: int, image: bytes | memoryview) -> int:
+    def write_image(self, label: int, image: bytes | memoryview, id2: int = 0) -> int:
         """Append an encoded image of identity ``label`` and return its key.
+
+        ``id2`` is kept with it, as by :func:`pack_image`.
 
         Raises:
             ValueError: ``label`` is not in [0, 2^24), or below the last image's, or the image has
@@ -550,7 +590,7 @@ class InsightFaceWriter(_PartWriter):
                 f" {self._label}"
             )
         key = self._key
-        self._append(pack_image(_checked(label), key, image), key)
+        self._append(pack_image(_checked(label), key, image, id2), key)
         if label > self._label:
             self._first_keys.append(key)
         self._label = label
@@ -568,6 +608,7 @@ class InsightFaceWriter(_PartWriter):
             starts = np.flatnonzero(np.diff(labels, prepend=-1))
             self._first_keys = array("q", (starts + 1).tolist())
             self._label = int(labels[-1])
+            self.last_id2 = file.image_record(int(offsets[len(labels)])).id2
         return 1 + len(labels)
 
     def _finish(self) -> None:
@@ -685,9 +726,8 @@ def _parse_each_line(text: bytes, first: int, path: str | Path) -> NDArray[np.in
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-def _hop(file: RecordFile) -> Iterator[NDArray[np.int64]]:
+def _hop(file: RecordFile, offset: int = 0) -> Iterator[NDArray[np.int64]]:
     """Offsets of the records in blocks; those before a bad one come before its exception."""
-    offset = 0
     while offset < file.size:
         found = array("q")
         try:
@@ -701,22 +741,34 @@ def _hop(file: RecordFile) -> Iterator[NDArray[np.int64]]:
         yield np.array(found, np.int64)
 
 
-def _scanned(file: RecordFile, progress: Progress | None = None) -> Iterator[NDArray[np.int64]]:
-    """The blocks of :func:`scan`."""
-    offset = 0
-    try:
-        for block in _hop(file):
-            yield block
-            if len(block):
-                offset = file._end(int(block[-1]))
-            if progress is not None:
-                progress(offset, file.size)
-    except _CutRecord as cut:
-        # Within a payload, the magic number never stands where a head may: this is no cut.
-        head = file._next_head(cut.part + _HEAD.size)
-        if head is not None:
-            raise ValueError(f"{cut}, though there is a next part or record at {head}") from cut
-        logger.warning("%s ends inside the record at offset %d", file.path, offset)
+def _scanned(
+    file: RecordFile, progress: Progress | None = None, damaged: list[str] | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """The blocks of :func:`scan`; what is damaged is passed over if it can be noted."""
+    offset: int | None = 0
+    while offset is not None and offset < file.size:
+        try:
+            for block in _hop(file, offset):
+                yield block
+                if len(block):
+                    offset = file._end(int(block[-1]))
+                if progress is not None:
+                    progress(offset, file.size)
+        except ValueError as error:
+            # Within a payload, the magic number never stands where a head may.
+            cut = error.part if isinstance(error, _CutRecord) else None
+            head = file._next_record((offset if cut is None else cut) + _HEAD.size)
+            if damaged is not None:
+                damaged.append(str(error))
+            elif cut is None:
+                raise
+            elif head is not None:
+                raise ValueError(f"{error}, though there is a next record at {head}") from error
+            if cut is not None and head is None:
+                logger.warning("%s ends inside the record at offset %d", file.path, offset)
+            offset = head
+        else:
+            return
 
 
 def _blocks(
@@ -735,8 +787,13 @@ def _concatenated(heads: Iterator[NDArray[np.void]]) -> NDArray[np.void]:
     return np.concatenate([np.empty(0, _Heads), *heads])
 
 
-def _heads(file: RecordFile, offsets: NDArray[np.int64]) -> NDArray[np.void]:
-    """What the table needs of records: (N,) of dtype ``_Heads``; ``offsets`` lie in the file."""
+def _heads(
+    file: RecordFile, offsets: NDArray[np.int64], damaged: list[str] | None = None
+) -> NDArray[np.void]:
+    """What the table needs of records: (N,) of dtype ``_Heads``; ``offsets`` lie in the file.
+
+    Those that are damaged are noted if they can be, and not ``whole``.
+    """
     words, at = file._words, offsets // 4
 
     def word(i: int) -> NDArray[np.uint32]:
@@ -747,26 +804,36 @@ def _heads(file: RecordFile, offsets: NDArray[np.int64]) -> NDArray[np.void]:
     whole = (word(0) == MAGIC) & (length < _TOO_LONG) & (image_size >= 0)
     whole &= offsets + _HEAD.size + ((length + 3) & ~3) <= file.size
     heads = np.empty(len(offsets), _Heads)
-    heads["offset"] = offsets
+    heads["offset"], heads["whole"] = offsets, True
     heads["id"] = word(4) | word(5).astype(np.uint64) << np.uint64(32)
     heads["label"] = np.where(flag > 0, word(8), word(3)).view(np.float32)
     heads["image"] = (flag == 0) | (image_size > 0)
     for i in np.flatnonzero(~whole):  # split, or bad: then this says why
-        record = file.image_record(int(offsets[i]))
+        try:
+            record = file.image_record(int(offsets[i]))
+        except ValueError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+            heads["whole"][i] = False
+            continue
         has_image = not record.flag or len(record.image) > 0
-        heads[i] = (offsets[i], record.id, record.labels[0], has_image)
+        heads[i] = (offsets[i], record.id, record.labels[0], has_image, True)
     return heads
 
 
-def _indexed(file: RecordFile, index: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _indexed(
+    file: RecordFile, index: Path, damaged: list[str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Keys and offsets that the index lists, by ascending offset: a disk reads that way."""
     keys, offsets = read_idx(index)
-    bad = np.flatnonzero((offsets % 4 != 0) | (offsets > file.size - _HEAD.size))
-    if len(bad):
-        raise ValueError(
+    outside = (offsets % 4 != 0) | (offsets > file.size - _HEAD.size)
+    for key, offset in zip(keys[outside].tolist(), offsets[outside].tolist(), strict=True):
+        damaged.append(
             f"offsets in {index} must be multiples of 4 in [0, {file.size - _HEAD.size}], for"
-            f" {file.path} is no longer, got {offsets[bad[0]]} for key {keys[bad[0]]}"
+            f" {file.path} is no longer, got {offset} for key {key}"
         )
+    keys, offsets = keys[~outside], offsets[~outside]
     order = offsets.argsort(kind="stable")
     return keys[order], offsets[order]
 
@@ -794,15 +861,15 @@ def _is_count(label: np.float32, count: int) -> bool:
     return bool(label == np.float32(count + 1))
 
 
-def _checked_labels(
-    file: RecordFile, keys: NDArray[np.int64], heads: NDArray[np.void]
-) -> NDArray[np.int64]:
+def _good_labels(
+    file: RecordFile, keys: NDArray[np.int64], heads: NDArray[np.void], damaged: list[str]
+) -> NDArray[np.bool_]:
+    """Which labels are labels; the others are noted."""
     labels = heads["label"]
     good = (labels >= 0) & (labels < _INEXACT) & (labels == np.floor(labels))
-    if not good.all():
-        i = good.argmin()
-        raise ValueError(
+    for i in np.flatnonzero(~good):
+        damaged.append(
             f"labels in {file.path} must be whole numbers in [0, 2^24), got {labels[i]} in the"
             f" record with key {keys[i]} at offset {heads['offset'][i]}"
         )
-    return labels.astype(np.int64)
+    return good

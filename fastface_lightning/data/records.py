@@ -1,5 +1,6 @@
 """Faces in a RecordIO file, as InsightFace packs them, read without MXNet."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from .cache import Arrays, cached, file_stamp
 from .dataset import FaceDataset
 from .names import Names
 from .recordio import RecordFile, read_table
+
+logger = logging.getLogger(__name__)
 
 
 class RecordDataset(FaceDataset):
@@ -25,8 +28,12 @@ class RecordDataset(FaceDataset):
         max_bad: images that may prove unreadable before the data set gives up.
         reindex: look for the images whatever the kept index says.
 
+    Attributes:
+        damaged: why records were left out whose labels are not known.
+
     Raises:
-        ValueError: there is no such file, it holds no image, or a label is not a whole number.
+        ValueError: there is no such file, it holds no image, or more than ``max_bad`` records are
+            damaged.
     """
 
     def __init__(
@@ -51,13 +58,28 @@ class RecordDataset(FaceDataset):
                 **names.arrays("identities"),
                 "labels": labels.astype(np.int32),
                 "offsets": found.offsets,
+                **Names.of(found.damaged).arrays("damaged"),
                 "stamp": stamp,
             }
 
         index = cached(self.path, table, lambda kept: np.array_equal(kept["stamp"], stamp), reindex)
+        self.damaged = Names.from_arrays("damaged", index)
+        self._count_damaged()
         self._offsets = index["offsets"]
         self._records = RecordFile(self.path)
         self._hold(Names.from_arrays("identities", index), index["labels"])
+
+    def _count_damaged(self) -> None:
+        count = len(self.damaged)
+        if count > self.max_bad:
+            raise ValueError(
+                f"at most max_bad = {self.max_bad} images may be unreadable, got {count},"
+                f" the last because: {self.damaged[-1]}"
+            )
+        for sentence in self.damaged[:10]:
+            logger.warning("left out: %s", sentence)
+        if count > 10:
+            logger.warning("left out %d more records of %s", count - 10, self.path)
 
     def name(self, index: int) -> str:
         return f"at byte {self._offsets[self._row(index)]} of {self.path}"

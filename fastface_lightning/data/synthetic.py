@@ -55,6 +55,7 @@ class SyntheticFaces(FaceDataset):
         super().__init__(size, max_bad=0)
         self.images_per_identity, self.seed = images_per_identity, seed
         self.first_identity = first_identity
+        self._num_identities = num_identities
         numbers = range(first_identity, first_identity + num_identities)
         labels = np.repeat(np.arange(num_identities, dtype=np.int32), images_per_identity)
         self._hold(_Numbered(numbers), labels)
@@ -94,8 +95,10 @@ class SyntheticFaces(FaceDataset):
         return "the drawn faces"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        people = (self.num_classes, self.images_per_identity, self.seed, self.first_identity)
-        return type(self), (*people, self.size)
+        people = (self._num_identities, self.images_per_identity, self.seed, self.first_identity)
+        names = ("_rows", "identities", "labels", "bad", "missing")
+        restriction = {name: getattr(self, name) for name in names}
+        return type(self), (*people, self.size), None if self._rows is None else restriction
 
 
 class _Numbered(Sequence[str]):

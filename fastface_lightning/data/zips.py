@@ -13,7 +13,7 @@ from rich.progress import track
 from .cache import Arrays, cached, file_stamp
 from .dataset import FaceDataset
 from .image import IMAGE_SUFFIXES
-from .names import Labels, Names, Packer, jpeg_name, printable
+from .names import Labels, Names, Packer, printable
 
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 # A member's own header: signature and, from byte 26, the lengths of name and extra field.
@@ -59,9 +59,6 @@ class ZippedFaces(FaceDataset):
         row = self._row(index)
         return printable(f"{self.archives[self._index['archives'][row]]}/{self._files[row]}")
 
-    def file_name(self, index: int) -> str:
-        return jpeg_name(self._files[self._row(index)])
-
     def _fetch(self, index: int) -> bytes | memoryview:
         row = self._row(index)
         start, stored, method, checksum = (
@@ -90,7 +87,7 @@ class ZippedFaces(FaceDataset):
         return {**self.__dict__, "_maps": {}}
 
     def __str__(self) -> str:
-        return str(self.root)
+        return printable(str(self.root))
 
 
 def _inflate(data: bytes | memoryview, size: int) -> bytes:
@@ -138,7 +135,7 @@ def _images(archive: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(archive) as opened:
             members = opened.infolist()
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ValueError(f"cannot read archive {archive}: {error}") from error
     images = [
         member

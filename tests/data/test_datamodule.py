@@ -227,12 +227,14 @@ def test_an_absent_folder_says_what_should_be_there(tmp_path: Path) -> None:
         tmp_path / "gone", name="webface12m", num_identities=617_970, num_images=12_720_066
     )
     message = (
-        r"^webface12m: nothing at .*gone; expected .*gone/<identity>/<image>\.jpg, a \.rec or \.zip files"
-        r" with 617,970 identities and 12,720,066 images$"
+        r"^webface12m: nothing at .*gone; expected .*gone/<identity>/<image>\.jpg,"
+        r" a \.rec or \.zip files with 617,970 identities and 12,720,066 images$"
     )
     with pytest.raises(ValueError, match=message):
         data.setup()
-    with pytest.raises(ValueError, match=r"^folder: nothing at .*<image>\.jpg, a \.rec or \.zip files$"):
+    with pytest.raises(
+        ValueError, match=r"^folder: nothing at .*<image>\.jpg, a \.rec or \.zip files$"
+    ):
         FaceData(tmp_path / "gone").setup()
 
 

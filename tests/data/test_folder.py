@@ -1,6 +1,7 @@
 """An identity folder's labels and images, and its patience with files that are broken."""
 
 import logging
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fastface_lightning.data import IdentityFolder, decode_image, identity_names
+from fastface_lightning.data import FaceList, IdentityFolder, decode_image, identity_names
 
 Tree = Callable[..., Path]
 
@@ -183,6 +184,154 @@ def test_a_worker_ends_the_run_too(tree: Tree) -> None:
     with pytest.raises(ValueError, match="at most max_bad = 0 images may be unreadable, got 1"):
         list(batches)
     batches._shutdown_workers()  # left to the garbage collector, it waits five seconds
+
+
+def test_links_that_lead_in_a_circle_hide_nothing_else(tree: Tree) -> None:
+    root = tree(ann=2)
+    (root / "ann" / "loop.png").symlink_to("loop.png")
+    (root / "loop").symlink_to("loop")
+    dataset = IdentityFolder(root, size=8)
+    assert dataset.identities == ["ann"] and len(dataset) == 2
+
+
+def test_restrictions_add_up(tree: Tree) -> None:
+    """And share no label or count with what they were taken from."""
+    whole = IdentityFolder(tree(ann=1, bob=2, cem=3, dan=1), size=8)
+    part = whole.restricted(["bob", "cem", "dan"]).restricted(min_images=2)
+    assert part.identities == ["bob", "cem"]
+    assert read(part) == [(1, 1, 0), (1, 2, 0), (2, 1, 1), (2, 2, 1), (2, 3, 1)]
+    break_file(part.path(0))
+    assert part[0][1] == 0 and part.bad.sum() == 1 and whole.bad.sum() == 0
+    assert len(whole) == 7
+
+
+def test_a_packed_image_has_a_name_of_its_own(tree: Tree) -> None:
+    root = tree(ann=1)
+    for name in ("a.png", "a.png.jpg", "a.jpg"):
+        Image.new("RGB", (8, 8)).save(root / "ann" / name)
+    dataset = IdentityFolder(root, size=8)
+    names = [dataset.file_name(i) for i in range(len(dataset))]
+    assert names == ["a.jpg", "a.png.jpg", "a.png.jpg.jpg", "ann_0001.png.jpg"]
+
+
+# Lists of files.
+
+
+ROWS = ["bob/bob_0002.png", "bob"], ["ann/ann_0001.png", "ann"], ["bob/bob_0001.png", "bob"]
+IMAGES = [(1, 2, 1), (0, 1, 0), (1, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "head"),
+    [
+        ("list.csv", "{0},{1}", ""),
+        ("list.CSV", "{0},{1}", "path,identity\n"),
+        ("list.csv", '"{0}","{1}"', "path, identity\r\n"),
+        ("list.csv", " {0} , {1} \n", "\ufeffpath,identity\n"),
+        ("list.txt", "{0} {1}", ""),
+        ("list.tsv", "{0}\t{1}\r", "path\tidentity\n"),
+        ("list.lst", "7\t{1}\t{0}", ""),
+        ("list.lst", "7\t{1}\t{0}\n\n", "\n"),
+    ],
+)
+def test_lists_of_each_kind_say_the_same(tree: Tree, name: str, line: str, head: str) -> None:
+    file = tree(ann=1, bob=2) / name
+    file.write_text(head + "".join(f"{line}\n" for line in [line.format(*row) for row in ROWS]))
+    dataset = FaceList(file, size=8)
+    assert list(dataset.identities) == ["ann", "bob"] and dataset.num_classes == 2
+    assert dataset.labels.tolist() == [1, 0, 1] and read(dataset) == IMAGES
+    assert dataset.path(0) == file.parent / "bob" / "bob_0002.png"
+
+
+def test_paths_start_from_the_root_unless_absolute(tree: Tree, tmp_path: Path) -> None:
+    root = tree(ann=2)
+    (tmp_path / "lists").mkdir()
+    file = tmp_path / "lists" / "train.csv"
+    file.write_text(f"ann/ann_0001.png,ann\n{root}/ann/ann_0002.png,ann\n")
+    assert read(FaceList(file, root, size=8)) == [(0, 1, 0), (0, 2, 0)]
+    assert FaceList(file, size=8)[0][0][1, 0, 0] == 2, "the first is not below the list's folder"
+
+
+def test_quotes_keep_commas_and_blanks_keep_the_last(tree: Tree) -> None:
+    root = tree(ann=1)
+    (root / "ann" / "ann_0001.png").rename(root / "a, b.png")
+    (root / "a.csv").write_text('"a, b.png","Doe, John"\n')
+    (root / "a.txt").write_text("a, b.png John\n")
+    assert list(FaceList(root / "a.csv").identities) == ["Doe, John"]
+    assert list(FaceList(root / "a.txt").identities) == ["John"]
+    assert FaceList(root / "a.csv").path(0) == FaceList(root / "a.txt").path(0)
+    assert FaceList(root / "a.csv").path(0).is_file()
+
+
+def test_numbers_as_identities_sort_as_text(tree: Tree) -> None:
+    file = tree(ann=2) / "a.lst"
+    file.write_text("0\t10\tann/ann_0001.png\n1\t9\tann/ann_0002.png\n")
+    dataset = FaceList(file, size=8)
+    assert list(dataset.identities) == ["10", "9"] and dataset.labels.tolist() == [0, 1]
+
+
+def test_a_list_holds_undecodable_names(tree: Tree) -> None:
+    root = tree(ann=1)
+    os.rename(root / "ann" / "ann_0001.png", os.fsencode(root) + b"/\xff.png")
+    (root / "a.csv").write_bytes(b"\xff.png,\xfe\n")
+    dataset = FaceList(root / "a.csv", size=8)
+    assert read(dataset) == [(0, 1, 0)] and list(dataset.identities) == [os.fsdecode(b"\xfe")]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a.csv", "alone.png"),
+        ("a.csv", "x.png,"),
+        ("a.csv", ",ann"),
+        ("a.csv", "x.png,ann,more"),
+        ("a.txt", "alone.png"),
+        ("a.lst", "0\tann\tx.png\tmore"),
+    ],
+)
+def test_a_malformed_line_is_named_and_nothing_kept(tree: Tree, name: str, line: str) -> None:
+    file = tree(ann=1) / name
+    file.write_text(f"ann/ann_0001.png{',' if name == 'a.csv' else ' '}ann\n{line}\n")
+    with pytest.raises(ValueError, match=rf"{name}:2: expected a path and an identity, got '"):
+        FaceList(file)
+    assert not list(file.parent.glob("*.index"))
+
+
+def test_a_rewritten_list_is_read_anew_and_an_old_one_is_not(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tree(ann=2) / "a.csv"
+    file.write_text("ann/ann_0001.png,ann\n")
+    assert len(FaceList(file)) == 1
+    file.write_text("ann/ann_0001.png,ann\nann/ann_0002.png,ann\n")
+    assert len(FaceList(file)) == 2
+
+    def parse(file: Path) -> None:
+        raise AssertionError(f"{file} is read again")
+
+    monkeypatch.setattr("fastface_lightning.data.folder._parse", parse)
+    assert len(FaceList(file)) == 2
+    with pytest.raises(AssertionError, match="read again"):
+        FaceList(file, reindex=True)
+
+
+def test_absent_and_empty_lists_are_refused(tree: Tree) -> None:
+    root = tree(ann=1)
+    with pytest.raises(ValueError, match=r"^no list .*gone\.csv; expected lines of path,identity"):
+        FaceList(root / "gone.csv")
+    (root / "a.csv").write_text("path,identity\n\n")
+    with pytest.raises(ValueError, match=r"a\.csv lists no image; expected lines of"):
+        FaceList(root / "a.csv")
+    with pytest.raises(ValueError, match=r"^no folder .*gone, from which the paths of .*a\.csv"):
+        FaceList(root / "a.csv", root / "gone")
+
+
+def test_images_of_a_list_that_share_a_name_are_packed_apart(tree: Tree) -> None:
+    root = tree(ann=1, bob=1)
+    (root / "bob" / "bob_0001.png").rename(root / "bob" / "ann_0001.png")
+    (root / "a.csv").write_text("ann/ann_0001.png,x\nbob/ann_0001.png,x\n")
+    dataset = FaceList(root / "a.csv")
+    assert dataset.file_name(0) != dataset.file_name(1)
 
 
 def test_it_pickles_small(tree: Tree) -> None:

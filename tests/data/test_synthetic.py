@@ -1,6 +1,8 @@
 """Drawn faces: pure functions of (seed, identity, image), and pairs that make balanced folds."""
 
+import copy
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from fastface_lightning.data.faces import PARAMETERS, draw_face
+from fastface_lightning.data.image import decode_image, is_packable
 from fastface_lightning.data.synthetic import SyntheticFaces, synthetic_pairs
 
 SMALL = 32  # px; the drawing is the same, only coarser
@@ -155,6 +158,54 @@ def test_a_pickle_holds_no_pictures() -> None:
     data = pickle.dumps(faces)
     assert len(data) < 1000
     assert torch.equal(pickle.loads(data)[123][0], faces[123][0])
+
+
+def test_twenty_million_images_take_a_label_and_a_flag_each() -> None:
+    """No name, picture or number an image is held: 5 bytes each, twice that while being made."""
+    people, each = 1_000_000, 20
+    tracemalloc.start()
+    try:
+        faces = SyntheticFaces(people, each, size=4096)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(faces) == people * each and faces.num_classes == people
+    assert faces.labels.nbytes == 4 * people * each and faces.bad.nbytes == people * each
+    assert held < 4.1 * people * each and peak < 9 * people * each
+    assert faces._pictures is None, "they do not fit any machine's memory"
+    assert faces.identities[-1] == "999999" and faces.labels[-1] == people - 1
+
+
+def test_a_picture_is_the_same_where_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = SyntheticFaces(3, 2, seed=4, size=SMALL)
+    monkeypatch.setattr("fastface_lightning.data.synthetic._memory", lambda: 4)
+    drawn = SyntheticFaces(3, 2, seed=4, size=SMALL)
+    assert kept._pictures is not None and drawn._pictures is None
+    for _ in range(2):
+        assert torch.equal(all_images(kept), all_images(drawn))
+
+
+def test_encoded_is_a_jpeg_near_the_drawing() -> None:
+    faces = SyntheticFaces(2, 2)
+    for i in range(4):
+        data = faces.encoded(i)
+        assert is_packable(data, 112)
+        error = (decode_image(bytes(data)).float() - faces[i][0].float()).square().mean()
+        assert 10 * torch.log10(255**2 / error) > 35  # decibels
+
+
+@pytest.mark.parametrize("again", [copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_restriction_survives_copies_and_pickles(again) -> None:
+    """As a loader's spawned workers get it."""
+    faces = SyntheticFaces(5, 2, seed=1, first_identity=10, size=16)
+    part = again(faces.restricted(["11", "13", "14"]))
+    assert list(part.identities) == ["11", "13", "14"]
+    assert part.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(all_images(part), all_images(faces)[[2, 3, 6, 7, 8, 9]])
+    assert part.name(2) == "13/0" and part.missing == []
+    less = again(part.restricted(["14"]))
+    assert list(less.identities) == ["14"] and less.name(1) == "14/1"
+    assert torch.equal(all_images(less), all_images(faces)[8:])
 
 
 @pytest.mark.parametrize("index", [12, -13, 10**9])

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fastface_lightning.data.verification import VerificationPairs, read_verification_bin
 from fastface_lightning.data.verification_bin import (
@@ -356,6 +357,7 @@ canary_of_session = Canary()  # audit hooks stay for good, so one serves all tes
 def canary(bin_file: Bin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Canary]:
     """Must stay silent; nor may the file ``marker`` appear."""
     monkeypatch.chdir(tmp_path)
+    Image.init()  # imports all its plugins
     read_verification_bin(bin_file(PYTHON_2["pickle 0 bytearray"]), size=8)  # imports its codecs
     canary_of_session.events = []
     yield canary_of_session
