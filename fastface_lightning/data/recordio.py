@@ -30,6 +30,8 @@ Progress = Callable[[int, int], None]
 MAGIC = 0xCED7230A
 _HEAD = struct.Struct("<II")
 _IMAGE_HEAD = struct.Struct("<IfQQ")
+_WHOLE_HEAD = struct.Struct("<III")  # magic number, length where there is no flag, number of labels
+_IMAGE_START = _HEAD.size + _IMAGE_HEAD.size
 _TOO_LONG = 1 << 29  # bytes, of a payload
 _INEXACT = 1 << 24  # from here on not every whole number is a float32
 _BLOCK = 1 << 16  # records looked at together
@@ -146,6 +148,19 @@ class RecordFile:
             return parse_image_record(payload)
         except ValueError as error:
             raise ValueError(f"{self.path} at offset {offset}: {error}") from error
+
+    def image(self, offset: int) -> memoryview:
+        """The encoded image in the record that begins at ``offset``.
+
+        Raises:
+            ValueError: there is no whole image record at this offset, in bytes.
+        """
+        if 0 <= offset <= self.size - _IMAGE_START:  # nearly all records are whole: one look
+            magic, length, flag = _WHOLE_HEAD.unpack_from(self._map, offset)
+            start, end = offset + _IMAGE_START + 4 * flag, offset + _HEAD.size + length
+            if magic == MAGIC and length < _TOO_LONG and start <= end <= self.size:
+                return self._view[start:end]
+        return self.image_record(offset).image
 
     def _parts(self, offset: int) -> list[tuple[int, int]]:
         """Start and length of the payload's parts, bytes."""

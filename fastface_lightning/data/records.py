@@ -85,7 +85,7 @@ class RecordDataset(FaceDataset):
         return f"at byte {self._offsets[self._row(index)]} of {self.path}"
 
     def _fetch(self, index: int) -> bytes | memoryview:
-        return self._records.image_record(int(self._offsets[self._row(index)])).image
+        return self._records.image(int(self._offsets[self._row(index)]))
 
     def __str__(self) -> str:
         return str(self.path)
