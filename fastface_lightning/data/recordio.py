@@ -155,10 +155,13 @@ class RecordFile:
         Raises:
             ValueError: there is no whole image record at this offset, in bytes.
         """
-        if 0 <= offset <= self.size - _IMAGE_START:  # nearly all records are whole: one look
+        if (
+            0 <= offset <= self.size - _IMAGE_START and not offset % 4
+        ):  # nearly all records are whole: one look
             magic, length, flag = _WHOLE_HEAD.unpack_from(self._map, offset)
             start, end = offset + _IMAGE_START + 4 * flag, offset + _HEAD.size + length
-            if magic == MAGIC and length < _TOO_LONG and start <= end <= self.size:
+            whole = magic == MAGIC and length < _TOO_LONG
+            if whole and start <= end and offset + _HEAD.size + _padded(length) <= self.size:
                 return self._view[start:end]
         return self.image_record(offset).image
 
@@ -761,16 +764,26 @@ def _scanned(
 ) -> Iterator[NDArray[np.int64]]:
     """The blocks of :func:`scan`; what is damaged is passed over if it can be noted."""
     offset: int | None = 0
+    last = -_HEAD.size
     while offset is not None and offset < file.size:
         try:
             for block in _hop(file, offset):
                 yield block
                 if len(block):
-                    offset = file._end(int(block[-1]))
+                    last = int(block[-1])
+                    offset = file._end(last)
                 if progress is not None:
                     progress(offset, file.size)
         except ValueError as error:
             # Within a payload, the magic number never stands where a head may.
+            inside = file._next_record(last + _HEAD.size) if damaged is not None else None
+            if inside is not None and inside < offset:
+                logger.warning(
+                    "the record at offset %d of %s must end before the next, at %d, got %d",
+                    *(last, file.path, inside, offset),
+                )
+                offset = inside
+                continue
             cut = error.part if isinstance(error, _CutRecord) else None
             head = file._next_record((offset if cut is None else cut) + _HEAD.size)
             if damaged is not None:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import multiprocessing
+import os
 import pickle
 import random
 import re
@@ -799,3 +800,55 @@ def test_three_hundred_thousand_records(rec: Path, caplog: pytest.LogCaptureFixt
     again = read_table(rec, reindex=True)
     assert all((a == b).all() for a, b in zip(table[:3], again[:3], strict=True))
     assert not caplog.messages
+
+
+def test_index_gets_its_name_before_its_records(rec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So where there is a ``.rec``, everything is there."""
+    order: list[str] = []
+    replace = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        order.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    write(rec, [b"abcd"])
+    assert order == ["train.idx", "train.rec"]
+
+
+def test_ids_beyond_int64_are_no_keys(rec: Path) -> None:
+    write(rec, [pack_image(4, 1 << 63, b"x"), pack_image(5, 0, b"x")])
+    table = read_table(rec, reindex=True)
+    assert (table.keys.tolist(), table.labels.tolist()) == ([0, 1], [4, 5])
+
+
+def test_split_record_in_a_file_above_half_a_gigabyte(rec: Path) -> None:
+    """There a flag read as part of the length would still lie within the file."""
+    payload = struct.pack("<IfQQf", 1, 0, MAGIC, 0, 5) + b"image"  # split at its id
+    size = write(rec, [payload]).stat().st_size
+    with open(rec, "r+b") as file:  # a hole, of which the index does not tell
+        file.truncate(size + (1 << 30))
+    assert read_table(rec).labels.tolist() == [5]
+
+
+def test_a_length_that_reaches_over_others_loses_none(
+    rec: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without an index; the image of that record is there, with others behind it."""
+    data = bytearray(write(rec, [pack_image(1, key, b"abcd") for key in range(200)]).read_bytes())
+    data[36 * 50 + 4 + 1] ^= 1 << 3
+    rec.write_bytes(data)
+    table = read_table(rec, reindex=True)
+    assert table.keys.tolist() == list(range(200)) and not table.damaged
+    assert f"offset {36 * 50} of {rec} must end before the next, at {36 * 51}" in caplog.text
+
+
+def test_an_image_is_where_a_record_is(rec: Path) -> None:
+    inside = struct.pack("<III", MAGIC, 24, 0) + bytes(40)
+    file = RecordFile(write(rec, [pack_image(0, 0, b"x" + inside)]))
+    assert file.image(0) == b"x" + inside
+    with pytest.raises(ValueError, match="must be multiples of 4"):
+        file.image(8 + 24 + 1)
+    rec.write_bytes(rec.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="must end within the file"):
+        RecordFile(rec).image(0)
