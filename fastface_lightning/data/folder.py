@@ -2,6 +2,7 @@
 
 import csv
 import os
+import time
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ _BLOCK, _THREADS = 256, 16
 _CHUNK = 1 << 16  # bytes read together: nearly all faces are smaller
 # Folders whose times are compared at a start; all of them would take long, too.
 _SAMPLE = 1000
+_TICK = 20_000_000  # nanoseconds: file systems' clocks move on every 10 ms or sooner
 
 
 class _Files(FaceDataset):
@@ -176,10 +178,12 @@ def identity_names(root: str | Path) -> list[str]:
 def _walk(root: Path) -> Arrays:
     """Index a folder of identities, many folders at once."""
     # The times come first: what changes during the walk then shows at the next start.
-    time = root.stat().st_mtime_ns
+    changed = root.stat().st_mtime_ns
     names = identity_names(root)
     people = Names.of(names)
-    times = np.array([time, *_times(root, people)], np.int64)
+    times = np.array([changed, *_times(root, people)], np.int64)
+    if time.time_ns() - times.max() < _TICK:  # a change right now would leave such a time as it is
+        time.sleep(_TICK / 1e9)
     blocks = [names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)]
     files, counts = Packer(), array("q")
     with ThreadPoolExecutor(_THREADS) as pool:

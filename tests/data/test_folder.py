@@ -352,3 +352,11 @@ def test_lfw_training_people(shared_data: Path, caplog) -> None:
     image, label = dataset[4000]
     assert torch.equal(image, decode_image(dataset.path(4000)))
     assert dataset.path(4000).parent.name == names[label] == sorted(names)[label]
+
+
+def test_a_change_right_after_the_walk_is_seen(tree: Tree) -> None:
+    """Also where the file system's clock has not moved on since the folder was made."""
+    root = tree(ann=1)
+    for count in range(2, 8):
+        Image.new("RGB", (8, 8)).save(root / "ann" / f"{count}.png")
+        assert len(IdentityFolder(root, size=8)) == count
