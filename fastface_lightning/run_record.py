@@ -82,7 +82,6 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(dirpath) / "last.ckpt"
         self.every_n_steps = every_n_steps
         self._saved_step = -1
-        self._epoch_ended = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run is at a saved step until its next optimizer step.
@@ -97,16 +96,15 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epoch_ended = True
         self._save(trainer)
-        self._epoch_ended = False
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # A run with max_steps would go on with one batch more of the epoch that has ended.
-        if self._epoch_ended:
-            loop = checkpoint["loops"]["fit_loop"]
+        # A run with max_steps would go on with one batch more of an epoch that has ended, from any
+        # callback's checkpoint.
+        loop = checkpoint["loops"]["fit_loop"]
+        if loop["epoch_progress"]["current"]["processed"] > trainer.current_epoch:
             batches = loop["epoch_loop.batch_progress"]
             batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
             for count in ("total", "current"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ from fastface_lightning.data import (
     read_landmarks,
     write_verification_bin,
 )
+from fastface_lightning.data.cache import file_stamp
 from fastface_lightning.data.recordio import InsightFaceWriter
 from fastface_lightning.program import program
 
@@ -75,6 +77,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"quality must lie in [1, 100], got {cfg.quality}")
     if cfg.size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {cfg.size}")
+    if cfg.validate and cfg.target:
+        raise ValueError("validate=true reads and target=… writes: give one of them")
     suffix = Path(cfg.target or "").suffix
     if (suffix == ".bin") != (cfg.pairs is not None):
         raise ValueError(
@@ -206,9 +210,13 @@ class Progress:
         self.started = self.file.exists()
         if not self.started:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text(json.dumps(source) + "\n")
+            new = self.file.with_suffix(".new")
+            new.write_text(json.dumps(source) + "\n")
+            os.replace(new, self.file)
             return
         first, *bad = self.file.read_text().splitlines()
+        with self.file.open("a") as lines:  # after a line torn by the end of the run
+            lines.write("\n")
         if json.loads(first) != source:
             raise ValueError(
                 f"{target} was begun from another source or with other settings, {first}: delete"
@@ -217,8 +225,8 @@ class Progress:
         for line in bad:
             try:
                 self.bad.append(tuple(json.loads(line)))
-            except json.JSONDecodeError:  # torn by the end of the run
-                break
+            except json.JSONDecodeError:  # torn, or empty
+                continue
 
     def add(self, place: int, reason: str, most: int) -> None:
         """Keep a bad image; more than ``most`` of them end the run."""
@@ -242,6 +250,7 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
         "source": str(faces),
         "images": len(faces),
         "identities": faces.num_classes,
+        "content": digest(faces, cfg.landmarks),
         **{key: cfg[key] for key in ("size", "quality", "landmarks")},
     }
     write = write_records if target.suffix == ".rec" else write_files
@@ -254,6 +263,16 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
     packed = write(images, target, progress, cfg.data.num_workers)
     progress.file.unlink()
     return {"packed": packed, "bad": [reason for _, reason in progress.bad]}
+
+
+def digest(faces: FaceDataset, landmarks: str | None) -> str:
+    """What tells a source from another: its labels, a thousand of its images, its landmarks."""
+    found = hashlib.sha256(faces.labels.tobytes())
+    for i in np.linspace(0, len(faces) - 1, 1000).astype(int).tolist():
+        found.update(os.path.abspath(faces.name(i)).encode())
+    if landmarks is not None:
+        found.update(file_stamp(Path(landmarks)).tobytes())
+    return found.hexdigest()
 
 
 def prepared(images: Preparation, start: int, num_workers: int) -> Iterator[Prepared]:
@@ -269,8 +288,9 @@ def write_records(images: Preparation, target: Path, progress: Progress, num_wor
     """A record file in InsightFace's layout, and the identities' names beside it."""
     faces = images.faces
     with InsightFaceWriter(target, resume=progress.started) as writer:
-        last = writer.last_id2
-        for place, jpeg, reason in prepared(images, 0 if last is None else last + 1, num_workers):
+        start = 0 if writer.last_id2 is None else writer.last_id2 + 1
+        progress.bad = [bad for bad in progress.bad if bad[0] < start]  # others are tried again
+        for place, jpeg, reason in prepared(images, start, num_workers):
             if reason:
                 progress.add(place, reason, faces.max_bad)
             else:
@@ -286,11 +306,11 @@ def write_records(images: Preparation, target: Path, progress: Progress, num_wor
 def write_files(images: Preparation, target: Path, progress: Progress, num_workers: int) -> int:
     """``<identity>/<image>.jpg`` in a folder; those that are there are taken to be done."""
     faces = images.faces
-    count = 0
+    count, progress.bad = 0, []
     for place, jpeg, reason in prepared(images, 0, num_workers):
         index = images.source(place)
         identity = faces.identities[int(faces.labels[index])]
-        if Path(identity).name != identity:
+        if identity in ("", ".", "..") or "/" in identity or "\0" in identity:
             raise ValueError(f"an identity must be the name of a folder, got {identity!r}")
         if reason:
             progress.add(place, reason, faces.max_bad)

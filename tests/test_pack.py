@@ -52,7 +52,7 @@ def test_a_folder_goes_into_a_record_file_and_out_again(run: Run, faces: Path) -
     found = json.loads((ended.folder / "pack.json").read_text())
     assert (found["images"], found["identities"], found["packed"]) == (26, 6, 25)
     assert len(found["bad"]) == 1 and "person_3/2.jpg" in found["bad"][0]
-    assert "person_3/2.jpg" in ended.out and "1" in ended.out
+    assert "person_3/2.jpg" in ended.out
     assert sorted(file.name for file in packed.parent.iterdir()) == [
         "train.identities.txt", "train.idx", "train.rec"
     ]  # fmt: skip
@@ -90,10 +90,11 @@ def test_archives_are_packed_unopened(run: Run, faces: Path) -> None:
     assert len(RecordDataset(packed)) == len(ZippedFaces(archive)) - 1 == 24
 
 
+@pytest.mark.slow
 def test_what_was_killed_goes_on(run: Run, tmp_path: Path) -> None:
     """Killed at a random moment, the same command ends with the same bytes."""
     whole, killed = tmp_path / "whole.rec", tmp_path / "killed.rec"
-    data = ["data=synthetic", "data.num_identities=40", "data.images_per_identity=10"]
+    data = ["data=synthetic", "data.num_identities=150", "data.images_per_identity=10"]
     command = [sys.executable, str(ROOT / PROGRAM), *data, f"target={killed}", *QUIET]
     child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     part = tmp_path / "killed.rec.part"
@@ -110,7 +111,7 @@ def test_what_was_killed_goes_on(run: Run, tmp_path: Path) -> None:
     for target, folder in ((killed, "b"), (whole, "c")):
         ended = run(*data, f"target={target}", *QUIET, program=PROGRAM, folder=folder)
         assert ended.code == 0, ended.err
-    assert killed.read_bytes() == whole.read_bytes() and len(RecordDataset(killed)) == 400
+    assert killed.read_bytes() == whole.read_bytes() and len(RecordDataset(killed)) == 1500
     assert (tmp_path / "killed.idx").read_bytes() == (tmp_path / "whole.idx").read_bytes()
     assert not list(tmp_path.glob("*part*"))
     ended = run(*data, f"target={whole}", *QUIET, program=PROGRAM, folder="d")
@@ -152,7 +153,7 @@ def test_a_verification_set_of_a_pairs_file(run: Run, faces: Path) -> None:
     assert packed.same.tolist() == read.same.tolist() == [True, False, False]
     for k in (0, 1, 4, 5):
         assert torch.equal(packed.images[k], read.images[k])
-    assert "person_3" in ended.out or "2 and 1" in ended.out
+    assert "2 and 1: " in ended.out
 
 
 def test_loose_photographs_are_aligned(run: Run, tmp_path: Path) -> None:
@@ -188,6 +189,7 @@ def test_loose_photographs_are_aligned(run: Run, tmp_path: Path) -> None:
         (["target=a.rec", "size=0"], "size must be at least 1 pixel, got 0"),
         (["target=a.bin"], "a .bin is made of a pairs file"),
         (["target=a.rec", "pairs=p.txt"], "a .bin is made of a pairs file"),
+        (["data=synthetic", "target=a.rec", "validate=true"], "give one of them"),
         (["data=synthetic", "target=a.rec", "landmarks=gone"], "no list of landmarks gone"),
     ],
 )
@@ -232,3 +234,26 @@ def test_lfw_is_packed_as_it_is(run: Run, shared_data: Path) -> None:
     read = read_pairs(lfw / "pairsDevTest.txt", lfw / "images")
     assert torch.equal(packed.images, read.images) and torch.equal(packed.same, read.same)
     assert json.loads((ended.folder / "pack.json").read_text())["packed"] == 999
+
+
+def test_labels_stay_in_order_through_a_record_file(run: Run, tmp_path: Path) -> None:
+    """More than ten people: their numbers sort as text do only with zeros before."""
+    data = ["data=synthetic", "data.num_identities=12", "data.images_per_identity=1"]
+    assert run(*data, "target=a.rec", *QUIET, program=PROGRAM).code == 0
+    settings = ["data=record", "data.root=a.rec", "target=out"]
+    assert run(*settings, *QUIET, program=PROGRAM, folder="b").code == 0
+    records, files = RecordDataset(tmp_path / "a.rec"), IdentityFolder(tmp_path / "out")
+    assert [bytes(records.encoded(i)) for i in range(12)] == [files.encoded(i) for i in range(12)]
+
+
+def test_another_source_does_not_go_on(run: Run, faces: Path) -> None:
+    """Equal in names and numbers, but elsewhere."""
+    other = faces.parent / "other"
+    shutil.copytree(faces, other)
+    for root in (faces, other):
+        lines = [f"{f.relative_to(root)},{f.parent.name}\n" for f in sorted(root.rglob("*.jpg"))]
+    (faces.parent / "list.csv").write_text("".join(lines))
+    settings = [f"data.list={faces.parent / 'list.csv'}", "data.max_bad=0", "target=a.rec", *QUIET]
+    assert run(f"data.root={faces}", *settings, program=PROGRAM).code == 2
+    ended = run(f"data.root={other}", *settings, program=PROGRAM, folder="b")
+    assert ended.code == 2 and "begun from another source" in ended.err

@@ -257,11 +257,11 @@ def open_faces(
     """The faces at ``root``, in whichever of the layouts that :class:`FaceData` names."""
     if list is not None:
         return FaceList(list, root, max_bad=max_bad, reindex=reindex)
-    if root.suffix == ".zip" or (root.is_dir() and any(root.glob("*.zip"))):
-        return ZippedFaces(root, max_bad=max_bad, reindex=reindex)
     records = root / "train.rec" if root.is_dir() else root
-    if records.is_file():
+    if records.is_file() and records.suffix != ".zip":
         return RecordDataset(records, max_bad=max_bad, reindex=reindex)
+    if records == root or (any(root.glob("*.zip")) and not any(map(Path.is_dir, root.iterdir()))):
+        return ZippedFaces(root, max_bad=max_bad, reindex=reindex)
     return IdentityFolder(root, max_bad=max_bad, reindex=reindex)
 
 

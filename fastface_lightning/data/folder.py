@@ -43,10 +43,10 @@ class _Files(FaceDataset):
     def _fetch(self, index: int) -> bytes:
         file = os.open(self._path(index), os.O_RDONLY)
         try:
-            content = more = os.read(file, _CHUNK)
-            while len(more) == _CHUNK:
-                more = os.read(file, _CHUNK)
-                content += more
+            content = os.read(file, _CHUNK)
+            if len(content) == _CHUNK:
+                with open(file, "rb", closefd=False) as rest:
+                    content += rest.read()
         finally:
             os.close(file)
         return content
@@ -229,7 +229,7 @@ def _image_names(folder: str) -> list[str]:
                 and not entry.name.startswith(".")
                 and _is(entry.is_file)
             )
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):  # any other fault must not be kept as a truth
         return []
 
 
@@ -264,7 +264,9 @@ def _rows(file: Path) -> Iterator[tuple[str, str]]:
         rows = csv.reader(lines) if table else (_fields(line) for line in lines)
         for number, row in enumerate(rows, 1):
             fields = [field.strip() for field in row]
-            if not any(fields) or (number == 1 and fields == ["path", "identity"]):
+            if not any(fields) or (
+                number == 1 and [f.lower() for f in fields] == ["path", "identity"]
+            ):
                 continue
             if len(fields) == 3 and not table:
                 fields = [fields[2], fields[1]]

@@ -53,7 +53,8 @@ class RecordDataset(FaceDataset):
                     progress=lambda done, size: bar.update(task, completed=done, total=size),
                 )
             people, labels = np.unique(found.labels, return_inverse=True)
-            names = Names.of(map(str, people.tolist()))
+            width = len(str(people[-1]))  # so that sorted names keep the order of the numbers
+            names = Names.of(f"{number:0{width}d}" for number in people.tolist())
             return {
                 **names.arrays("identities"),
                 "labels": labels.astype(np.int32),

@@ -299,6 +299,7 @@ def held_out_pairs(dataset: FaceDataset, num_pairs: int, seed: int = 0) -> Verif
     same = _draw_same(counts, wanted, rng)
     different = _draw_different(counts, wanted, rng)
     indices = np.stack([same, different], axis=1).reshape(-1, 2)
+    indices = dataset.labels.argsort(kind="stable")[indices]  # the draw counts person by person
     pairs = [(int(i), int(j), k % 2 == 0) for k, (i, j) in enumerate(indices)]
 
     def read(index: int) -> Tensor:

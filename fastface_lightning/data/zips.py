@@ -15,6 +15,7 @@ from .dataset import FaceDataset
 from .image import IMAGE_SUFFIXES
 from .names import Labels, Names, Packer, printable
 
+_LARGEST = 1 << 26  # bytes of an image
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 # A member's own header: signature and, from byte 26, the lengths of name and extra field.
 _LOCAL = struct.Struct("<4s22xHH")
@@ -91,7 +92,13 @@ class ZippedFaces(FaceDataset):
 
 
 def _inflate(data: bytes | memoryview, size: int) -> bytes:
-    """Inflate to the size that the table promises, and no further."""
+    """Inflate to the size that the table promises, and no further.
+
+    Raises:
+        ValueError: it promises more than any face takes, or the data are damaged.
+    """
+    if size > _LARGEST:
+        raise ValueError(f"it must be at most {_LARGEST} bytes, got {size}")
     try:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
     except zlib.error as error:
@@ -105,9 +112,8 @@ def _contents(archives: list[Path]) -> Arrays:
     methods, checksums = array("B"), array("L")
     for number, archive in enumerate(track(archives, "indexing archives", transient=True)):
         for member in _images(archive):
-            folder, _, _ = member.filename.rpartition("/")
             files.append(member.filename)
-            labels.append(folder.rpartition("/")[2])
+            labels.append(_identity(member.filename))
             place = (number, member.header_offset, member.compress_size, member.file_size)
             for column, value in zip(columns.values(), place, strict=True):
                 column.append(value)
@@ -143,6 +149,7 @@ def _images(archive: Path) -> list[zipfile.ZipInfo]:
         if "/" in member.filename
         and member.filename.lower().endswith(IMAGE_SUFFIXES)
         and not member.filename.rpartition("/")[2].startswith(".")
+        and _is_name(_identity(member.filename))
     ]
     for member in images:
         if member.compress_type not in (_STORED, _DEFLATED) or member.flag_bits & 1:
@@ -151,3 +158,13 @@ def _images(archive: Path) -> list[zipfile.ZipInfo]:
                 f" {archive} with method {member.compress_type}"
             )
     return images
+
+
+def _identity(member: str) -> str:
+    """The folder that holds a member."""
+    return member.rpartition("/")[0].rpartition("/")[2]
+
+
+def _is_name(identity: str) -> bool:
+    """Whether it names a folder, and not the one above or none."""
+    return identity not in ("", ".", "..") and "\0" not in identity

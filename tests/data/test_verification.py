@@ -13,7 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastface_lightning.data import IdentityFolder, held_out_pairs, interleaved, read_pairs
+from fastface_lightning.data import (
+    FaceList,
+    IdentityFolder,
+    held_out_pairs,
+    interleaved,
+    read_pairs,
+)
 from fastface_lightning.data.verification import (
     VerificationPairs,
     _draw_different,
@@ -381,3 +387,15 @@ def test_impossible_draws_are_refused(tree: Tree) -> None:
         held_out_pairs(IdentityFolder(root, identities=["bob", "cem"]), 2)
     with pytest.raises(ValueError, match=r"need two people in .*, got 1"):
         held_out_pairs(IdentityFolder(root, identities=["ann"]), 2)
+
+
+def test_held_out_pairs_of_an_unsorted_source(tree: Tree) -> None:
+    """Lists, archives and record files need not lie person by person."""
+    root = tree(ann=3, bob=3, cem=3, dan=3)
+    files = sorted(root.rglob("*.png"))
+    order = np.random.default_rng(0).permutation(len(files))
+    lines = [f"{files[i].relative_to(root)},{files[i].parent.name}\n" for i in order]
+    (root / "list.csv").write_text("".join(lines))
+    pairs = held_out_pairs(FaceList(root / "list.csv", size=8), 20)
+    people = pairs.images[:, 0, 0, 0].view(-1, 2)
+    assert torch.equal(people[:, 0] == people[:, 1], pairs.same) and len(pairs.same) == 20

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fastface_lightning.data import IdentityFolder, ZippedFaces, zips
+from fastface_lightning.data import IdentityFolder, ZippedFaces, encode_jpeg, zips
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
@@ -259,6 +259,7 @@ def test_workers_read_alike_and_count_together(tmp_path: Path, context: str | No
 def test_a_pickle_holds_no_archive(tmp_path: Path) -> None:
     dataset = ZippedFaces(pack(tmp_path / "a.zip", {"ann/0.bmp": bytes(10**6), **people("bob")}))
     dataset.bad = torch.zeros(3, dtype=torch.uint8)
+    dataset.encoded(0)  # opens the archive
     data = pickle.dumps(dataset)
     assert len(data) < 5000
     assert torch.equal(pickle.loads(data)[1][0], dataset[1][0])
@@ -272,3 +273,16 @@ def test_archives_and_folders_of_one_place_do_not_take_each_others_index(tmp_pat
     for _ in range(2):
         assert len(IdentityFolder(root)) == 1
         assert len(ZippedFaces(root)) == 4
+
+
+def test_a_member_cannot_lead_out_or_take_all_memory(tmp_path: Path) -> None:
+    archive = tmp_path / "a.zip"
+    face = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name in ("ann/1.jpg", "x/../2.jpg", "/3.jpg"):
+            opened.writestr(name, face)
+        opened.writestr("ann/bomb.jpg", bytes(1 << 27))
+    faces = ZippedFaces(archive, size=8)
+    assert faces.identities == ["ann"] and len(faces) == 2
+    with pytest.raises(ValueError, match="must be at most 67108864 bytes, got 134217728"):
+        faces.encoded(1)
