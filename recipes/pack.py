@@ -298,8 +298,10 @@ def write_records(images: Preparation, target: Path, progress: Progress, num_wor
         if not len(writer):
             raise ValueError(f"none of the {len(faces)} images in {faces} can be read")
         names = target.with_suffix(".identities.txt")
-        with names.open("w", encoding="utf-8", errors="surrogateescape") as lines:
+        part = names.with_name(names.name + ".part")
+        with part.open("w", encoding="utf-8", errors="surrogateescape") as lines:
             lines.writelines(f"{name}\n" for name in faces.identities)
+        os.replace(part, names)
         return len(writer)
 
 

@@ -186,8 +186,8 @@ class FaceData(FaceDataModule):
         list: a file that lists images in the folder ``root`` with their identities, instead; see
             :class:`FaceList`.
         held_out: share of the identities, in [0, 1), that is not trained on but verified on, as
-            the set ``held_out``. Who that is depends on the names alone, so that runs with
-            different seeds compare.
+            the set ``held_out``. Who that is depends on the number and order of the identities
+            alone, so that runs with different seeds compare.
         verify_pairs: number of pairs drawn from them, even.
         min_images: identities with fewer images are not trained on.
         max_bad: images that may prove unreadable before the run stops.

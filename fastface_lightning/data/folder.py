@@ -261,7 +261,7 @@ def _rows(file: Path) -> Iterator[tuple[str, str]]:
     """(path, identity) of each line."""
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         table = file.suffix.lower() == ".csv"
-        rows = csv.reader(lines) if table else (_fields(line) for line in lines)
+        rows = _csv_rows(lines, file) if table else (_fields(line) for line in lines)
         for number, row in enumerate(rows, 1):
             fields = [field.strip() for field in row]
             if not any(fields) or (
@@ -275,6 +275,13 @@ def _rows(file: Path) -> Iterator[tuple[str, str]]:
                     f"{file}:{number}: expected a path and an identity, got {','.join(row)[:80]!r}"
                 )
             yield fields[0], fields[1]
+
+
+def _csv_rows(lines: Iterable[str], file: Path) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(lines)
+    except csv.Error as error:  # a quote that is never closed, for one
+        raise ValueError(f"{file} is no CSV file: {error}") from error
 
 
 def _fields(line: str) -> list[str]:

@@ -360,3 +360,12 @@ def test_a_change_right_after_the_walk_is_seen(tree: Tree) -> None:
     for count in range(2, 8):
         Image.new("RGB", (8, 8)).save(root / "ann" / f"{count}.png")
         assert len(IdentityFolder(root, size=8)) == count
+
+
+def test_a_quote_that_is_never_closed_is_said(tree: Tree) -> None:
+    file = tree(ann=1) / "list.csv"
+    file.write_text('"ann/ann_0001.png,ann\n' + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"list\.csv is no CSV file: field larger"):
+        FaceList(file)
+    file.write_text("Path,Identity\nann/ann_0001.png,ann\n")
+    assert FaceList(file).identities == ["ann"]
