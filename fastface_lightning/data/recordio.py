@@ -764,7 +764,7 @@ def _scanned(
 ) -> Iterator[NDArray[np.int64]]:
     """The blocks of :func:`scan`; what is damaged is passed over if it can be noted."""
     offset: int | None = 0
-    last = -_HEAD.size
+    last = -4  # the record or damage that was passed last
     while offset is not None and offset < file.size:
         try:
             for block in _hop(file, offset):
@@ -776,7 +776,7 @@ def _scanned(
                     progress(offset, file.size)
         except ValueError as error:
             # Within a payload, the magic number never stands where a head may.
-            inside = file._next_record(last + _HEAD.size) if damaged is not None else None
+            inside = file._next_record(last + 4) if damaged is not None else None
             if inside is not None and inside < offset:
                 logger.warning(
                     "the record at offset %d of %s must end before the next, at %d, got %d",
@@ -785,7 +785,7 @@ def _scanned(
                 offset = inside
                 continue
             cut = error.part if isinstance(error, _CutRecord) else None
-            head = file._next_record((offset if cut is None else cut) + _HEAD.size)
+            head = file._next_record((offset if cut is None else cut) + 4)
             if damaged is not None:
                 damaged.append(str(error))
             elif cut is None:
@@ -794,7 +794,7 @@ def _scanned(
                 raise ValueError(f"{error}, though there is a next record at {head}") from error
             if cut is not None and head is None:
                 logger.warning("%s ends inside the record at offset %d", file.path, offset)
-            offset = head
+            last, offset = offset, head
         else:
             return
 

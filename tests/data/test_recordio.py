@@ -515,6 +515,57 @@ def test_only_the_damaged_record_is_lost(rec: Path, reindex: bool, place: int) -
     assert len(table.damaged) == 1 and "36" in table.damaged[0]
 
 
+@pytest.mark.parametrize("reindex", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_any_flipped_bit_costs_its_own_record_at_most(
+    rec: Path, reindex: bool, split: bool
+) -> None:
+    """And what it costs is said, unless the bit is of the image or of an id."""
+    image = b"abcd" + WORD * split + b"efghi"
+    write(rec, [pack_image(key % 3, key, image) for key in range(5)])
+    data = rec.read_bytes()
+    before = rows(read_table(rec))
+    start, end = before[2][1], before[3][1]
+    others = [row[1:] for row in before if row[1] != start]
+    for bit in range(8 * start, 8 * end):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        rec.write_bytes(damaged)
+        table = read_table(rec, reindex)
+        found = [row[1:] for row in sorted(rows(table), key=lambda row: row[1])]
+        assert [row for row in found if row[0] not in range(start, end)] == others
+        assert start in table.offsets or 1 <= len(table.damaged) <= 2
+        if table.damaged:
+            assert str(rec) in table.damaged[0]
+        elif bit // 8 not in range(start + 12, start + 16):  # a label may become another
+            assert (start, before[2][2]) in found or damaged[start + 8]
+
+
+@pytest.mark.parametrize(("place", "bit"), [(0, 0), (4, 0), (7, 0), (7, 5), (7, 6), (7, 7)])
+def test_damaged_part_costs_its_own_record_at_most(rec: Path, place: int, bit: int) -> None:
+    """Of a split record's second part: magic number, length, or flag, which may become a first."""
+    write(rec, [pack_image(key, key, b"abcd" + WORD + b"efgh") for key in range(4)])
+    start = int(read_table(rec).offsets[1])
+    data = bytearray(rec.read_bytes())
+    part = data.find(WORD, start + 4)
+    data[part + place] ^= 1 << bit
+    rec.write_bytes(data)
+    table = read_table(rec, reindex=True)
+    assert [key for key in table.keys.tolist() if key != 1] == [0, 2, 3]
+    where = rf"\boffset ({start}|{part})\b"
+    assert any(re.search(where, sentence) for sentence in table.damaged) or place == 4
+
+
+def test_length_that_ends_within_its_padding(rec: Path) -> None:
+    """The next head is one word behind what stands there."""
+    data = bytearray(write(rec, [pack_image(k, k, b"abcde") for k in range(4)]).read_bytes())
+    assert data[40 + 4] == 29
+    data[40 + 4] = 28
+    rec.write_bytes(data)
+    table = read_table(rec, reindex=True)
+    assert table.labels.tolist() == [0, 1, 2, 3] and "at offset 76" in table.damaged[0]
+
+
 def test_a_file_of_damage_is_refused(rec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recordio, "_MOST_DAMAGED", 3)
     write(rec, [b"short"] * 5 + [pack_image(0, 5, b"x")])
