@@ -41,14 +41,6 @@ _Heads = np.dtype([("offset", "i8"), ("id", "u8"), ("label", "f4"), ("image", "?
 _MOST_DAMAGED = 10_000  # records; a file with more is not the one that was meant
 
 
-class _CutRecord(ValueError):
-    """The file ends before the record; ``part`` is the offset of the part that it ends in."""
-
-    def __init__(self, message: str, part: int = 0) -> None:
-        super().__init__(message)
-        self.part = part
-
-
 class _Damage(list[str]):
     """Sentences about damaged records, of which there may be so many."""
 
@@ -171,10 +163,9 @@ class RecordFile:
         at, total = offset, 0
         while True:
             if at > self.size - _HEAD.size:
-                raise _CutRecord(
+                raise ValueError(
                     f"the record at offset {offset} of {self.path} must end within the file's"
-                    f" {self.size} bytes, got another part at {at}",
-                    part=at,
+                    f" {self.size} bytes, got another part at {at}"
                 )
             magic, packed = _HEAD.unpack_from(self._map, at)
             flag, length = packed >> 29, packed & (_TOO_LONG - 1)
@@ -197,10 +188,9 @@ class RecordFile:
                     f" bytes, got at least {total}"
                 )
             if end > self.size:
-                raise _CutRecord(
+                raise ValueError(
                     f"the record at offset {offset} of {self.path} must end within the file's"
-                    f" {self.size} bytes, got {length} bytes of payload from {start} on",
-                    part=at,
+                    f" {self.size} bytes, got {length} bytes of payload from {start} on"
                 )
             parts.append((start, length))
             if flag in (_WHOLE, _LAST):
@@ -220,7 +210,7 @@ class RecordFile:
     def _next_record(self, offset: int) -> int | None:
         """Offset of the first head of a record at or after ``offset``, if there is one."""
         while offset <= self.size - _HEAD.size:
-            words = self._words[offset // 4 : offset // 4 + _TEXT_BLOCK]
+            words = self._words[offset // 4 : offset // 4 + _BLOCK]
             for place in np.flatnonzero(words[:-1] == MAGIC):
                 if words[place + 1] >> 29 in (_WHOLE, _FIRST):
                     return offset + 4 * int(place)
@@ -275,24 +265,6 @@ def read_idx(path: str | Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.concatenate(keys), np.concatenate(offsets)
 
 
-def scan(file: RecordFile, progress: Progress | None = None) -> NDArray[np.int64]:
-    """Find the records of a file without its index, from each one's end to the next one's head.
-
-    If the file was cut short, a warning says in which record, and the whole ones are returned.
-
-    Args:
-        file: the records.
-        progress: called now and then with the bytes passed and the bytes there are.
-
-    Returns:
-        (N,) int64, where the records begin, bytes, in the file's order.
-
-    Raises:
-        ValueError: a record is damaged, and the file goes on.
-    """
-    return np.concatenate([np.empty(0, np.int64), *_scanned(file, progress)])
-
-
 def read_table(
     path: str | Path, reindex: bool = False, progress: Progress | None = None
 ) -> RecordTable:
@@ -323,13 +295,14 @@ def read_table(
     if hasattr(mmap, "MADV_SEQUENTIAL"):  # each page once: reading ahead beats millions of seeks
         file._map.madvise(mmap.MADV_SEQUENTIAL)
     index = file.path.with_suffix(".idx")
+    beyond: Iterator[tuple[int, int]] = iter(())
     if reindex or not index.exists():
         blocks = _scanned(file, progress, damaged)
         heads = _concatenated(_heads(file, block, damaged) for block in blocks)
         heads = heads[heads["whole"]]
         keys = _keys_of(heads["id"])
     else:
-        keys, offsets = _indexed(file, index, damaged)
+        keys, offsets, beyond = _indexed(file, index, damaged)
         blocks = _blocks(file, offsets, progress)
         heads = _concatenated(_heads(file, block, damaged) for block in blocks)
         keys, heads = keys[heads["whole"]], heads[heads["whole"]]
@@ -338,14 +311,19 @@ def read_table(
     twice = np.flatnonzero(keys[1:] == keys[:-1])
     if len(twice):
         raise ValueError(f"keys in {index} must be distinct, got {keys[twice[0]]} twice")
-    if not heads["image"].any():
-        raise ValueError(f"{path} must hold images, got {len(heads)} records and none with one")
+    count = len(heads)
     _compare_count(file, keys, heads)
     keys, heads = keys[heads["image"]], heads[heads["image"]]
     good = _good_labels(file, keys, heads, damaged)
     keys, heads = keys[good], heads[good]
+    for key, offset in beyond:  # the last to be said: where many are lost, it is for this
+        damaged.append(
+            f"{path} ends at byte {file.size}, before the record at offset {offset} that {index}"
+            f" lists with key {key}: an incomplete copy, or a damaged index"
+        )
     if not len(heads):
-        raise ValueError(f"{path} must hold images, got none with a label: {damaged[-1]}")
+        why = f": {damaged[-1]}" if damaged else ""
+        raise ValueError(f"{path} must hold images, got {count} records and none with one{why}")
     return RecordTable(keys, heads["offset"].copy(), heads["label"].astype(np.int64), list(damaged))
 
 
@@ -760,9 +738,12 @@ def _hop(file: RecordFile, offset: int = 0) -> Iterator[NDArray[np.int64]]:
 
 
 def _scanned(
-    file: RecordFile, progress: Progress | None = None, damaged: list[str] | None = None
+    file: RecordFile, progress: Progress | None, damaged: list[str]
 ) -> Iterator[NDArray[np.int64]]:
-    """The blocks of :func:`scan`; what is damaged is passed over if it can be noted."""
+    """Offsets of the records in blocks, from each one's end to the next one's head.
+
+    After one that is damaged, the next head is looked for.
+    """
     offset: int | None = 0
     last = -4  # the record or damage that was passed last
     while offset is not None and offset < file.size:
@@ -776,25 +757,16 @@ def _scanned(
                     progress(offset, file.size)
         except ValueError as error:
             # Within a payload, the magic number never stands where a head may.
-            inside = file._next_record(last + 4) if damaged is not None else None
+            inside = file._next_record(last + 4)
             if inside is not None and inside < offset:
                 logger.warning(
                     "the record at offset %d of %s must end before the next, at %d, got %d",
                     *(last, file.path, inside, offset),
                 )
                 offset = inside
-                continue
-            cut = error.part if isinstance(error, _CutRecord) else None
-            head = file._next_record((offset if cut is None else cut) + 4)
-            if damaged is not None:
+            else:
                 damaged.append(str(error))
-            elif cut is None:
-                raise
-            elif head is not None:
-                raise ValueError(f"{error}, though there is a next record at {head}") from error
-            if cut is not None and head is None:
-                logger.warning("%s ends inside the record at offset %d", file.path, offset)
-            last, offset = offset, head
+                last, offset = offset, file._next_record(offset + 4)
         else:
             return
 
@@ -852,18 +824,21 @@ def _heads(
 
 def _indexed(
     file: RecordFile, index: Path, damaged: list[str]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Keys and offsets that the index lists, by ascending offset: a disk reads that way."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Iterator[tuple[int, int]]]:
+    """Keys and offsets that the index lists, by ascending offset: a disk reads that way.
+
+    Last come the pairs of key and offset beyond the file's end.
+    """
     keys, offsets = read_idx(index)
-    outside = (offsets % 4 != 0) | (offsets > file.size - _HEAD.size)
-    for key, offset in zip(keys[outside].tolist(), offsets[outside].tolist(), strict=True):
-        damaged.append(
-            f"offsets in {index} must be multiples of 4 in [0, {file.size - _HEAD.size}], for"
-            f" {file.path} is no longer, got {offset} for key {key}"
-        )
-    keys, offsets = keys[~outside], offsets[~outside]
     order = offsets.argsort(kind="stable")
-    return keys[order], offsets[order]
+    keys, offsets = keys[order], offsets[order]
+    end = int(np.searchsorted(offsets, file.size - _HEAD.size, side="right"))
+    beyond = zip(keys[end:].tolist(), offsets[end:].tolist(), strict=True)
+    keys, offsets = keys[:end], offsets[:end]
+    aligned = offsets % 4 == 0
+    for key, offset in zip(keys[~aligned].tolist(), offsets[~aligned].tolist(), strict=True):
+        damaged.append(f"offsets in {index} must be multiples of 4, got {offset} for key {key}")
+    return keys[aligned], offsets[aligned], beyond
 
 
 def _keys_of(ids: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -875,7 +850,7 @@ def _keys_of(ids: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 def _compare_count(file: RecordFile, keys: NDArray[np.int64], heads: NDArray[np.void]) -> None:
     """Warn if a header record, which has key 0, promises another number of images."""
-    if keys[0] or heads["image"][0]:
+    if not len(keys) or keys[0] or heads["image"][0]:
         return
     promised, found = heads["label"][0], int(heads["image"].sum())
     if not _is_count(promised, found):

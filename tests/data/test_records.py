@@ -3,15 +3,16 @@
 import logging
 import pickle
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fastface_lightning.data import RecordDataset, encode_jpeg
+from fastface_lightning.data import RecordDataset, encode_jpeg, records
 from fastface_lightning.data.dataset import collate
-from fastface_lightning.data.recordio import InsightFaceWriter, RecordWriter, pack_image
+from fastface_lightning.data.recordio import InsightFaceWriter, RecordWriter, pack_image, read_table
 
 
 @pytest.fixture
@@ -95,19 +96,85 @@ def test_an_incomplete_copy_says_so(rec: Path, caplog: pytest.LogCaptureFixture)
     rec.write_bytes(rec.read_bytes()[:1500])
     with caplog.at_level(logging.WARNING):
         dataset = RecordDataset(rec, size=8)
-    assert 0 < len(dataset) < 6 and "is no longer" in caplog.text
-    with pytest.raises(ValueError, match="at most max_bad = 1 images"):
-        RecordDataset(rec, size=8, max_bad=1)
+    assert 0 < len(dataset) < 6 and "train.rec ends at byte 1500, before the record" in caplog.text
+    for reindex in (False, True):  # kept, and found anew
+        with pytest.raises(ValueError, match=r"max_bad = 1 .* got [2-9], the last .*") as error:
+            RecordDataset(rec, size=8, max_bad=1, reindex=reindex)
+        assert "ends at byte 1500, before" in str(error.value)
+        assert "an incomplete copy" in str(error.value)
 
 
-def test_a_rewritten_file_is_looked_at_anew(rec: Path) -> None:
-    assert len(RecordDataset(rec, size=8)) == 6
-    assert rec.with_name("train.rec.index").exists()
+def test_ten_damaged_records_are_named_and_the_others_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rec = tmp_path / "many.rec"
+    with RecordWriter(rec) as writer:
+        for key in range(14):
+            writer.write(b"short" if key != 5 else pack_image(8, 5, b"x"), key)
+    for _ in range(2):
+        caplog.clear()
+        dataset = RecordDataset(rec, size=8, max_bad=13)
+        assert len(dataset) == 1 and len(dataset.damaged) == 13
+        assert [m.startswith("left out: ") for m in caplog.messages] == [True] * 10 + [False]
+        assert caplog.messages[10] == f"left out 3 more records of {rec}"
+    with pytest.raises(
+        ValueError, match=r"at most max_bad = 12 images .* got 13, the last because"
+    ):
+        RecordDataset(rec, size=8, max_bad=12)
+
+
+def test_names_of_identities_sort_as_their_numbers(tmp_path: Path) -> None:
+    with InsightFaceWriter(tmp_path / "a.rec") as writer:
+        for label in (2, 10, 10, 107):
+            writer.write_image(label, b"x")
+    dataset = RecordDataset(tmp_path / "a.rec")
+    assert list(dataset.identities) == ["002", "010", "107"]
+    assert dataset.labels.tolist() == [0, 1, 1, 2]
+
+
+def test_records_are_served_by_ascending_key(tmp_path: Path) -> None:
+    keys = [30, 4, 21, 100, 5]
+    with RecordWriter(tmp_path / "a.rec") as writer:
+        for key in keys:
+            writer.write(pack_image(key, key, b"image %d" % key), key)
+    dataset = RecordDataset(tmp_path / "a.rec")
+    assert [bytes(dataset.encoded(i)) for i in range(5)] == [b"image %d" % k for k in sorted(keys)]
+
+
+@pytest.mark.parametrize("broken", [1, 3])
+def test_batches_keep_their_shape_until_too_many_are_bad(rec: Path, broken: int) -> None:
+    data = bytearray(rec.read_bytes())
+    for offset in read_table(rec).offsets[:broken].tolist():
+        data[offset + 32 : offset + 34] = b"no"  # the JPEG's first bytes
+    rec.write_bytes(data)
+    loader = DataLoader(RecordDataset(rec, size=8, max_bad=2), 6, collate_fn=collate)
+    if broken > 2:
+        with pytest.raises(ValueError, match=r"max_bad = 2 .* got 3, .* at byte \d+ of .*rec"):
+            list(loader)
+        return
+    ((images, labels),) = loader
+    assert images.shape == (6, 3, 8, 8) and images.dtype == torch.uint8
+    assert numbers(images) == [1, 1, 2, 3, 4, 5] and labels.tolist() == [0, 0, 1, 2, 2, 2]
+
+
+def test_the_file_is_looked_at_once_until_it_changes(
+    rec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = Mock(side_effect=read_table)
+    monkeypatch.setattr(records, "read_table", looked)
+    assert [len(RecordDataset(rec, size=8)) for _ in range(3)] == [6, 6, 6]
+    assert looked.call_count == 1 and rec.with_name("train.rec.index").exists()
+    index = rec.with_suffix(".idx")
+    index.write_text("".join(line + "\n" for line in index.read_text().splitlines()[:5]))
+    assert [len(RecordDataset(rec, size=8)) for _ in range(2)] == [4, 4]
+    assert looked.call_count == 2
+    RecordDataset(rec, size=8, reindex=True)
+    assert looked.call_count == 3
     for suffix in (".rec", ".idx"):
         rec.with_suffix(suffix).unlink()
     with RecordWriter(rec) as writer:
         writer.write(pack_image(7, 0, encode_jpeg(np.zeros((8, 8, 3), np.uint8))))
-    assert RecordDataset(rec, size=8).identities == ["7"]
+    assert RecordDataset(rec, size=8).identities == ["7"] and looked.call_count == 4
 
 
 def test_absent_and_empty_files_are_refused(tmp_path: Path) -> None:
