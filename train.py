@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from fastface_lightning import FastFaceCallback
 from fastface_lightning.classifiers import Classifier, chunk_that_fits
 from fastface_lightning.data import FaceDataModule
+from fastface_lightning.data.names import write_names
 from fastface_lightning.module import FaceModule, check_sparse, moves_rows
 from fastface_lightning.plan import CARD_RESERVE, UNPLANNED, peak, plan_backbone, plan_classifier
 from fastface_lightning.program import program
@@ -96,12 +96,6 @@ def main(cfg: DictConfig) -> float | None:
         print_summary(results, folder)
     accuracies = [found["accuracy"] for found in results["verification"].values()]
     return sum(accuracies) / len(accuracies) if accuracies else None
-
-
-def write_names(file: Path, names: Iterable[str]) -> None:
-    """One name a line, in the bytes that the file system has for it."""
-    with file.open("w", encoding="utf-8", errors="surrogateescape") as lines:
-        lines.writelines(f"{name}\n" for name in names)
 
 
 def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, list[str]]:

@@ -34,6 +34,8 @@ from fastface_lightning.data import (
     write_verification_bin,
 )
 from fastface_lightning.data.cache import file_stamp
+from fastface_lightning.data.image import reason
+from fastface_lightning.data.names import write_names
 from fastface_lightning.data.recordio import InsightFaceWriter
 from fastface_lightning.program import program
 
@@ -72,7 +74,10 @@ def main(cfg: DictConfig) -> int:
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot be done, before anything is read."""
     if not (cfg.target or cfg.validate or cfg.sheet):
-        raise ValueError("nothing to do: give target=FILE.rec, validate=true or sheet=true")
+        raise ValueError(
+            "nothing to do: give target=FILE.rec, target=FOLDER, pairs=PAIRS target=FILE.bin,"
+            " validate=true or sheet=true"
+        )
     if not 1 <= cfg.quality <= 100:
         raise ValueError(f"quality must lie in [1, 100], got {cfg.quality}")
     if cfg.size < 1:
@@ -80,11 +85,12 @@ def check(cfg: DictConfig) -> None:
     if cfg.validate and cfg.target:
         raise ValueError("validate=true reads and target=… writes: give one of them")
     suffix = Path(cfg.target or "").suffix
-    if (suffix == ".bin") != (cfg.pairs is not None):
-        raise ValueError(
-            f"a .bin is made of a pairs file, and nothing else is: got target={cfg.target} and"
-            f" pairs={cfg.pairs}"
-        )
+    if suffix not in ("", ".rec", ".bin"):
+        raise ValueError(f"target must be FILE.rec, FILE.bin or a folder, got {cfg.target}")
+    if suffix == ".bin" and cfg.pairs is None:
+        raise ValueError(f"a .bin is made of a pairs file: give pairs=PAIRS with {cfg.target}")
+    if suffix != ".bin" and cfg.pairs is not None:
+        raise ValueError(f"pairs={cfg.pairs} need a target=FILE.bin, got target={cfg.target}")
 
 
 def report(found: dict[str, Any], folder: Path) -> None:
@@ -97,7 +103,7 @@ def report(found: dict[str, Any], folder: Path) -> None:
             shown = f"{value:,}" if isinstance(value, int) else value
             console.print(f"  {key:12}{f'{value:.1f}' if isinstance(value, float) else shown}")
     if bad is not None:
-        console.print(f"  {'bad images':12}{len(bad):,}")
+        console.print(f"  {'left out' if 'packed' in found else 'bad images':12}{len(bad):,}")
         for line in bad[:20]:
             console.print(f"    {line}", markup=False)
         if bad:
@@ -141,7 +147,7 @@ def validate(faces: FaceDataset, num_workers: int) -> list[str]:
     damaged = list(getattr(faces, "damaged", []))
     loader = DataLoader(Validated(faces), 64, num_workers=num_workers, collate_fn=list)
     batches = track(loader, "validating", transient=True)
-    return damaged + [reason for batch in batches for reason in batch if reason]
+    return damaged + [why for batch in batches for why in batch if why]
 
 
 class Preparation(Dataset[Prepared]):
@@ -166,8 +172,8 @@ class Preparation(Dataset[Prepared]):
         try:
             return place, self._prepared(index), ""
         except ValueError as error:
-            name, reason = self.faces.name(index), str(error)
-            return place, b"", reason if name in reason else f"cannot pack image {name}: {reason}"
+            name, why = self.faces.name(index), str(error)
+            return place, b"", why if name in why else f"cannot pack image {name}: {why}"
 
     def _prepared(self, index: int) -> bytes:
         data = self.faces.encoded(index)
@@ -190,7 +196,12 @@ def packable(data: bytes | memoryview, size: int, quality: int) -> bytes:
 
 def points_by_name(file: str) -> dict[str, np.ndarray]:
     """Landmarks (5, 2) by the last two parts of their image's path."""
-    return {tail(name): points.astype(np.float32) for name, points in read_landmarks(file)}
+    found: dict[str, np.ndarray] = {}
+    for name, points in read_landmarks(file):
+        if tail(name) in found:
+            raise ValueError(f"{file} must name {tail(name)} once, by its folder and file")
+        found[tail(name)] = points.astype(np.float32)
+    return found
 
 
 def tail(path: str) -> str:
@@ -228,17 +239,15 @@ class Progress:
             except json.JSONDecodeError:  # torn, or empty
                 continue
 
-    def add(self, place: int, reason: str, most: int) -> None:
+    def add(self, place: int, why: str, most: int) -> None:
         """Keep a bad image; more than ``most`` of them end the run."""
-        if (place, reason) in self.bad:
-            return
-        self.bad.append((place, reason))
+        self.bad.append((place, why))
         with self.file.open("a") as lines:
-            lines.write(json.dumps([place, reason]) + "\n")
+            lines.write(json.dumps([place, why]) + "\n")
         if len(self.bad) > most:
             raise ValueError(
                 f"at most data.max_bad = {most} images may be unreadable, got {len(self.bad)},"
-                f" the last because: {reason}"
+                f" the last because: {why}; the same command with another data.max_bad goes on"
             )
 
 
@@ -250,7 +259,7 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
         "source": str(faces),
         "images": len(faces),
         "identities": faces.num_classes,
-        "content": digest(faces, cfg.landmarks),
+        "content": digest(faces, cfg),
         **{key: cfg[key] for key in ("size", "quality", "landmarks")},
     }
     write = write_records if target.suffix == ".rec" else write_files
@@ -262,16 +271,18 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
     progress = Progress(target, source)
     packed = write(images, target, progress, cfg.data.num_workers)
     progress.file.unlink()
-    return {"packed": packed, "bad": [reason for _, reason in progress.bad]}
+    return {"packed": packed, "bad": [why for _, why in progress.bad]}
 
 
-def digest(faces: FaceDataset, landmarks: str | None) -> str:
-    """What tells a source from another: its labels, a thousand of its images, its landmarks."""
+def digest(faces: FaceDataset, cfg: DictConfig) -> str:
+    """What tells a source from another: its labels, a thousand of its images, where it lies, and
+    its landmarks."""
     found = hashlib.sha256(faces.labels.tobytes())
     for i in np.linspace(0, len(faces) - 1, 1000).astype(int).tolist():
-        found.update(os.path.abspath(faces.name(i)).encode())
-    if landmarks is not None:
-        found.update(file_stamp(Path(landmarks)).tobytes())
+        found.update(faces.name(i).encode())
+    found.update(os.fsencode(os.path.realpath(cfg.data.get("root", ""))))
+    if cfg.landmarks is not None:
+        found.update(file_stamp(Path(cfg.landmarks)).tobytes())
     return found.hexdigest()
 
 
@@ -290,18 +301,14 @@ def write_records(images: Preparation, target: Path, progress: Progress, num_wor
     with InsightFaceWriter(target, resume=progress.started) as writer:
         start = 0 if writer.last_id2 is None else writer.last_id2 + 1
         progress.bad = [bad for bad in progress.bad if bad[0] < start]  # others are tried again
-        for place, jpeg, reason in prepared(images, start, num_workers):
-            if reason:
-                progress.add(place, reason, faces.max_bad)
+        for place, jpeg, why in prepared(images, start, num_workers):
+            if why:
+                progress.add(place, why, faces.max_bad)
             else:
                 writer.write_image(int(faces.labels[images.source(place)]), jpeg, id2=place)
         if not len(writer):
             raise ValueError(f"none of the {len(faces)} images in {faces} can be read")
-        names = target.with_suffix(".identities.txt")
-        part = names.with_name(names.name + ".part")
-        with part.open("w", encoding="utf-8", errors="surrogateescape") as lines:
-            lines.writelines(f"{name}\n" for name in faces.identities)
-        os.replace(part, names)
+        write_names(target.with_suffix(".identities.txt"), faces.identities)
         return len(writer)
 
 
@@ -309,13 +316,13 @@ def write_files(images: Preparation, target: Path, progress: Progress, num_worke
     """``<identity>/<image>.jpg`` in a folder; those that are there are taken to be done."""
     faces = images.faces
     count, progress.bad = 0, []
-    for place, jpeg, reason in prepared(images, 0, num_workers):
+    for place, jpeg, why in prepared(images, 0, num_workers):
         index = images.source(place)
         identity = faces.identities[int(faces.labels[index])]
         if identity in ("", ".", "..") or "/" in identity or "\0" in identity:
             raise ValueError(f"an identity must be the name of a folder, got {identity!r}")
-        if reason:
-            progress.add(place, reason, faces.max_bad)
+        if why:
+            progress.add(place, why, faces.max_bad)
             continue
         file = target / identity / faces.file_name(index)
         if not file.exists():
@@ -340,7 +347,7 @@ def pack_pairs(cfg: DictConfig, data: FaceDataModule) -> dict[str, Any]:
                 for path in (pair.first, pair.second)
             ]
         except (OSError, ValueError) as error:
-            bad.append(f"{pair.first.stem} and {pair.second.stem}: {error}")
+            bad.append(f"{pair.first.stem} and {pair.second.stem}: {reason(error)}")
         else:
             same.append(pair.same)
     if not same:

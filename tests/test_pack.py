@@ -74,7 +74,7 @@ def test_a_folder_goes_into_a_record_file_and_out_again(run: Run, faces: Path) -
     )
     assert ended.code == 0, ended.err
     again = IdentityFolder(out)
-    assert len(again) == 25 and again.identities == [str(label) for label in range(6)]
+    assert len(again) == 25 and again.identities == names
     assert [again.encoded(i) for i in range(25)] == [bytes(records.encoded(i)) for i in range(25)]
 
 
@@ -183,12 +183,13 @@ def test_loose_photographs_are_aligned(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to do: give target=FILE.rec, validate=true or sheet=true"),
+        ([], "nothing to do: give target=FILE.rec, target=FOLDER, pairs=PAIRS target=FILE.bin,"),
+        (["target=a.zip"], "target must be FILE.rec, FILE.bin or a folder, got a.zip"),
         (["validate=true", "data.root=nowhere"], "folder: nothing at nowhere; expected"),
         (["target=a.rec", "quality=0"], "quality must lie in [1, 100], got 0"),
         (["target=a.rec", "size=0"], "size must be at least 1 pixel, got 0"),
-        (["target=a.bin"], "a .bin is made of a pairs file"),
-        (["target=a.rec", "pairs=p.txt"], "a .bin is made of a pairs file"),
+        (["target=a.bin"], "a .bin is made of a pairs file: give pairs=PAIRS with a.bin"),
+        (["target=a.rec", "pairs=p.txt"], "pairs=p.txt need a target=FILE.bin, got target=a.rec"),
         (["data=synthetic", "target=a.rec", "validate=true"], "give one of them"),
         (["data=synthetic", "target=a.rec", "landmarks=gone"], "no list of landmarks gone"),
     ],
@@ -237,13 +238,17 @@ def test_lfw_is_packed_as_it_is(run: Run, shared_data: Path) -> None:
 
 
 def test_labels_stay_in_order_through_a_record_file(run: Run, tmp_path: Path) -> None:
-    """More than ten people: their numbers sort as text do only with zeros before."""
+    """More than ten people, whose numbers sort as text only with zeros before them."""
     data = ["data=synthetic", "data.num_identities=12", "data.images_per_identity=1"]
     assert run(*data, "target=a.rec", *QUIET, program=PROGRAM).code == 0
-    settings = ["data=record", "data.root=a.rec", "target=out"]
-    assert run(*settings, *QUIET, program=PROGRAM, folder="b").code == 0
-    records, files = RecordDataset(tmp_path / "a.rec"), IdentityFolder(tmp_path / "out")
-    assert [bytes(records.encoded(i)) for i in range(12)] == [files.encoded(i) for i in range(12)]
+    for out in ("named", "numbered"):
+        settings = ["data=record", "data.root=a.rec", f"target={out}"]
+        assert run(*settings, *QUIET, program=PROGRAM, folder=f"to {out}").code == 0
+        records, files = RecordDataset(tmp_path / "a.rec"), IdentityFolder(tmp_path / out)
+        assert [bytes(records.encoded(i)) for i in range(12)] == [
+            files.encoded(i) for i in range(12)
+        ]
+        (tmp_path / "a.identities.txt").unlink(missing_ok=True)
 
 
 def test_another_source_does_not_go_on(run: Run, faces: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def file_stamp(*files: Path) -> NDArray[np.int64]:
 
 def _places(source: Path) -> list[Path]:
     source = source.resolve()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
     name = f"{printable(source.name)}-{digest}{SUFFIX}"
     places = [source.with_name(source.name + SUFFIX), home / "fastface_lightning" / name]
@@ -98,9 +99,11 @@ def _holds(fresh: Callable[[Arrays], bool], arrays: Arrays) -> bool:
 
 def _save(file: Path, arrays: Arrays) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    # Machines that share a file system may have a process of the same number.
+    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
         save_file(arrays, part, metadata={"format": FORMAT})
+        part.chmod(0o644)  # safetensors writes for the owner's eyes alone
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)

@@ -74,7 +74,7 @@ class FaceDataModule(LightningDataModule, ABC):
         self._built = False
 
     def faces(self) -> FaceDataset:
-        """All that the data set holds, of whatever use."""
+        """All that the data set has to train on, before any of it is held out."""
         return self.build()[0]
 
     @abstractmethod
@@ -238,8 +238,7 @@ class FaceData(FaceDataModule):
             None if self.num_identities is None else faces.num_classes,
             None if self.num_images is None else len(faces),
         )
-        if found != expected:
-            logger.warning("%s: expected %s in %s, got %s", self.name, expected, self.root, found)
+        _compare(str(self.name), self.root, expected, found)
         return faces
 
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
@@ -272,26 +271,33 @@ class LFWData(FaceDataModule):
         root: folder with ``images/<name>/<name>_0001.jpg``, aligned, and the benchmark's files
             ``peopleDevTrain.txt`` and ``pairsDevTest.txt``, which share no person.
         max_bad: images that may prove unreadable before the run stops.
+        reindex: index the images anew, whatever their kept index says.
         batch_size, num_workers, seed, verify, verify_root: see :class:`FaceDataModule`.
 
     References:
         Huang et al., Labeled Faces in the Wild, UMass Amherst technical report 07-49, 2007.
     """
 
-    def __init__(self, root: str | Path, max_bad: int = 100, **common: Any) -> None:
+    def __init__(
+        self, root: str | Path, max_bad: int = 100, reindex: bool = False, **common: Any
+    ) -> None:
         super().__init__(**common)
-        self.root, self.max_bad = Path(root), max_bad
+        self.root, self.max_bad, self.reindex = Path(root), max_bad, reindex
         self.home = self.root / "images"
 
     def faces(self) -> FaceDataset:
-        return IdentityFolder(self._part("images"), max_bad=self.max_bad)
+        """The development people, whose numbers are compared with their list's."""
+        images, people = self._part("images"), _read_people(self._part("peopleDevTrain.txt"))
+        faces = IdentityFolder(
+            images, identities=people, max_bad=self.max_bad, reindex=self.reindex
+        )
+        expected = _figures(len(people), sum(people.values()))
+        _compare("lfw", images, expected, _figures(faces.num_classes, len(faces)))
+        return faces
 
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
-        images, people, pairs = map(
-            self._part, ("images", "peopleDevTrain.txt", "pairsDevTest.txt")
-        )
-        train_set = self.faces().restricted(_read_people(people))
-        return train_set, {"lfw_view1": read_pairs(pairs, images)}
+        faces = self.faces()
+        return faces, {"lfw_view1": read_pairs(self._part("pairsDevTest.txt"), self.home)}
 
     def _part(self, name: str) -> Path:
         path = self.root / name
@@ -329,10 +335,21 @@ def _figures(num_identities: int | None, num_images: int | None) -> str:
     return " and ".join(f"{count:,} {what}" for what, count in figures.items() if count is not None)
 
 
-def _read_people(file: Path) -> list[str]:
-    """Names in an LFW people file: their number, then lines ``name number_of_images``."""
-    lines = file.read_text(encoding="utf-8").split("\n")
-    names = [line.split()[0] for line in lines[1:] if line.strip()]
-    if lines[0].strip() != str(len(names)):
-        raise ValueError(f"{file}:1: expected {len(names)}, the people listed, got {lines[0]!r}")
-    return names
+def _compare(name: str, root: Path, expected: str, found: str) -> None:
+    if found != expected:
+        logger.warning("%s: expected %s in %s, got %s", name, expected, root, found)
+
+
+def _read_people(file: Path) -> dict[str, int]:
+    """How many images each person in an LFW people file has.
+
+    Its lines are the number of people, then ``name number_of_images`` for each.
+    """
+    first, *lines = file.read_text(encoding="utf-8").split("\n")
+    rows = [line.split() for line in lines if line.strip()]
+    if first.strip() != str(len(rows)):
+        raise ValueError(f"{file}:1: expected {len(rows)}, the people listed, got {first!r}")
+    for row in rows:
+        if len(row) != 2 or not row[1].isdecimal():
+            raise ValueError(f"{file}: expected 'name number_of_images', got {' '.join(row)!r}")
+    return {name: int(count) for name, count in rows}

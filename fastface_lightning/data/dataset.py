@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 from typing_extensions import Self
 
-from .image import decode_into
+from .image import decode_into, reason
 from .names import Names, printable
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
     Attributes:
         identities: names of the identities, by label.
         labels: (N,) int32, the label of each image.
-        bad: (N,) uint8, 1 for each image found unreadable. It lies in shared memory, so that
-            loader workers and the main process count together.
+        bad: uint8, 1 for each stored image found unreadable. It lies in shared memory, so that
+            loader workers and the main process count together, also over what was restricted.
         missing: identities asked for that have no image.
 
     Raises:
@@ -57,7 +57,8 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
     def _hold(self, identities: Sequence[str], labels: NDArray[np.int32]) -> None:
         """Serve these images: their identities' names by label, and (N,) their labels."""
         self.identities, self.labels = identities, labels
-        self.bad = torch.zeros(len(labels), dtype=torch.uint8).share_memory_()
+        if self._rows is None:
+            self.bad = torch.zeros(len(labels), dtype=torch.uint8).share_memory_()
 
     @abstractmethod
     def _fetch(self, index: int) -> bytes | memoryview:
@@ -92,7 +93,7 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
         try:
             return self._fetch(index)
         except (ValueError, OSError) as error:
-            raise ValueError(f"cannot read image {self.name(index)}: {_reason(error)}") from error
+            raise ValueError(f"cannot read image {self.name(index)}: {reason(error)}") from error
 
     def read_into(self, index: int, out: NDArray[np.uint8]) -> None:
         """Decode image ``index`` into ``out``, (size, size, 3) uint8 RGB.
@@ -103,7 +104,7 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
         try:
             decode_into(self._fetch(index), out)
         except (ValueError, OSError) as error:
-            raise ValueError(f"cannot read image {self.name(index)}: {_reason(error)}") from error
+            raise ValueError(f"cannot read image {self.name(index)}: {reason(error)}") from error
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not -len(self) <= index < len(self):
@@ -123,7 +124,7 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
         count = len(self)
         for k in range(index, index + count):
             i = k % count
-            if bad[i]:
+            if bad[self._row(i)]:
                 continue
             try:
                 self.read_into(i, out)
@@ -134,7 +135,7 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
         raise ValueError(f"none of the {count} images in {self} can be read")
 
     def _count_bad(self, index: int, error: ValueError) -> None:
-        self.bad[index] = 1
+        self.bad[self._row(index)] = 1
         count = int(self.bad.sum())
         if count > self.max_bad:
             raise ValueError(
@@ -145,7 +146,8 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
 
     def bad_images(self) -> list[str]:
         """Names of the images found unreadable so far, in the data set's order."""
-        return [self.name(int(i)) for i in self.bad.nonzero()]
+        bad = self.bad.numpy() if self._rows is None else self.bad.numpy()[self._rows]
+        return [self.name(i) for i in np.flatnonzero(bad).tolist()]
 
     def restricted(self, identities: Iterable[str] | None = None, min_images: int = 1) -> Self:
         """The same images, of some identities only, labelled anew by their order.
@@ -168,8 +170,12 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
         wanted, missing = self._wanted(identities, counts)
         kept = wanted & (counts >= min_images)
         if not (wanted & (counts > 0)).any():
-            sought = wanted.sum() + len(missing)
-            raise ValueError(f"none of the {sought} identities sought in {self} has an image")
+            raise ValueError(
+                f"none of the {self.num_classes} identities in {self} has an image: expected"
+                f" <identity>/<image>.jpg"
+                if identities is None
+                else f"none of the {len(missing)} identities sought in {self} has an image"
+            )
         if not kept.any():
             raise ValueError(f"no identity in {self} has min_images = {min_images} images")
         self.missing = missing
@@ -193,13 +199,12 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
             present = np.flatnonzero(wanted & (counts > 0)).tolist()
             found = {self.identities[i] for i in present}
             empty = sorted(names - found)
-        if empty:
+        count = self.num_classes if identities is None else len(names)
+        if empty and len(empty) < count:
+            sought = "" if identities is None else "sought "
             logger.warning(
-                "%d of the %d identities sought in %s have no image: %s",
-                len(empty),
-                wanted.sum() if identities is None else len(names),
-                self,
-                abridged(empty),
+                "%d of the %d identities %sin %s have no image: %s",
+                *(len(empty), count, sought, self, abridged(empty)),
             )
         return wanted, [] if identities is None else empty
 
@@ -247,9 +252,3 @@ def abridged(names: Sequence[str], limit: int = 10) -> str:
     """The names, separated by commas; beyond ``limit`` of them, how many more there are."""
     rest = len(names) - limit
     return printable(", ".join(names[:limit])) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__

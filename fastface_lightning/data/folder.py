@@ -5,8 +5,9 @@ import os
 import time
 from abc import abstractmethod
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -186,20 +187,35 @@ def _walk(root: Path) -> Arrays:
         time.sleep(_TICK / 1e9)
     blocks = [names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)]
     files, counts = Packer(), array("q")
-    with ThreadPoolExecutor(_THREADS) as pool:
-        walked = pool.map(lambda block: [_image_names(f"{root}/{name}") for name in block], blocks)
-        what = printable(f"indexing {root.name}")
-        for block in track(walked, what, len(blocks), transient=True, disable=len(blocks) < 40):
-            for found in block:
-                counts.append(len(found))
-                for name in found:
-                    files.append(name)
+    what = printable(f"indexing {root.name}")
+    walked = _walked(root, blocks)
+    for block in track(walked, what, len(blocks), transient=True, disable=len(blocks) < 40):
+        for found in block:
+            counts.append(len(found))
+            for name in found:
+                files.append(name)
     return {
         **people.arrays("identities"),
         **files.names().arrays("files"),
         "counts": np.array(counts, np.int64),
         "times": times,
     }
+
+
+def _walked(root: Path, blocks: Iterable[list[str]]) -> Iterator[list[list[str]]]:
+    """Names of the images of each identity, in blocks, as many of which wait as there are threads.
+
+    ``ThreadPoolExecutor.map`` would let all of them wait.
+    """
+    waiting: deque[Future[list[list[str]]]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for block in blocks:
+            folders = [f"{root}/{name}" for name in block]
+            waiting.append(pool.submit(lambda of: [_image_names(f) for f in of], folders))
+            if len(waiting) > _THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _fresh(root: Path, index: Arrays) -> bool:

@@ -52,7 +52,7 @@ def decode_image(source: str | os.PathLike[str] | bytes | BinaryIO, size: int = 
     try:
         decode_into(_content(source), pixels)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read image {_name(source)}: {_reason(error)}") from error
+        raise ValueError(f"cannot read image {_name(source)}: {reason(error)}") from error
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
@@ -231,7 +231,7 @@ def _open(view: memoryview) -> Image.Image:
         start = bytes(view[:8])
         raise ValueError(f"not a JPEG, PNG, WebP or BMP image: it starts with {start!r}") from error
     except Exception as error:  # which of a dozen types a broken file raises is up to its decoder
-        raise ValueError(_reason(error)) from error
+        raise ValueError(reason(error)) from error
 
 
 def _refuse_bomb(size: tuple[int, int]) -> None:
@@ -252,7 +252,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, in the words of the system or the decoder."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

@@ -3,6 +3,7 @@
 import os
 from array import array
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -118,3 +119,17 @@ def jpeg_name(path: str) -> str:
     # A file a.png.jpg may lie beside a.png.
     kept = suffix == ".jpg" and not stem.lower().endswith(IMAGE_SUFFIXES)
     return name if kept else f"{name}.jpg"
+
+
+def write_names(file: Path, names: Iterable[str]) -> None:
+    """One name a line, in the bytes that the file system has for it; whole or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+        lines.writelines(name.replace("\n", "\\n") + "\n" for name in names)
+    os.replace(part, file)
+
+
+def read_names(file: Path) -> list[str]:
+    """What :func:`write_names` wrote."""
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+        return [line.rstrip("\n") for line in lines]

@@ -4,11 +4,12 @@ import logging
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.progress import Progress
 
 from .cache import Arrays, cached, file_stamp
 from .dataset import FaceDataset
-from .names import Names
+from .names import Names, read_names
 from .recordio import RecordFile, read_table
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,9 @@ logger = logging.getLogger(__name__)
 class RecordDataset(FaceDataset):
     """Images of a ``.rec`` file, ordered by their keys: ``dataset[i]`` is (image, label).
 
-    Labels are numbered anew from 0 in the order of the file's own, which ``identities`` names.
+    Labels are numbered anew from 0 in the order of the file's own. ``identities`` are the lines of
+    ``<name>.identities.txt`` that the file's labels count, or the labels where there is none.
+
     The file is read through a memory map, by any number of workers. Where its images lie is found
     out once, by the ``.idx`` beside it or, where there is none, by going through the file, and kept
     as an index beside it (see :func:`cached`).
@@ -43,7 +46,8 @@ class RecordDataset(FaceDataset):
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"no record file {path}")
-        stamp = file_stamp(self.path, self.path.with_suffix(".idx"))
+        names_file = self.path.with_suffix(".identities.txt")
+        stamp = file_stamp(self.path, self.path.with_suffix(".idx"), names_file)
 
         def table() -> Arrays:
             with Progress(transient=True) as bar:
@@ -53,10 +57,8 @@ class RecordDataset(FaceDataset):
                     progress=lambda done, size: bar.update(task, completed=done, total=size),
                 )
             people, labels = np.unique(found.labels, return_inverse=True)
-            width = len(str(people[-1]))  # so that sorted names keep the order of the numbers
-            names = Names.of(f"{number:0{width}d}" for number in people.tolist())
             return {
-                **names.arrays("identities"),
+                **_named(people, names_file).arrays("identities"),
                 "labels": labels.astype(np.int32),
                 "offsets": found.offsets,
                 **Names.of(found.damaged).arrays("damaged"),
@@ -90,3 +92,14 @@ class RecordDataset(FaceDataset):
 
     def __str__(self) -> str:
         return str(self.path)
+
+
+def _named(people: NDArray[np.int64], file: Path) -> Names:
+    """Names of the labels that occur, (C,) ascending."""
+    if not file.exists():
+        width = len(str(people[-1]))  # so that sorted names keep the order of the numbers
+        return Names.of(f"{number:0{width}d}" for number in people.tolist())
+    names = read_names(file)
+    if people[-1] >= len(names):
+        raise ValueError(f"{file} must name label {people[-1]}, got {len(names)} names")
+    return Names.of(names[number] for number in people.tolist())

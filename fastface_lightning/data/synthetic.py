@@ -102,17 +102,19 @@ class SyntheticFaces(FaceDataset):
 
 
 class _Numbered(Sequence[str]):
-    """Numbers as names."""
+    """Numbers as names, with zeros before them so that they sort alike."""
 
     def __init__(self, numbers: range) -> None:
-        self.numbers = numbers
+        self.numbers, self.width = numbers, len(str(numbers[-1]))
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, index: Any) -> Any:
         found = self.numbers[index]
-        return str(found) if isinstance(found, int) else list(map(str, found))
+        if isinstance(found, int):
+            return f"{found:0{self.width}d}"
+        return [f"{number:0{self.width}d}" for number in found]
 
 
 def _memory() -> int:

@@ -287,3 +287,18 @@ def test_lfw_data_says_what_should_be_there(tree: Tree) -> None:
     (root.parent / "pairsDevTest.txt").write_text("")
     with pytest.raises(ValueError, match=r"peopleDevTrain.txt:1: expected 1, the people listed"):
         LFWData(root.parent).setup()
+
+
+def test_lfw_data_compares_counts_and_packs_what_it_trains_on(
+    tree: Tree, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tree(ann=2, bob=1, cem=2)
+    root.rename(root.parent / "images")
+    (root.parent / "peopleDevTrain.txt").write_text("2\nann\t2\nbob\t3\n")
+    (root.parent / "pairsDevTest.txt").write_text("1\ncem 1 2\ncem 1 ann 2\n")
+    data = ready(LFWData(root.parent, reindex=True))
+    assert data.train_set.identities == data.faces().identities == ["ann", "bob"]
+    assert "lfw: expected 2 identities and 5 images in" in caplog.text
+    (root.parent / "peopleDevTrain.txt").write_text("1\nann\n")
+    with pytest.raises(ValueError, match="expected 'name number_of_images', got 'ann'"):
+        LFWData(root.parent).faces()

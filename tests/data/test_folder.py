@@ -106,7 +106,7 @@ def test_errors_are_one_sentence(tree: Tree, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"flat holds no folders; expected .*/<identity>/"):
         IdentityFolder(tmp_path / "flat")
     (tmp_path / "bare" / "ann").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"none of the 1 identities sought in .*bare has an image"):
+    with pytest.raises(ValueError, match=r"none of the 1 identities in .*bare has an image: exp"):
         IdentityFolder(tmp_path / "bare")
     root = tree(ann=2)
     with pytest.raises(ValueError, match="none of the 2 identities sought"):
@@ -195,14 +195,15 @@ def test_links_that_lead_in_a_circle_hide_nothing_else(tree: Tree) -> None:
 
 
 def test_restrictions_add_up(tree: Tree) -> None:
-    """And share no label or count with what they were taken from."""
+    """And count bad images together with what they were taken from, as a run does."""
     whole = IdentityFolder(tree(ann=1, bob=2, cem=3, dan=1), size=8)
     part = whole.restricted(["bob", "cem", "dan"]).restricted(min_images=2)
     assert part.identities == ["bob", "cem"]
     assert read(part) == [(1, 1, 0), (1, 2, 0), (2, 1, 1), (2, 2, 1), (2, 3, 1)]
     break_file(part.path(0))
-    assert part[0][1] == 0 and part.bad.sum() == 1 and whole.bad.sum() == 0
-    assert len(whole) == 7
+    assert part[0][1] == 0 and part.bad.sum() == 1
+    assert part.bad_images() == whole.bad_images() == [str(part.path(0))]
+    assert whole.restricted(["ann"]).bad_images() == [] and len(whole) == 7
 
 
 def test_a_packed_image_has_a_name_of_its_own(tree: Tree) -> None:

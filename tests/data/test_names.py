@@ -1,13 +1,22 @@
 """Names in one block of bytes are the list of strings they stand for."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastface_lightning.data.names import Labels, Names, Packer, jpeg_name, printable
+from fastface_lightning.data.names import (
+    Labels,
+    Names,
+    Packer,
+    jpeg_name,
+    printable,
+    read_names,
+    write_names,
+)
 
 # What a file system may hold: any bytes but the slash and nought.
 file_names = st.binary(max_size=12).map(lambda b: os.fsdecode(b.translate(None, b"/\0")))
@@ -99,3 +108,10 @@ def test_a_jpeg_is_named_after_its_image(path: str, name: str) -> None:
 def test_no_two_images_of_a_folder_share_a_jpegs_name(names: set[str]) -> None:
     made = {jpeg_name(name) for name in names}
     assert len(made) == len(names) and all(name.endswith(".jpg") for name in made)
+
+
+def test_a_file_of_names_keeps_every_byte_and_its_lines(tmp_path: Path) -> None:
+    names = ["ann", os.fsdecode(b"\xff\xe9"), "陈 \u2028 ü", "", "two\nlines"]
+    write_names(tmp_path / "names.txt", names)
+    assert read_names(tmp_path / "names.txt") == [*names[:4], "two\\nlines"]
+    assert [file.name for file in tmp_path.iterdir()] == ["names.txt"]

@@ -87,13 +87,13 @@ class Numbered(FaceDataset):
         self._hold([str(i) for i in range(count)], np.arange(count, dtype=np.int32))
 
     def _fetch(self, index: int) -> bytes:
-        raise NotImplementedError
+        return bytes([index % 256])
 
     def name(self, index: int) -> str:
         return str(index)
 
     def read_into(self, index: int, out: np.ndarray) -> None:
-        out[:] = index % 256
+        out[:] = self._fetch(index)[0]
 
     def __str__(self) -> str:
         return "numbers"

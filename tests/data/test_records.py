@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from fastface_lightning.data import RecordDataset, encode_jpeg, records
 from fastface_lightning.data.dataset import collate
+from fastface_lightning.data.names import write_names
 from fastface_lightning.data.recordio import InsightFaceWriter, RecordWriter, pack_image, read_table
 
 
@@ -183,3 +184,12 @@ def test_absent_and_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.rec").write_bytes(b"")
     with pytest.raises(ValueError, match="must hold records, got an empty file"):
         RecordDataset(tmp_path / "empty.rec")
+
+
+def test_names_beside_the_file_are_the_identities(rec: Path) -> None:
+    names = [f"person {i}" for i in range(10)]
+    write_names(rec.with_suffix(".identities.txt"), names)
+    assert RecordDataset(rec, size=8).identities == ["person 3", "person 5", "person 9"]
+    write_names(rec.with_suffix(".identities.txt"), names[:9])
+    with pytest.raises(ValueError, match=r"identities\.txt must name label 9, got 9 names"):
+        RecordDataset(rec, size=8)
