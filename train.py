@@ -79,6 +79,7 @@ def main(cfg: DictConfig) -> float | None:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
         write_names(folder / "identities.txt", data.train_set.identities)
+    record.train_set = data.train_set
     trainer = build_trainer(cfg, folder, schedule, record, resume_step)
 
     if not data.verify_names:
@@ -90,7 +91,6 @@ def main(cfg: DictConfig) -> float | None:
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if data.verify_names and record.verified_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
-    record.bad_images = data.train_set.bad_images()
     results = record.write(trainer, folder)
     if trainer.is_global_zero:
         print_summary(results, folder)

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from .data import FaceDataset
 from .report import plot_schedule
 from .schedule.callback import FastFaceCallback
 from .schedule.replay import Change
@@ -125,7 +126,7 @@ class RunRecord(Callback):
         accuracy: the same at the last verification.
         std: its standard deviation over the folds.
         verified_step: optimizer steps done at the last verification.
-        bad_images: training images that could not be read and were replaced; to be set.
+        train_set: the training set, whose bad images are written down; to be set.
     """
 
     def __init__(self) -> None:
@@ -133,7 +134,8 @@ class RunRecord(Callback):
         self.accuracy: dict[str, float] = {}
         self.std: dict[str, float] = {}
         self.verified_step: int | None = None
-        self.bad_images: list[str] = []
+        self.train_set: FaceDataset | None = None
+        self._earlier_bad: list[str] = []
         self._images = 0
         self._lr: float | None = None
         self._lr_changes: list[Change] = []
@@ -205,7 +207,7 @@ class RunRecord(Callback):
             "lr_changes": [change._asdict() for change in self._changes(trainer)],
             "final_lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "images": self._images,
-            "bad_images": self.bad_images,
+            "bad_images": self._bad_images(),
             "images_per_second": self._images / max(self._train_seconds, 1e-9),
             "wall_seconds": self._wall_seconds(),
             "peak_memory_bytes": peak_memory(device),
@@ -221,12 +223,18 @@ class RunRecord(Callback):
                 return callback.changes
         return self._lr_changes if 10 * len(self._lr_changes) < trainer.global_step else []
 
+    def _bad_images(self) -> list[str]:
+        """Training images that this process could not read, in all parts of the run."""
+        now = [] if self.train_set is None else self.train_set.bad_images()
+        return self._earlier_bad + [name for name in now if name not in self._earlier_bad]
+
     def _wall_seconds(self) -> float:
         return self._earlier_seconds + time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "images": self._images,
+            "bad_images": self._bad_images(),
             "train_seconds": self._train_seconds,
             "wall_seconds": self._wall_seconds(),
             "untrained": self.untrained,
@@ -242,6 +250,7 @@ class RunRecord(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._images = state_dict["images"]
+        self._earlier_bad = state_dict["bad_images"]
         self._train_seconds = state_dict["train_seconds"]
         self._earlier_seconds = state_dict["wall_seconds"]
         self.untrained = state_dict["untrained"]

@@ -342,6 +342,11 @@ def test_bad_files_are_named_and_skipped(run: Run, faces: Path) -> None:
     ended = run(*base)
     assert ended.code == 0, ended.err
     assert str(victim) in ended.out + ended.err
+    assert json.loads((ended.folder / "results.json").read_text())["bad_images"] == [str(victim)]
+    Image.new("RGB", (112, 112)).save(victim)
+    ended = run("resume=auto", "trainer.max_epochs=2")
+    assert json.loads((ended.folder / "results.json").read_text())["bad_images"] == [str(victim)]
+    victim.write_bytes(victim.read_bytes()[:500])
     stopped = run(*base, "data.max_bad=0", folder="other")
     assert stopped.code == 2
     assert "max_bad" in stopped.err and str(victim) in stopped.err
