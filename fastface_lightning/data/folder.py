@@ -1,6 +1,7 @@
 """Faces in files of their own: one sub-folder a person, or a list that says who is in which."""
 
 import csv
+import errno
 import os
 import time
 from abc import abstractmethod
@@ -253,7 +254,9 @@ def _is(kind: Callable[[], bool]) -> bool:
     """Whether an entry is of a kind; not so a symbolic link that leads round in a circle."""
     try:
         return kind()
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
         return False
 
 
