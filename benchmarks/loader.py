@@ -1,4 +1,8 @@
-"""How fast faces come, and how fast a run starts: ``python benchmarks/loader.py``."""
+"""How fast faces come, and how fast a run starts: ``python benchmarks/loader.py``.
+
+The usual way ends at flipped, normalised floats; this project's at uint8, which the device flips
+and normalises.
+"""
 
 from __future__ import annotations
 
