@@ -66,6 +66,83 @@ def verification_accuracy(
     return _cross_validate(distance, same, folds)
 
 
+class VerificationTAR(NamedTuple):
+    """What cross-validated verification finds at a wanted false accept rate.
+
+    Attributes:
+        tar: true accept rate, mean over the folds, a fraction in [0, 1].
+        std: population standard deviation of it over the folds, a fraction.
+        far: false accept rate that the chosen thresholds came to, mean over the folds, a fraction.
+    """
+
+    tar: float
+    std: float
+    far: float
+
+
+def verification_tar(
+    a: Tensor, b: Tensor, same: Tensor, far: float = 1e-3, folds: int = 10
+) -> VerificationTAR:
+    r"""True accept rate on each fold, at the threshold whose FAR on the other folds is ``far``.
+
+    .. math::
+
+        \mathrm{FAR}_k(t) = \frac{|\{i \notin F_k : d_i < t, \neg\text{same}_i\}|}
+                               {|\{i \notin F_k : \neg\text{same}_i\}|}, \qquad
+        t_k = \mathrm{FAR}_k^{-1}(\mathrm{far})
+
+    with distances :math:`d_i` and folds :math:`F_k` as in :func:`verification_accuracy`. FAR is
+    known at t = 0, 0.001, ..., 3.999 and linear between neighbours. It is a staircase: where it
+    stays at ``far`` over several thresholds the highest of them is taken, and where it steps over
+    ``far`` the threshold lies within that one step of 0.001. If it never reaches ``far``,
+    :math:`t_k = 0`, which accepts nothing. The result is the mean and the population standard
+    deviation of the true accept rates on :math:`F_k`, and the mean false accept rate there.
+
+    Args:
+        a: unit embeddings of the first images, (n, D) float; distances are taken in their dtype.
+        b: unit embeddings of the second images, like ``a``.
+        same: whether a pair shows one person, (n,) bool; every fold must hold pairs of both kinds.
+        far: wanted false accept rate, a fraction in [0, 1].
+        folds: number of folds K, at least 2 and at most n.
+
+    Returns:
+        Mean true accept rate, its standard deviation, and the mean false accept rate.
+
+    Raises:
+        ValueError: in the cases of :func:`verification_accuracy`, if ``far`` lies outside [0, 1],
+            or if a fold lacks pairs of one kind, so that it has no such rate.
+
+    References:
+        Schroff et al., FaceNet: A Unified Embedding for Face Recognition and Clustering, 2015,
+        section 4 (VAL and FAR).
+
+    Example:
+        >>> a = torch.eye(4)
+        >>> b = a[[0, 0, 2, 2]]
+        >>> verification_tar(a, b, torch.tensor([True, False, True, False]), far=0, folds=2)
+        VerificationTAR(tar=1.0, std=0.0, far=0.0)
+    """
+    check_far(far)
+    distance, same, fold = _in_folds(_squared_distance(a, b, same), same, folds)
+    positives = fold[same].bincount(minlength=folds)
+    negatives = fold[~same].bincount(minlength=folds)
+    one_sided = ((positives == 0) | (negatives == 0)).nonzero()
+    if len(one_sided) > 0:
+        k = int(one_sided[0])
+        raise ValueError(
+            "every fold must hold pairs of one person and of two, "
+            f"got {int(positives[k])} and {int(negatives[k])} in fold {k + 1} of {folds}"
+        )
+
+    thresholds = torch.arange(4000, dtype=torch.float64) * 0.001
+    mistaken = _count_below(thresholds, distance[~same], fold[~same], folds)
+    training_far = (mistaken.sum(0) - mistaken) / (negatives.sum() - negatives)[:, None].double()
+    accept = distance < _thresholds_at(far, training_far, thresholds)[fold]
+    tar = fold[accept & same].bincount(minlength=folds) / positives.double()
+    false = fold[accept & ~same].bincount(minlength=folds) / negatives.double()
+    return VerificationTAR(tar.mean().item(), tar.std(correction=0).item(), false.mean().item())
+
+
 class VerificationAccuracy(Metric):
     """:func:`verification_accuracy` of pairs that arrive in batches, on one process or many.
 
@@ -117,19 +194,15 @@ class VerificationAccuracy(Metric):
             same: whether a pair shows one person, (n,) bool.
             index: number of each pair in the whole set, (n,) int64, at least 0.
         """
-        self.distance.append(_squared_distance(a, b, same))
+        distance = _squared_distance(a, b, same)
+        index = pair_numbers(index, same)  # refused before anything is kept
+        self.distance.append(distance)
         self.same.append(same)
-        if index is None:
-            index = torch.full_like(same, _UNNUMBERED, dtype=torch.int64)
-        elif index.shape != same.shape or index.dtype != torch.int64:
-            raise ValueError(
-                f"index must be ({len(same)},) int64, got {tuple(index.shape)} {index.dtype}"
-            )
         self.index.append(index)
 
     def compute(self) -> Tensor:
         """Return the mean accuracy over the folds, a scalar."""
-        order = _protocol_order(dim_zero_cat(self.index))
+        order = protocol_order(dim_zero_cat(self.index))
         distance, same = dim_zero_cat(self.distance)[order], dim_zero_cat(self.same)[order]
         self.result = _cross_validate(distance, same, self.folds)
         return torch.tensor(self.result.accuracy, device=self.device)
@@ -139,26 +212,39 @@ class VerificationAccuracy(Metric):
         self.result = None
 
 
-def _check_folds(folds: int) -> None:
-    if folds < 2:
-        raise ValueError(f"folds must be at least 2, got {folds}")
-
-
-def _squared_distance(a: Tensor, b: Tensor, same: Tensor) -> Tensor:
-    """Return the squared distance of each pair, (n,) in the dtype of ``a``."""
-    if a.ndim != 2 or a.shape != b.shape:
-        raise ValueError(f"a and b must both be (n, D), got {tuple(a.shape)} and {tuple(b.shape)}")
-    if not a.is_floating_point() or a.dtype != b.dtype:
-        raise ValueError(f"a and b must share one float dtype, got {a.dtype} and {b.dtype}")
-    if same.shape != a.shape[:1] or same.dtype != torch.bool:
+def check_same(same: Tensor, n: int) -> None:
+    """Refuse labels that are not one bool for each of n pairs."""
+    if same.shape != (n,) or same.dtype != torch.bool:
         raise ValueError(
-            f"same must be ({len(a)},) bool, one for each pair, "
-            f"got {tuple(same.shape)} {same.dtype}"
+            f"same must be ({n},) bool, one for each pair, got {tuple(same.shape)} {same.dtype}"
         )
-    return (a - b).square().sum(1)
 
 
-def _protocol_order(index: Tensor) -> Tensor:
+def check_finite(values: Tensor, name: str) -> None:
+    """Refuse (n,) values of pairs with NaN or infinity among them, naming the first such pair."""
+    broken = (~values.isfinite()).nonzero()
+    if len(broken) > 0:
+        raise ValueError(f"{name} must be finite, got NaN or infinity in pair {int(broken[0])}")
+
+
+def check_far(far: float) -> None:
+    """Refuse a false accept rate that is no fraction."""
+    if not 0 <= far <= 1:
+        raise ValueError(f"far must lie in [0, 1], got {far}")
+
+
+def pair_numbers(index: Tensor | None, same: Tensor) -> Tensor:
+    """Return the number of each pair in the whole set, (n,) int64, or a mark for having none."""
+    if index is None:
+        return torch.full_like(same, _UNNUMBERED, dtype=torch.int64)
+    if index.shape != same.shape or index.dtype != torch.int64:
+        raise ValueError(
+            f"index must be ({len(same)},) int64, got {tuple(index.shape)} {index.dtype}"
+        )
+    return index
+
+
+def protocol_order(index: Tensor) -> Tensor:
     """Return where each pair stands, in order of its number and once only: (n,) -> (unique,)."""
     numbered = int((index != _UNNUMBERED).sum())
     if numbered == 0:
@@ -174,34 +260,68 @@ def _protocol_order(index: Tensor) -> Tensor:
     return order[is_new]
 
 
-def _cross_validate(distance: Tensor, same: Tensor, folds: int) -> VerificationResult:
-    """Choose and score thresholds on squared distances, in O(n log T + K T) for T thresholds."""
+def _squared_distance(a: Tensor, b: Tensor, same: Tensor) -> Tensor:
+    """Return the squared distance of each pair, (n,) in the dtype of ``a``."""
+    if a.ndim != 2 or a.shape != b.shape:
+        raise ValueError(f"a and b must both be (n, D), got {tuple(a.shape)} and {tuple(b.shape)}")
+    if not a.is_floating_point() or a.dtype != b.dtype:
+        raise ValueError(f"a and b must share one float dtype, got {a.dtype} and {b.dtype}")
+    check_same(same, len(a))
+    return (a - b).square().sum(1)
+
+
+def _check_folds(folds: int) -> None:
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}")
+
+
+def _in_folds(distance: Tensor, same: Tensor, folds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return distances in float64, labels and the fold of each pair, all (n,) on the CPU."""
     _check_folds(folds)
     n = len(distance)
     if n < folds:
         raise ValueError(
             f"pairs must be at least as many as folds, got {n} pairs for {folds} folds"
         )
-    distance, same = distance.detach().cpu().double(), same.cpu()
-    broken = (~distance.isfinite()).nonzero()
-    if len(broken) > 0:
-        raise ValueError(f"embeddings must be finite, got NaN or infinity in pair {int(broken[0])}")
-
-    thresholds = torch.arange(400, dtype=torch.float64) * 0.01
+    check_finite(distance, "embeddings")
     size = torch.full((folds,), n // folds)
     size[: n % folds] += 1
-    fold = torch.arange(folds).repeat_interleave(size)
+    return distance.detach().cpu().double(), same.cpu(), torch.arange(folds).repeat_interleave(size)
 
-    # Threshold 0 calls every pair different. The first threshold above a pair's distance calls it
-    # the same: one more right decision if it shows one person, one fewer if not.
+
+def _count_below(thresholds: Tensor, distance: Tensor, fold: Tensor, folds: int) -> Tensor:
+    """Count the pairs of each fold closer than each of T thresholds, (folds, T) int64.
+
+    One histogram, in O(n log T + folds T): a pair counts from the first threshold above its
+    distance on.
+    """
+    width = len(thresholds) + 1  # the last bin holds the pairs that no threshold reaches
     first = torch.searchsorted(thresholds, distance, right=True)
-    change = torch.zeros(folds, len(thresholds) + 1, dtype=torch.int64)
-    change.index_put_((fold, first), torch.where(same, 1, -1), accumulate=True)
-    different = torch.zeros(folds, dtype=torch.int64).index_add_(0, fold, (~same).long())
-    correct = different[:, None] + change.cumsum(1)[:, :-1]  # (folds, thresholds)
+    histogram = (fold * width + first).bincount(minlength=folds * width)
+    return histogram.view(folds, width).cumsum(1)[:, :-1]
+
+
+def _thresholds_at(far: float, rates: Tensor, thresholds: Tensor) -> Tensor:
+    """Invert the FAR of each fold, (folds, T) at T thresholds, linearly: -> (folds,)."""
+    below = (rates <= far).sum(1, keepdim=True) - 1  # never -1: the FAR at threshold 0 is 0
+    above = (below + 1).clamp(max=len(thresholds) - 1)
+    low, high = rates.gather(1, below), rates.gather(1, above)
+    part = torch.where(low < high, (far - low) / (high - low), 0)
+    threshold = torch.lerp(thresholds[below], thresholds[above], part)
+    return threshold.where(rates[:, -1:] >= far, 0).squeeze(1)
+
+
+def _cross_validate(distance: Tensor, same: Tensor, folds: int) -> VerificationResult:
+    """Choose and score thresholds on squared distances."""
+    distance, same, fold = _in_folds(distance, same, folds)
+    thresholds = torch.arange(400, dtype=torch.float64) * 0.01
+    different = fold[~same].bincount(minlength=folds)
+    accepted = _count_below(thresholds, distance[same], fold[same], folds)
+    mistaken = _count_below(thresholds, distance[~same], fold[~same], folds)
+    correct = accepted + different[:, None] - mistaken  # (folds, thresholds)
 
     best = (correct.sum(0) - correct).argmax(1)  # of the other folds; argmax is the first of ties
-    accuracy = correct[torch.arange(folds), best].double() / size
+    accuracy = correct[torch.arange(folds), best] / fold.bincount().double()
     return VerificationResult(
         accuracy.mean().item(), accuracy.std(correction=0).item(), thresholds[best]
     )

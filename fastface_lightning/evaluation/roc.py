@@ -1,0 +1,334 @@
+"""The ROC of pair scores: every trade between accepting impostors and accepting the right person.
+
+A pair is accepted if its score is at least the threshold. The false accept rate (FAR) is the share
+of pairs of two persons that are accepted, the true accept rate (TAR) that of pairs of one person.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from .verification import check_far, check_finite, check_same, pair_numbers, protocol_order
+
+
+class ROC(NamedTuple):
+    """The points of a receiver operating characteristic, thresholds falling.
+
+    Attributes:
+        far: false accept rate at each threshold, (m,) float64 on the CPU, from 0 to 1.
+        tar: true accept rate at each threshold, like ``far``.
+        thresholds: infinity, which accepts nothing, then every score that occurs, like ``far``.
+    """
+
+    far: Tensor
+    tar: Tensor
+    thresholds: Tensor
+
+
+def roc_curve(scores: Tensor, same: Tensor) -> ROC:
+    r"""All points of the ROC, by one sort of the scores.
+
+    .. math::
+
+        \mathrm{FAR}(t) = \frac{|\{i : s_i \ge t, \neg\text{same}_i\}|}
+                               {|\{i : \neg\text{same}_i\}|}, \qquad
+        \mathrm{TAR}(t) = \frac{|\{i : s_i \ge t, \text{same}_i\}|}{|\{i : \text{same}_i\}|}
+
+    at :math:`t = \infty` and at every score :math:`s_i`. Equal scores pass together, so they make
+    one point. No point is dropped for lying on a straight line between its neighbours.
+
+    Args:
+        scores: likeness of each pair, (n,) float of any range, finite; compared as they are.
+        same: whether a pair shows one person, (n,) bool; both kinds must occur.
+
+    Returns:
+        The m points, m being one more than the number of different scores.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit, a score is not finite, or one kind of pair is
+            missing.
+
+    Example:
+        >>> scores = torch.tensor([0.9, 0.7, 0.7, 0.1])
+        >>> roc = roc_curve(scores, torch.tensor([True, True, False, False]))
+        >>> roc.far.tolist(), roc.tar.tolist()
+        ([0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 1.0, 1.0])
+    """
+    false, true, thresholds = _accepted(scores, same)
+    start = torch.tensor([torch.inf], dtype=torch.float64)
+    return ROC(
+        false / false[-1].double(),
+        true / true[-1].double(),
+        torch.cat([start, thresholds.double()]),
+    )
+
+
+@overload
+def tar_at_far(scores: Tensor, same: Tensor, far: float) -> float: ...
+@overload
+def tar_at_far(scores: Tensor, same: Tensor, far: Sequence[float]) -> list[float]: ...
+def tar_at_far(scores: Tensor, same: Tensor, far: float | Sequence[float]) -> float | list[float]:
+    """True accept rate at the ROC point nearest in FAR, as IJB-B and IJB-C report it.
+
+    Of points with equal FAR the one with the largest TAR counts. Where two FARs are equally near,
+    one below and one above, the one above counts. With N pairs of two persons FARs are multiples of
+    1/N (fewer, if scores tie): a ``far`` below 1/(2N) is answered at FAR 0, with the share of pairs
+    of one person that score above every pair of two.
+
+    The points are those of :func:`roc_curve`, all of them. scikit-learn's ``roc_curve`` drops
+    points on straight lines unless told not to, and the nearest point that is left then may have
+    another FAR, and another TAR.
+
+    Args:
+        scores: likeness of each pair, (n,) float of any range, finite.
+        same: whether a pair shows one person, (n,) bool; both kinds must occur.
+        far: wanted false accept rate, a fraction in [0, 1], or several.
+
+    Returns:
+        The true accept rate, a fraction; for several ``far`` a list of them.
+
+    Raises:
+        ValueError: in the cases of :func:`roc_curve`, or if a ``far`` lies outside [0, 1].
+
+    References:
+        Whitelam et al., IARPA Janus Benchmark-B Face Dataset, 2017; Maze et al., IARPA Janus
+        Benchmark - C, 2018: 1:1 verification.
+
+    Example:
+        >>> scores = torch.tensor([0.9, 0.7, 0.6, 0.1])
+        >>> same = torch.tensor([True, False, True, False])
+        >>> tar_at_far(scores, same, [0.1, 0.4])
+        [0.5, 1.0]
+    """
+    wanted = _wanted(far)
+    roc = roc_curve(scores, same)
+    tar = [roc.tar[_nearest(roc.far, value)].item() for value in wanted]
+    return tar[0] if isinstance(far, float | int) else tar
+
+
+def equal_error_rate(scores: Tensor, same: Tensor) -> float:
+    r"""The error rate where as many impostors are accepted as right persons rejected.
+
+    .. math::
+
+        \mathrm{EER} = \mathrm{FAR}(t) \quad\text{where}\quad
+        \mathrm{FAR}(t) = 1 - \mathrm{TAR}(t)
+
+    on the ROC, its neighbouring points joined by straight lines.
+
+    Args:
+        scores: likeness of each pair, (n,) float of any range, finite.
+        same: whether a pair shows one person, (n,) bool; both kinds must occur.
+
+    Returns:
+        The rate, a fraction: 0 if the scores separate the two kinds, 0.5 if all scores are equal.
+
+    Raises:
+        ValueError: in the cases of :func:`roc_curve`.
+
+    Example:
+        >>> scores = torch.tensor([0.9, 0.7, 0.6, 0.1])
+        >>> equal_error_rate(scores, torch.tensor([True, False, True, False]))
+        0.5
+    """
+    far, tar, _ = roc_curve(scores, same)
+    excess = far + tar - 1  # FAR - FRR: rises at every point, from -1 to 1
+    after = int(torch.searchsorted(excess, 0.0))
+    before = after - 1
+    part = excess[before] / (excess[before] - excess[after])
+    return torch.lerp(far[before], far[after], part).item()
+
+
+def roc_auc(scores: Tensor, same: Tensor) -> float:
+    r"""Area under the ROC: how often a pair of one person scores above a pair of two.
+
+    .. math::
+
+        \mathrm{AUC} = \frac{1}{P N} \sum_{\text{same}_i} \sum_{\neg\text{same}_j}
+            [s_i > s_j] + \tfrac{1}{2} [s_i = s_j]
+
+    for P pairs of one person and N of two; counted in integers, as trapezoids under the ROC.
+
+    Args:
+        scores: likeness of each pair, (n,) float of any range, finite.
+        same: whether a pair shows one person, (n,) bool; both kinds must occur.
+
+    Returns:
+        The area, a fraction: 1 if the scores separate the two kinds, 0.5 if all scores are equal.
+
+    Raises:
+        ValueError: in the cases of :func:`roc_curve`.
+
+    References:
+        Hanley and McNeil, The Meaning and Use of the Area under a Receiver Operating
+        Characteristic (ROC) Curve, 1982.
+
+    Example:
+        >>> scores = torch.tensor([0.9, 0.7, 0.6, 0.1])
+        >>> roc_auc(scores, torch.tensor([True, False, True, False]))
+        0.75
+    """
+    false, true, _ = _accepted(scores, same)
+    doubled = int((false.diff() * (true[1:] + true[:-1])).sum())
+    return doubled / (2 * int(false[-1]) * int(true[-1]))
+
+
+def _accepted(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count what is accepted, from nothing to everything, and the thresholds that do it.
+
+    Returns:
+        Accepted pairs of two persons, (m,) int64 from 0; of one person, likewise; and the m - 1
+        different scores, falling, in their own dtype. All on the CPU.
+    """
+    _check_scores(scores, same)
+    check_finite(scores, "scores")
+    n, positives = len(scores), int(same.sum())
+    if positives in (0, n):
+        raise ValueError(
+            "pairs must show both one person and two, "
+            f"got {positives} pairs of one and {n - positives} of two"
+        )
+
+    scores, order = scores.detach().cpu().sort(descending=True)
+    is_last = torch.ones(n, dtype=torch.bool)  # of the pairs with its score
+    is_last[:-1] = scores[1:] != scores[:-1]
+    true = same.cpu()[order].cumsum(0)[is_last]
+    false = is_last.nonzero().squeeze(1) + 1 - true
+    nothing = torch.zeros(1, dtype=torch.int64)
+    return torch.cat([nothing, false]), torch.cat([nothing, true]), scores[is_last]
+
+
+def _check_scores(scores: Tensor, same: Tensor) -> None:
+    if scores.ndim != 1 or not scores.is_floating_point():
+        raise ValueError(f"scores must be (n,) float, got {tuple(scores.shape)} {scores.dtype}")
+    check_same(same, len(scores))
+
+
+def _wanted(far: float | Sequence[float]) -> list[float]:
+    """Return one or several wanted FARs as a list, refusing what is no fraction."""
+    wanted = [far] if isinstance(far, float | int) else [float(value) for value in far]
+    for value in wanted:
+        check_far(value)
+    return wanted
+
+
+def _nearest(far: Tensor, wanted: float) -> int:
+    """Return where the largest TAR at the nearest FAR stands in a rising (m,) ``far``."""
+    above = int(torch.searchsorted(far, wanted))
+    if above > 0 and wanted - far[above - 1] < far[above] - wanted:
+        above -= 1
+    return int(torch.searchsorted(far, far[above], right=True)) - 1
+
+
+class PairScores(Metric):
+    """Scores of pairs that arrive in batches, on one process or many; ``compute()`` is to be given.
+
+    The order of the pairs does not matter. Where a sampler spreads the pairs over processes, give
+    each pair's number as ``index``: the repetitions by which a distributed sampler fills its last
+    batch are then dropped. Every process must update at least once; an empty batch will do. Call
+    ``update`` rather than the metric itself: a batch alone may lack one kind of pair, and then has
+    no value.
+
+    Args:
+        kwargs: passed on to :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: from ``compute()`` in the cases of :func:`roc_curve`, or if only some updates
+            had an ``index``.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    scores: list[Tensor]
+    same: list[Tensor]
+    index: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.add_state("same", [], dist_reduce_fx="cat")
+        self.add_state("index", [], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, same: Tensor, index: Tensor | None = None) -> None:
+        """Add n pairs.
+
+        Args:
+            scores: likeness of each pair, (n,) float of any range, finite.
+            same: whether a pair shows one person, (n,) bool.
+            index: number of each pair in the whole set, (n,) int64, at least 0.
+        """
+        _check_scores(scores, same)
+        index = pair_numbers(index, same)  # refused before anything is kept
+        self.scores.append(scores.detach())
+        self.same.append(same)
+        self.index.append(index)
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Return scores and labels of all pairs, each pair once, (n,) both."""
+        order = protocol_order(dim_zero_cat(self.index))
+        return dim_zero_cat(self.scores)[order], dim_zero_cat(self.same)[order]
+
+
+class TARAtFAR(PairScores):
+    """:func:`tar_at_far` of pairs that arrive in batches, see :class:`PairScores`.
+
+    ``compute()`` gives a scalar, or (k,) for k values of ``far``.
+
+    Args:
+        far: wanted false accept rate, a fraction in [0, 1], or several.
+        kwargs: passed on to :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if a ``far`` lies outside [0, 1]; else see :class:`PairScores`.
+
+    Example:
+        >>> metric = TARAtFAR(far=[0.1, 0.4])
+        >>> metric.update(torch.tensor([0.9, 0.7]), torch.tensor([True, False]))
+        >>> metric.update(torch.tensor([0.6, 0.1]), torch.tensor([True, False]))
+        >>> metric.compute()
+        tensor([0.5000, 1.0000])
+    """
+
+    higher_is_better = True
+
+    def __init__(self, far: float | Sequence[float] = 1e-4, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _wanted(far)
+        self.far = far
+
+    def compute(self) -> Tensor:
+        """Return the true accept rate at each wanted ``far``, a scalar or (k,)."""
+        return torch.tensor(tar_at_far(*self._pairs(), self.far), device=self.device)
+
+
+class EqualErrorRate(PairScores):
+    """:func:`equal_error_rate` of pairs that arrive in batches, see :class:`PairScores`."""
+
+    higher_is_better = False
+
+    def compute(self) -> Tensor:
+        """Return the rate, a scalar."""
+        return torch.tensor(equal_error_rate(*self._pairs()), device=self.device)
+
+
+class ROCAUC(PairScores):
+    """:func:`roc_auc` of pairs that arrive in batches, see :class:`PairScores`."""
+
+    higher_is_better = True
+
+    def compute(self) -> Tensor:
+        """Return the area, a scalar."""
+        return torch.tensor(roc_auc(*self._pairs()), device=self.device)
+
+
+class ROCCurve(PairScores):
+    """:func:`roc_curve` of pairs that arrive in batches, see :class:`PairScores`."""
+
+    def compute(self) -> ROC:
+        """Return all points of the ROC."""
+        return roc_curve(*self._pairs())

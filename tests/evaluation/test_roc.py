@@ -1,0 +1,437 @@
+"""The ROC and what is read off it, against counting pair by pair and against scikit-learn."""
+
+import math
+import os
+import pickle
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sklearn_metrics
+from torch import Tensor
+from torch.multiprocessing import start_processes
+
+from fastface_lightning.evaluation import (
+    ROC,
+    ROCAUC,
+    EqualErrorRate,
+    ROCCurve,
+    TARAtFAR,
+    equal_error_rate,
+    roc_auc,
+    roc_curve,
+    tar_at_far,
+)
+
+
+def twin_roc(scores: list[float], same: list[bool]) -> list[tuple[float, float, float]]:
+    """(FAR, TAR, threshold) at infinity and at every score, counting every pair each time."""
+    impostor = [s for s, y in zip(scores, same, strict=True) if not y]
+    genuine = [s for s, y in zip(scores, same, strict=True) if y]
+    return [
+        (
+            sum(s >= threshold for s in impostor) / len(impostor),
+            sum(s >= threshold for s in genuine) / len(genuine),
+            threshold,
+        )
+        for threshold in [math.inf, *sorted(set(scores), reverse=True)]
+    ]
+
+
+def twin_tar_at_far(scores: list[float], same: list[bool], far: float) -> float:
+    """The benchmark's way: the ROC from its far end, the first point of least distance in FAR."""
+    flipped = twin_roc(scores, same)[::-1]
+    nearest = min(range(len(flipped)), key=lambda i: (abs(flipped[i][0] - far), i))
+    return flipped[nearest][1]
+
+
+def twin_equal_error_rate(scores: list[float], same: list[bool]) -> float:
+    """Walk along the ROC to the segment on which FAR overtakes FRR."""
+    for (far, tar, _), (next_far, next_tar, _) in pairwise(twin_roc(scores, same)):
+        frr, next_frr = 1 - tar, 1 - next_tar
+        if next_far >= next_frr:
+            part = (frr - far) / ((frr - far) + (next_far - next_frr))
+            return far + part * (next_far - far)
+    raise AssertionError("FAR ends at 1, where FRR is 0")
+
+
+def twin_auc(scores: list[float], same: list[bool]) -> float:
+    """How often a pair of one person beats a pair of two, a draw being half a win."""
+    impostor = [s for s, y in zip(scores, same, strict=True) if not y]
+    genuine = [s for s, y in zip(scores, same, strict=True) if y]
+    wins = sum((g > i) + (g == i) / 2 for g in genuine for i in impostor)
+    return wins / (len(genuine) * len(impostor))
+
+
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "spread": lambda noise, sign: noise + sign / 2,
+    "quantised": lambda noise, sign: (4 * noise + sign).round() / 8,
+    "tied": lambda noise, sign: (noise + sign).round(),
+    "signed zeros": lambda noise, sign: (noise / 2).round(),
+    "equal": lambda noise, sign: torch.full_like(noise, 0.3),
+    "separated": lambda noise, sign: (noise.abs() + 0.1) * sign,
+    "reversed": lambda noise, sign: (noise.abs() + 0.1) * -sign,
+    "apart by one rounding": lambda noise, sign: 1 + noise.round() * 2**-23,
+    "huge": lambda noise, sign: (noise + sign) * 1e30,
+}
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Scores of one of the shapes and labels of 2 to 40 pairs, both kinds occurring."""
+    size = draw(st.integers(0, 38))
+    labels = [True, False, *draw(st.lists(st.booleans(), min_size=size, max_size=size))]
+    same = torch.tensor(draw(st.permutations(labels)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    noise = torch.randn(len(same), generator=generator, dtype=torch.float64)
+    scores = SHAPES[draw(st.sampled_from(sorted(SHAPES)))](noise, torch.where(same, 1.0, -1.0))
+    return scores.to(draw(st.sampled_from([torch.float32, torch.float64]))), same
+
+
+@given(pairs=pairs())
+def test_every_point_equals_the_count(pairs: tuple[Tensor, Tensor]) -> None:
+    scores, same = pairs
+    roc = roc_curve(scores, same)
+    assert isinstance(roc, ROC)
+    assert {points.dtype for points in roc} == {torch.float64}
+    points = list(zip(*(x.tolist() for x in roc), strict=True))
+    assert points == twin_roc(scores.tolist(), same.tolist())
+
+
+@given(pairs=pairs())
+def test_curve_and_area_equal_scikit_learn(pairs: tuple[Tensor, Tensor]) -> None:
+    scores, same = (x.numpy() for x in pairs)
+    expected = sklearn_metrics.roc_curve(same, scores, drop_intermediate=False)
+    for ours, theirs in zip(roc_curve(*pairs), expected, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs)
+    area = sklearn_metrics.roc_auc_score(same, scores)
+    assert roc_auc(*pairs) == pytest.approx(area, abs=1e-12)
+
+
+@given(pairs=pairs())
+def test_rates_equal_the_loops(pairs: tuple[Tensor, Tensor]) -> None:
+    lists = [x.tolist() for x in pairs]
+    assert roc_auc(*pairs) == pytest.approx(twin_auc(*lists), abs=1e-12)
+    assert equal_error_rate(*pairs) == pytest.approx(twin_equal_error_rate(*lists), abs=1e-12)
+
+
+@given(pairs=pairs(), far=st.floats(0, 1), data=st.data())
+def test_tar_at_far_equals_the_loops(
+    pairs: tuple[Tensor, Tensor], far: float, data: st.DataObject
+) -> None:
+    """Also at the FARs of the points and half-way between them, where two are equally near."""
+    negatives = int((~pairs[1]).sum())
+    on_grid = data.draw(st.integers(0, 2 * negatives)) / (2 * negatives)
+    wanted = [far, on_grid, 0.0, 1.0]
+    expected = [twin_tar_at_far(*(x.tolist() for x in pairs), value) for value in wanted]
+    assert tar_at_far(*pairs, wanted) == expected
+    assert tar_at_far(*pairs, far) == expected[0]
+
+
+@given(pairs=pairs())
+def test_scores_are_compared_in_their_own_dtype(pairs: tuple[Tensor, Tensor]) -> None:
+    """Widening float32 to float64 keeps every order and every tie."""
+    scores, same = pairs
+    for narrow in (scores.half(), scores.bfloat16(), scores.float()):
+        if narrow.isfinite().all():
+            both = zip(roc_curve(narrow, same), roc_curve(narrow.double(), same), strict=True)
+            assert all(torch.equal(ours, wide) for ours, wide in both)
+
+
+@given(pairs=pairs(), far=st.floats(0, 1))
+def test_only_the_order_of_the_scores_counts(pairs: tuple[Tensor, Tensor], far: float) -> None:
+    scores, same = pairs
+    rank = scores.unique(return_inverse=True)[1].double()
+    for changed in (rank, rank.exp(), 1e-3 * rank.sqrt() - 7):
+        assert roc_auc(changed, same) == roc_auc(scores, same)
+        assert equal_error_rate(changed, same) == equal_error_rate(scores, same)
+        assert tar_at_far(changed, same, far) == tar_at_far(scores, same, far)
+
+
+@given(pairs=pairs(), far=st.floats(0, 1), data=st.data())
+def test_the_order_of_the_pairs_does_not_count(
+    pairs: tuple[Tensor, Tensor], far: float, data: st.DataObject
+) -> None:
+    scores, same = pairs
+    order = torch.tensor(data.draw(st.permutations(range(len(same)))))
+    both = zip(roc_curve(scores[order], same[order]), roc_curve(scores, same), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in both)
+    assert tar_at_far(scores[order], same[order], far) == tar_at_far(scores, same, far)
+
+
+@given(pairs=pairs(), far=st.lists(st.floats(0, 1), min_size=2))
+def test_tar_never_falls_as_far_grows(pairs: tuple[Tensor, Tensor], far: list[float]) -> None:
+    tar = tar_at_far(*pairs, sorted(far))
+    assert tar == sorted(tar)
+    assert tar_at_far(*pairs, 1.0) == 1.0
+
+
+@given(pairs=pairs())
+def test_turned_scores_turn_the_rates(pairs: tuple[Tensor, Tensor]) -> None:
+    scores, same = pairs
+    assert roc_auc(-scores, same) == pytest.approx(1 - roc_auc(scores, same), abs=1e-15)
+    turned = 1 - equal_error_rate(scores, same)
+    assert equal_error_rate(-scores, same) == pytest.approx(turned, abs=1e-12)
+    assert roc_auc(-scores, ~same) == roc_auc(scores, same)
+
+
+def test_separated_equal_and_reversed_scores_are_exact() -> None:
+    """A thousand points of 1/700 and 1/300 add up to 1 without a rounding error."""
+    scores, same = torch.arange(1000.0), torch.arange(1000) >= 300
+    assert (roc_auc(scores, same), equal_error_rate(scores, same)) == (1.0, 0.0)
+    assert tar_at_far(scores, same, [0, 1e-4, 1]) == [1.0, 1.0, 1.0]
+    assert (roc_auc(-scores, same), equal_error_rate(-scores, same)) == (0.0, 1.0)
+    assert tar_at_far(-scores, same, [0, 0.99, 1]) == [0.0, 0.0, 1.0]
+    equal = torch.zeros(1000)
+    assert (roc_auc(equal, same), equal_error_rate(equal, same)) == (0.5, 0.5)
+    assert roc_curve(equal, same).thresholds.tolist() == [math.inf, 0.0]
+
+
+def test_scores_are_not_squashed() -> None:
+    """Scores outside [0, 1] are no logits: a sigmoid in float32 would make the upper ones equal."""
+    scores, same = torch.tensor([100.0, 99.0, -99.0, -100.0]), torch.tensor([1, 0, 1, 0]).bool()
+    assert roc_curve(scores, same).thresholds.tolist() == [math.inf, 100.0, 99.0, -99.0, -100.0]
+
+
+# FARs 0, 1/4, ..., 1: the pairs of one person stand alone above the pair of two that follows.
+STAIRS = torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2])
+STAIRS_SAME = torch.tensor([True, False] * 4)
+
+
+@pytest.mark.parametrize(
+    ("far", "tar"),
+    [
+        (0.0, 0.25),
+        (1e-9, 0.25),  # far smaller than 1 / negatives: the best at FAR 0
+        (0.1249, 0.25),
+        (0.125, 0.5),  # equally near to 0 and 1/4: the point above
+        (0.25, 0.5),  # the largest TAR of the two points at 1/4
+        (0.3751, 0.75),
+        (1.0, 1.0),
+    ],
+)
+def test_nearest_point(far: float, tar: float) -> None:
+    assert tar_at_far(STAIRS, STAIRS_SAME, far) == tar
+
+
+def test_tied_scores_leave_no_point_between() -> None:
+    """Every impostor shares one score: FAR is 0 or 1, and 0.4 is nearer to 0."""
+    scores = torch.tensor([0.9, 0.5, 0.5, 0.5, 0.1])
+    same = torch.tensor([True, False, True, False, True])
+    assert tar_at_far(scores, same, [0.4, 0.5]) == [1 / 3, 1.0]
+
+
+def test_all_points_count_unlike_scikit_learn_by_default() -> None:
+    """The point between two impostors in a row lies on a straight line, and is the nearest."""
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    same = torch.tensor([True, False, False, True, False, False])
+    assert tar_at_far(scores, same, 0.26) == 0.5
+    far, tar, _ = sklearn_metrics.roc_curve(same.numpy(), scores.numpy())
+    far, tar = far[::-1], tar[::-1]
+    assert 0.25 not in far
+    assert tar[np.abs(far - 0.26).argmin()] == 1.0
+
+
+def test_far_may_be_one_or_several() -> None:
+    assert tar_at_far(STAIRS, STAIRS_SAME, 1) == 1.0
+    assert tar_at_far(STAIRS, STAIRS_SAME, (0.0, 0.25)) == [0.25, 0.5]
+    assert tar_at_far(STAIRS, STAIRS_SAME, []) == []
+
+
+def test_needs_no_gradient() -> None:
+    roc = roc_curve(STAIRS.clone().requires_grad_(), STAIRS_SAME)
+    assert not any(points.requires_grad for points in roc)
+
+
+def broken(value: float) -> Tensor:
+    return torch.where(torch.arange(8) == 5, value, STAIRS)
+
+
+SCORES_BAD: list[tuple[dict[str, Any], str]] = [
+    ({"scores": STAIRS[:, None]}, "scores must be (n,) float, got (8, 1) torch.float32"),
+    ({"scores": STAIRS.long()}, "scores must be (n,) float, got (8,) torch.int64"),
+    ({"scores": STAIRS[:7]}, "same must be (7,) bool, one for each pair, got (8,) torch.bool"),
+    ({"same": STAIRS_SAME.long()}, "same must be (8,) bool, one for each pair, got (8,) torch.int"),
+    ({"same": STAIRS_SAME[:, None]}, "same must be (8,) bool, one for each pair, got (8, 1)"),
+]
+PAIRS_BAD: list[tuple[dict[str, Any], str]] = [
+    ({"scores": broken(math.nan)}, "scores must be finite, got NaN or infinity in pair 5"),
+    ({"scores": broken(-math.inf)}, "scores must be finite, got NaN or infinity in pair 5"),
+    (
+        {"same": STAIRS_SAME | True},
+        "must show both one person and two, got 8 pairs of one and 0 of",
+    ),
+    ({"same": STAIRS_SAME & False}, "must show both one person and two, got 0 pairs of one and 8"),
+    ({"scores": STAIRS[:0], "same": STAIRS_SAME[:0]}, "got 0 pairs of one and 0 of two"),
+]
+FUNCTIONS = [
+    roc_curve,
+    roc_auc,
+    equal_error_rate,
+    lambda scores, same: tar_at_far(scores, same, 0.1),
+]
+METRICS = [ROCCurve, ROCAUC, EqualErrorRate, TARAtFAR]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("changed", "message"), SCORES_BAD + PAIRS_BAD)
+def test_refuses_bad_pairs(
+    changed: dict[str, Any], message: str, function: Callable[..., Any]
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        function(**{"scores": STAIRS, "same": STAIRS_SAME, **changed})
+
+
+@pytest.mark.parametrize("far", [2, -1e-9, 1.0000001, math.nan, math.inf])
+def test_refuses_a_far_that_is_no_fraction(far: float) -> None:
+    message = re.escape(f"far must lie in [0, 1], got {far}")
+    for refused in (far, [0.1, far]):
+        with pytest.raises(ValueError, match=message):
+            tar_at_far(STAIRS, STAIRS_SAME, refused)
+        with pytest.raises(ValueError, match=message):
+            TARAtFAR(refused)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("changed", "message"), SCORES_BAD)
+def test_a_refused_update_leaves_no_trace(
+    changed: dict[str, Any], message: str, metric: type
+) -> None:
+    one = metric()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        one.update(**{"scores": STAIRS, "same": STAIRS_SAME, **changed})
+    with pytest.raises(ValueError, match=re.escape("index must be (8,) int64, got (7,)")):
+        one.update(STAIRS, STAIRS_SAME, torch.arange(7))
+    assert all(state == [] for state in one.metric_state.values())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("changed", "message"), PAIRS_BAD)
+def test_metric_refuses_pairs_without_a_roc(
+    changed: dict[str, Any], message: str, metric: type
+) -> None:
+    one = metric()
+    one.update(**{"scores": STAIRS, "same": STAIRS_SAME, **changed})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        one.compute()
+
+
+def test_refuses_an_index_for_some_updates_only() -> None:
+    metric = ROCAUC()
+    metric.update(STAIRS, STAIRS_SAME)
+    metric.update(STAIRS, STAIRS_SAME, torch.arange(8))
+    with pytest.raises(ValueError, match="with every update or with none, got it for 8 of 16"):
+        metric.compute()
+
+
+def some_pairs(n: int = 101) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    same = torch.rand(n, generator=generator) < 0.4
+    return torch.randn(n, generator=generator).mul(8).round() / 8 + same, same
+
+
+FARS = [0.0, 0.03, 0.2, 0.9]
+
+
+def all_metrics() -> list[Any]:
+    return [TARAtFAR(FARS), TARAtFAR(0.1), EqualErrorRate(), ROCAUC(), ROCCurve()]
+
+
+def expect(metrics: list[Any], scores: Tensor, same: Tensor) -> None:
+    """All of ``all_metrics()`` give what the functions give."""
+    tars, tar, eer, auc, curve = (metric.compute() for metric in metrics)
+    assert tars.tolist() == pytest.approx(tar_at_far(scores, same, FARS), abs=1e-6)
+    assert tar.shape == eer.shape == auc.shape == ()
+    assert tar.item() == pytest.approx(tar_at_far(scores, same, 0.1), abs=1e-6)
+    assert eer.item() == pytest.approx(equal_error_rate(scores, same), abs=1e-6)
+    assert auc.item() == pytest.approx(roc_auc(scores, same), abs=1e-6)
+    assert isinstance(curve, ROC)
+    both = zip(curve, roc_curve(scores, same), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in both)
+
+
+def test_metrics_in_batches_equal_the_functions() -> None:
+    """A batch may lack one kind of pair, and the batches come in any order."""
+    scores, same = some_pairs()
+    metrics = all_metrics()
+    for metric in metrics:
+        for batch in reversed(same.argsort().split(9)):
+            metric.update(scores[batch], same[batch])
+    expect(metrics, scores, same)
+
+
+@settings(deadline=None, max_examples=20)
+@given(n=st.integers(8, 40), ranks=st.integers(2, 4), batch=st.integers(1, 9))
+def test_ranks_merge_to_one_process(n: int, ranks: int, batch: int) -> None:
+    """Interleaved and padded as by a DistributedSampler."""
+    scores, same = some_pairs(n)
+    same[:2] = torch.tensor([True, False])
+    padded = [i % n for i in range(math.ceil(n / ranks) * ranks)]
+    by_rank = [all_metrics() for _ in range(ranks)]
+    for rank, metrics in enumerate(by_rank):
+        for index in torch.tensor(padded[rank::ranks]).split(batch):
+            for metric in metrics:
+                metric.update(scores[index], same[index], index)
+    merged = by_rank.pop()
+    for metrics in by_rank:
+        for metric, other in zip(merged, metrics, strict=True):
+            metric.merge_state(other)
+    expect(merged, scores, same)
+
+
+def on_rank(rank: int, folder: Path) -> None:
+    """Both ranks see both ends of the set, rank 1 in more batches and with more repetitions."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    scores, same = some_pairs()
+    mine = torch.cat([torch.arange(101)[rank::2], torch.arange(7 * rank)])
+    metrics = all_metrics()
+    for metric in metrics:
+        for index in mine.split(20 - rank):
+            metric.update(scores[index], same[index], index)
+    expect(metrics, scores, same)
+
+    metric, mine = ROCAUC(), torch.arange(101 if rank else 0)  # a process without pairs says so
+    metric.update(scores[mine], same[mine], mine)
+    assert metric.compute().item() == pytest.approx(roc_auc(scores, same), abs=1e-6)
+    (folder / f"rank{rank}").touch()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
+def test_two_processes_give_both_the_result_of_one(tmp_path: Path) -> None:
+    start_processes(on_rank, (tmp_path,), nprocs=2, start_method="fork")
+    assert (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists()
+
+
+def test_reset_forgets() -> None:
+    scores, same = some_pairs()
+    metrics = all_metrics()
+    for metric in metrics:
+        metric.update(-scores, same)
+        metric.compute()
+        metric.reset()
+        metric.update(scores[:50], same[:50])
+    expect(metrics, scores[:50], same[:50])
+
+
+def test_keeps_three_numbers_a_pair_and_no_graph() -> None:
+    metric = ROCAUC()
+    metric.update(STAIRS.clone().requires_grad_(), STAIRS_SAME)
+    assert sum(t.numel() for state in metric.metric_state.values() for t in state) == 3 * 8
+    assert not metric.scores[0].requires_grad
+
+
+def test_metrics_survive_pickling() -> None:
+    scores, same = some_pairs()
+    metrics = all_metrics()
+    for metric in metrics:
+        metric.update(scores, same)
+    expect(pickle.loads(pickle.dumps(metrics)), scores, same)
