@@ -23,14 +23,13 @@ from fastface_lightning.data import (
     FaceDataModule,
     FaceDataset,
     align_face,
-    contact_sheet,
     decode_into,
     decode_original,
     encode_jpeg,
     is_packable,
     pair_files,
-    pick_images,
     read_landmarks,
+    sheet_of,
     write_verification_bin,
 )
 from fastface_lightning.data.cache import file_stamp
@@ -59,7 +58,7 @@ def main(cfg: DictConfig) -> int:
         faces = data.faces()
         found |= {"source": str(faces), "identities": faces.num_classes, "images": len(faces)}
         if cfg.sheet:
-            draw_sheet(faces, folder / "sheet.png")
+            sheet_of(faces).save(folder / "sheet.png")
         if cfg.validate:
             found["bad"] = validate(faces, cfg.data.num_workers)
         if cfg.target is not None:
@@ -112,16 +111,6 @@ def report(found: dict[str, Any], folder: Path) -> None:
             console.print(f"    all are in {file}")
     (folder / "pack.json").write_text(json.dumps(found, indent=2) + "\n")
     console.print(f"  {'files':12}{folder}")
-
-
-def draw_sheet(faces: FaceDataset, file: Path) -> None:
-    """A few images of a few identities, as a person can judge them."""
-    chosen = pick_images(faces.labels)
-    samples = [faces[i] for i in chosen]
-    labels = [label for _, label in samples]
-    title = f"{faces}: {len(faces):,} images of {faces.num_classes:,} identities"
-    names = [faces.identities[label] for label in labels]
-    contact_sheet([image for image, _ in samples], labels, names, title).save(file)
 
 
 class Validated(Dataset[str]):
@@ -197,10 +186,11 @@ def packable(data: bytes | memoryview, size: int, quality: int) -> bytes:
 def points_by_name(file: str) -> dict[str, np.ndarray]:
     """Landmarks (5, 2) by the last two parts of their image's path."""
     found: dict[str, np.ndarray] = {}
-    for name, points in read_landmarks(file):
-        if tail(name) in found:
-            raise ValueError(f"{file} must name {tail(name)} once, by its folder and file")
-        found[tail(name)] = points.astype(np.float32)
+    for face in read_landmarks(file):
+        name = tail(face.name)
+        if name in found:
+            raise ValueError(f"{file} must name {name} once, by its folder and file")
+        found[name] = face.points.astype(np.float32)
     return found
 
 

@@ -12,10 +12,12 @@ from .datamodule import (
 )
 from .dataset import FaceDataset
 from .folder import FaceList, IdentityFolder, identity_names
+from .ijb import IJBData, TemplateSubjects, is_ijb, read_ijb
 from .image import decode_image, decode_into, decode_original, encode_jpeg, is_packable
+from .image_files import ImageFiles, find_images
 from .order import EpochSampler, FaceLoader, epoch_order
 from .records import RecordDataset
-from .sheet import contact_sheet, pick_images
+from .sheet import contact_sheet, pairs_sheet, pick_images, sheet_of
 from .synthetic import SyntheticFaces, synthetic_pairs
 from .verification import (
     VerificationPairs,
@@ -38,11 +40,14 @@ __all__ = [
     "FaceDataset",
     "FaceList",
     "FaceLoader",
+    "IJBData",
     "IdentityFolder",
+    "ImageFiles",
     "LFWData",
     "RecordDataset",
     "SyntheticData",
     "SyntheticFaces",
+    "TemplateSubjects",
     "VerificationPairs",
     "ZippedFaces",
     "align_face",
@@ -52,17 +57,22 @@ __all__ = [
     "decode_original",
     "encode_jpeg",
     "epoch_order",
+    "find_images",
     "held_out_pairs",
     "identity_names",
     "interleaved",
+    "is_ijb",
     "is_packable",
     "open_faces",
     "pair_files",
+    "pairs_sheet",
     "pick_images",
+    "read_ijb",
     "read_landmarks",
     "read_pairs",
     "read_verification",
     "read_verification_bin",
+    "sheet_of",
     "similarity_transform",
     "split_identities",
     "synthetic_pairs",

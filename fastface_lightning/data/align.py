@@ -8,7 +8,7 @@ OpenCV reads them. `facenet-pytorch` rests since April 2024 and asks for torch b
 """
 
 from collections.abc import Iterator
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,10 +35,12 @@ class Landmarks(NamedTuple):
     Attributes:
         name: its image, as the list names it.
         points: (5, 2) float64, x and y in pixels of that image, in the order of ``ARCFACE_POINTS``.
+        score: how sure the detector was of the face; None if the list does not say.
     """
 
     name: str
     points: NDArray[np.float64]
+    score: float | None
 
 
 def similarity_transform(points: ArrayLike, size: int = 112) -> NDArray[np.float64]:
@@ -176,18 +178,23 @@ def _parse(line: str) -> Landmarks:
     if len(fields) == 17:
         if fields[0] != "0":
             raise ValueError(f"aligned must be 0, got {fields[0]!r}")
-        return Landmarks(fields[1], _finite(fields[7:]).reshape(2, 5).T)
+        points = np.array(_finite("landmarks", fields[7:])).reshape(2, 5).T
+        return Landmarks(fields[1], points, None)
     if len(fields) in (11, 12):
-        return Landmarks(fields[0], _finite(fields[1:11]).reshape(5, 2))
+        points = np.array(_finite("landmarks", fields[1:11])).reshape(5, 2)
+        scores = _finite("scores", fields[11:])
+        return Landmarks(fields[0], points, scores[0] if scores else None)
     raise ValueError(f"expected 'name x1 y1 … x5 y5', got {line[:80]!r}")
 
 
-def _finite(fields: list[str]) -> NDArray[np.float64]:
+def _finite(what: str, fields: list[str]) -> list[float]:
+    numbers = []
     for field in fields:
         try:
-            good = isfinite(float(field))
+            number = float(field)
         except ValueError:
-            good = False
-        if not good:
-            raise ValueError(f"landmarks must be finite numbers, got {field!r}")
-    return np.array(fields, np.float64)
+            number = nan
+        if not isfinite(number):
+            raise ValueError(f"{what} must be finite numbers, got {field!r}")
+        numbers.append(number)
+    return numbers

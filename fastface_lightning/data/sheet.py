@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .align import ARCFACE_POINTS
+from .dataset import FaceDataset
 
 Colour = tuple[int, int, int]
 _PAPER: Colour = (255, 255, 255)
@@ -73,6 +74,51 @@ def contact_sheet(
         _text(f"{shown} {size} x {size} pixels each.", width, 14, _FAINT),
     ]
     return _framed(_below([*head, *blocks], 10), 16)
+
+
+def pairs_sheet(
+    pairs: Sequence[Tensor], same: Sequence[bool], captions: Sequence[str], title: str = ""
+) -> Image.Image:
+    """Pairs of faces side by side, those of one person above those of two.
+
+    Args:
+        pairs: N of (2, 3, S, S) uint8, RGB in [0, 255], all of one size.
+        same: whether each shows one person.
+        captions: a line below each.
+        title: of the picture.
+
+    Returns:
+        An RGB picture, four pairs wide.
+
+    Raises:
+        ValueError: unequal numbers of pairs, truths and captions, or an image of another type.
+    """
+    if not len(pairs) == len(same) == len(captions):
+        raise ValueError(
+            "pairs, truths and captions must be equally many,"
+            f" got {len(pairs)}, {len(same)} and {len(captions)}"
+        )
+    blocks = []
+    for kind, heading in ((True, "One person"), (False, "Two people")):
+        cells = []
+        for pair, truth, caption in zip(pairs, same, captions, strict=True):
+            if truth == kind:
+                faces = _beside([_picture(_pixels(face)) for face in pair], 2)
+                cells.append(_below([faces, _text(caption, faces.width, 13, _FAINT)], 2))
+        rows = [_beside(cells[i : i + 4], 14) for i in range(0, len(cells), 4)]
+        if rows:
+            blocks += [_text(heading, max(row.width for row in rows), 16), *rows]
+    width = max((block.width for block in blocks), default=400)
+    return _framed(_below([_text(readable(title, 300), width, 18), *blocks], 10), 16)
+
+
+def sheet_of(faces: FaceDataset) -> Image.Image:
+    """A :func:`contact_sheet` of a few images of a few identities of a data set."""
+    samples = [faces[i] for i in pick_images(faces.labels)]
+    labels = [label for _, label in samples]
+    title = f"{faces}: {len(faces):,} images of {faces.num_classes:,} identities"
+    names = [faces.identities[label] for label in labels]
+    return contact_sheet([image for image, _ in samples], labels, names, title)
 
 
 def pick_images(labels: ArrayLike, identities: int = 10, images: int = 6) -> list[int]:

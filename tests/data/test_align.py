@@ -221,6 +221,14 @@ def test_lists_of_every_kind(text: str, tmp_path: Path) -> None:
         assert found.name == name and np.array_equal(found.points, face)
 
 
+def test_scores_are_read_where_there_are_any(tmp_path: Path) -> None:
+    file = tmp_path / "points.txt"
+    plain, turned = as_fields(FACES[0]), as_columns(FACES[0])
+    file.write_text(f"a {plain} 0.97\nb {plain}\n0\tc\t3\t1\t2\t3\t4\t{turned}\nd {plain} -1e2\n")
+    scores = [face.score for face in read_landmarks(file)]
+    assert scores == [0.97, None, None, -100.0]
+
+
 def test_names_hold_blanks_and_any_bytes(tmp_path: Path) -> None:
     file = tmp_path / "points.txt"
     line = f"\tann lee/1 a.jpg\t3\t1\t2\t3\t4\t{as_columns(FACES[0])}\n"
@@ -239,6 +247,8 @@ def test_names_hold_blanks_and_any_bytes(tmp_path: Path) -> None:
         ("a.jpg" + " 1" * 9 + " one", "landmarks must be finite numbers, got 'one'"),
         ("a.jpg" + " 1" * 9 + " nan", "landmarks must be finite numbers, got 'nan'"),
         ("a.jpg" + " -inf" * 10 + " 1", "landmarks must be finite numbers, got '-inf'"),
+        ("a.jpg" + " 1" * 10 + " sure", "scores must be finite numbers, got 'sure'"),
+        ("a.jpg" + " 1" * 10 + " nan", "scores must be finite numbers, got 'nan'"),
         ("1\ta.jpg\t7" + "\t5" * 14, "aligned must be 0, got '1'"),
         ("x" * 500, "expected 'name x1 y1 … x5 y5', got 'xxx"),
     ],

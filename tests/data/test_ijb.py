@@ -1,0 +1,339 @@
+"""IJB's lists are read as they are written, and a list that contradicts another is refused."""
+
+import re
+import tempfile
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ijb import make_ijb
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from fastface_lightning.data import ARCFACE_POINTS, ImageFiles, is_ijb, read_ijb
+
+POINTS = "1.5 2 3 4 5 6 7 8 9 -10.25"
+LISTS = {
+    "face_tid_mid.txt": "1.jpg 7 70\n2.jpg 7 71\n3.jpg 5 50\n4.jpg 9 90\n",
+    "name_5pts_score.txt": "".join(f"{i}.jpg {POINTS} 0.{i}\n" for i in (1, 2, 3, 4)),
+    "template_pair_label.txt": "7 5 1\n7 9 0\n",
+    "1N_gallery_G1.csv": "TEMPLATE_ID,SUBJECT_ID,FILENAME\n7,700,img/1.png\n7,700,img/2.png\n",
+    "1N_gallery_G2.csv": "TEMPLATE_ID,SUBJECT_ID,FILENAME\n9,900,img/4.png\n",
+    "1N_probe_mixed.csv": "TEMPLATE_ID,SUBJECT_ID,FILENAME\n9,900,a b\n5,700,\n",
+}
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """``write({list: text})`` writes a folder with some lists replaced, or left out if None."""
+
+    def write(changed: dict[str, str | None] | None = None, name: str = "ijbc") -> Path:
+        (tmp_path / "meta").mkdir(exist_ok=True)
+        for file, text in {**LISTS, **(changed or {})}.items():
+            if text is not None:
+                (tmp_path / "meta" / f"{name}_{file}").write_bytes(text.encode())
+        return tmp_path
+
+    return write
+
+
+def test_a_folder_by_hand(write: Write) -> None:
+    root = write()
+    data = read_ijb(root)
+    assert data.name == "ijbc"
+    assert data.images == [f"{root}/loose_crop/{i}.jpg" for i in (1, 2, 3, 4)]
+    assert data.points.dtype == np.float64 and data.points.shape == (4, 5, 2)
+    assert_array_equal(data.points[3], [[1.5, 2], [3, 4], [5, 6], [7, 8], [9, -10.25]])
+    assert data.scores.dtype == np.float64 and data.scores.tolist() == [0.1, 0.2, 0.3, 0.4]
+    for array, expected in (
+        (data.templates, [7, 7, 5, 9]),
+        (data.media, [70, 71, 50, 90]),
+        (data.pairs, [[7, 5], [7, 9]]),
+        (data.galleries[0].templates, [7]),
+        (data.galleries[0].subjects, [700]),
+        (data.galleries[1].templates, [9]),
+        (data.galleries[1].subjects, [900]),
+        (data.probes.templates, [5, 9]),
+        (data.probes.subjects, [700, 900]),
+    ):
+        assert array.dtype == np.int64 and array.tolist() == expected
+    assert data.same.dtype == np.bool_ and data.same.tolist() == [True, False]
+    assert len(data.galleries) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\ufeff" + text,
+        lambda text: text.rstrip("\n"),
+        lambda text: text + "\n \n",
+        lambda text: text.replace(" ", "\t"),
+    ],
+    ids=["windows", "byte order mark", "no last newline", "blank lines", "tabs"],
+)
+def test_white_space_does_not_matter(write: Write, change: Callable[[str], str]) -> None:
+    plain = read_ijb(write())
+    same = read_ijb(write({file: change(text) for file, text in LISTS.items()}))
+    assert repr(same) == repr(plain)
+
+
+@pytest.mark.parametrize("name", ["ijbb", "ijbc"])
+def test_either_benchmark_is_complete(tmp_path: Path, name: str) -> None:
+    data = read_ijb(make_ijb(tmp_path / "ijb", name, people=5))
+    assert data.name == name and len(data.images) == 30
+    subject_of = dict(zip(*data.probes, strict=True))
+    for gallery in data.galleries:
+        subject_of |= dict(zip(*gallery, strict=True))
+    assert set(subject_of) == set(data.templates.tolist()) and len(subject_of) == 15
+    assert [len(gallery.templates) for gallery in data.galleries] == [2, 3]
+    truth = [subject_of[a] == subject_of[b] for a, b in data.pairs.tolist()]
+    assert data.same.tolist() == truth and sum(truth) == 10 and len(truth) == 50
+    assert all(Path(image).is_file() for image in data.images)
+    # Three, two and one image a template; two in a row are one medium.
+    counts = np.unique(data.templates, return_counts=True)[1]
+    assert sorted(counts) == [1] * 5 + [2] * 5 + [3] * 5
+    assert len(np.unique(data.media)) == 5 * (2 + 1 + 1)
+
+
+IDS = st.integers(-(10**18) + 1, 10**18 - 1)
+
+
+@st.composite
+def folders(draw: st.DrawFn) -> dict[str, np.ndarray]:
+    """Lists that agree, of any size and any ids."""
+    known = np.array(draw(st.lists(IDS, min_size=1, max_size=5, unique=True)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    n, pairs = len(known) + draw(st.integers(0, 9)), draw(st.integers(1, 20))
+    return {
+        "templates": rng.permutation(np.concatenate([known, rng.choice(known, n - len(known))])),
+        "media": rng.integers(-(10**18) + 1, 10**18, n),
+        "points": rng.normal(0, 1000, (n, 5, 2)),
+        "scores": rng.random(n),
+        "pairs": rng.choice(known, (pairs, 2)),
+        "same": rng.random(pairs) < 0.5,
+    }
+
+
+@given(folders())
+def test_what_is_written_is_read(expected: dict[str, np.ndarray]) -> None:
+    names = [f"ü{i}.jpg" for i in range(len(expected["templates"]))]
+    faces = zip(names, expected["templates"], expected["media"], strict=True)
+    numbers = np.column_stack([expected["points"].reshape(-1, 10), expected["scores"]])
+    lists = {
+        "face_tid_mid": [f"{name} {template} {medium}" for name, template, medium in faces],
+        "name_5pts_score": [
+            " ".join([name, *map(str, row)])
+            for name, row in zip(names, numbers.tolist(), strict=True)
+        ],
+        "template_pair_label": [
+            f"{a} {b} {int(same)}"
+            for (a, b), same in zip(expected["pairs"], expected["same"], strict=True)
+        ],
+    }
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / "meta").mkdir()
+        for name, lines in lists.items():
+            (Path(root) / "meta" / f"ijbb_{name}.txt").write_text("\n".join(lines), "utf-8")
+        data = read_ijb(root)
+    assert [Path(image).name for image in data.images] == names
+    for field, value in expected.items():
+        assert_array_equal(getattr(data, field), value, strict=True)
+    assert data.galleries == [] and data.probes is None
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=20))
+def test_each_template_stands_once_with_its_subject(rows: list[tuple[int, int]]) -> None:
+    """Rows come an image, in any order, with any template's subject repeated."""
+    subject_of = dict(rows)
+    faces = "".join(f"{i}.jpg {template} 1\n" for i, template in enumerate(subject_of))
+    lists = {
+        "ijbc_face_tid_mid.txt": faces,
+        "ijbc_name_5pts_score.txt": "".join(
+            f"{i}.jpg {POINTS} 1\n" for i in range(len(subject_of))
+        ),
+        "ijbc_template_pair_label.txt": f"{rows[0][0]} {rows[0][0]} 1\n",
+        "ijbc_1N_probe_mixed.csv": "".join(f"{t},{subject_of[t]},x\n" for t, _ in rows),
+    }
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / "meta").mkdir()
+        for name, text in lists.items():
+            (Path(root) / "meta" / name).write_text(text)
+        probes = read_ijb(root).probes
+    assert probes is not None
+    assert list(zip(*map(np.ndarray.tolist, probes), strict=True)) == sorted(subject_of.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("face_tid_mid.txt", None, "no file {meta}/ijbc_face_tid_mid.txt"),
+        ("name_5pts_score.txt", None, "no file {meta}/ijbc_name_5pts_score.txt"),
+        ("template_pair_label.txt", None, "no file {meta}/ijbc_template_pair_label.txt"),
+        ("face_tid_mid.txt", "\n", "{meta}/ijbc_face_tid_mid.txt lists no image"),
+        (
+            "face_tid_mid.txt",
+            "1.jpg 7 70\n2.jpg 7\n",
+            "{meta}/ijbc_face_tid_mid.txt:2: expected 'image tid mid', got '2.jpg 7'",
+        ),
+        (
+            "face_tid_mid.txt",
+            "1.jpg 7.0 70\n",
+            "{meta}/ijbc_face_tid_mid.txt:1: expected 'image tid mid', got '1.jpg 7.0 70'",
+        ),
+        (
+            "face_tid_mid.txt",
+            "1.jpg 7 70\n2.jpg 7 71\n",
+            "ijbc_face_tid_mid.txt and ijbc_name_5pts_score.txt must list the same images,"
+            " got 2 and 4 lines",
+        ),
+        (
+            "face_tid_mid.txt",
+            "1.jpg 7 70\n2.jpg 7 71\n4.jpg 5 50\n3.jpg 9 90\n",
+            "ijbc_face_tid_mid.txt and ijbc_name_5pts_score.txt must list the same images,"
+            " got '4.jpg' and '3.jpg' in line 3",
+        ),
+        (
+            "name_5pts_score.txt",
+            f"1.jpg {POINTS} 0.5\n2.jpg {POINTS} high\n",
+            "{meta}/ijbc_name_5pts_score.txt:2: scores must be finite numbers, got 'high'",
+        ),
+        (
+            "name_5pts_score.txt",
+            f"1.jpg {POINTS} 0.5\n2.jpg {POINTS}\n3.jpg {POINTS}\n4.jpg {POINTS}\n",
+            "ijbc_name_5pts_score.txt must end each line in a score, got none in line 2",
+        ),
+        ("template_pair_label.txt", "", "{meta}/ijbc_template_pair_label.txt lists no pair"),
+        (
+            "template_pair_label.txt",
+            "7 5 1\n7 9\n",
+            "{meta}/ijbc_template_pair_label.txt:2: expected 'tid1 tid2 label', got '7 9'",
+        ),
+        (
+            "template_pair_label.txt",
+            "7 5\n7 9\n",
+            "{meta}/ijbc_template_pair_label.txt:1: expected 'tid1 tid2 label', got '7 5'",
+        ),
+        (
+            "template_pair_label.txt",
+            "7 5 1\n\n7 9 0.5\n",
+            "{meta}/ijbc_template_pair_label.txt:3: expected 'tid1 tid2 label', got '7 9 0.5'",
+        ),
+        (
+            "template_pair_label.txt",
+            "7 5 1\n7 99999999999999999999 0\n",
+            "{meta}/ijbc_template_pair_label.txt:2: expected 'tid1 tid2 label',"
+            " got '7 99999999999999999999 0'",
+        ),
+        (
+            "template_pair_label.txt",
+            "7 5 1\n7 9 2\n",
+            "ijbc_template_pair_label.txt must label a pair 0 or 1, got 2 for templates 7 and 9",
+        ),
+        (
+            "template_pair_label.txt",
+            "7 5 1\n7 9 -1\n",
+            "ijbc_template_pair_label.txt must label a pair 0 or 1, got -1 for templates 7 and 9",
+        ),
+        (
+            "template_pair_label.txt",
+            "7 5 1\n7 8 0\n",
+            "ijbc_template_pair_label.txt must name templates that have images, got 8",
+        ),
+        ("1N_gallery_G2.csv", "TEMPLATE_ID\n", "{meta}/ijbc_1N_gallery_G2.csv lists no template"),
+        (
+            "1N_gallery_G2.csv",
+            "TEMPLATE_ID,SUBJECT_ID\n9,900\n9;900\n",
+            "{meta}/ijbc_1N_gallery_G2.csv:3: expected 'template,subject,…', got '9;900'",
+        ),
+        (
+            "1N_probe_mixed.csv",
+            "TEMPLATE_ID,SUBJECT_ID\n9,900\n5,500\n9,901\n",
+            "ijbc_1N_probe_mixed.csv must give each template one subject,"
+            " got 900 and 901 for template 9",
+        ),
+        (
+            "1N_probe_mixed.csv",
+            "TEMPLATE_ID,SUBJECT_ID\n9,900\n6,600\n",
+            "ijbc_1N_probe_mixed.csv must name templates that have images, got 6",
+        ),
+    ],
+)
+def test_a_list_that_is_wrong_is_refused(
+    write: Write, file: str, text: str | None, message: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    root = write({file: text})
+    expected = message.format(meta=root / "meta")
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        read_ijb(root)
+    assert not recwarn.list
+
+
+def test_absent_folders_are_refused(tmp_path: Path) -> None:
+    for root, absent in ((tmp_path / "gone", "gone"), (tmp_path, "meta")):
+        with pytest.raises(ValueError, match=rf"^no folder .*{absent}; expected .*_tid_mid.txt$"):
+            read_ijb(root)
+        assert not is_ijb(root)
+
+
+def test_one_folder_holds_one_benchmark(write: Write, tmp_path: Path) -> None:
+    rule = r"meta must hold the lists of either ijbb or ijbc, got "
+    (tmp_path / "meta").mkdir()
+    with pytest.raises(ValueError, match=rule + "neither$"):
+        read_ijb(tmp_path)
+    assert not is_ijb(tmp_path)
+    assert is_ijb(write(name="ijbb"))
+    (tmp_path / "meta" / "ijbc_template_pair_label.txt").write_text("1 2 0\n")
+    with pytest.raises(ValueError, match=rule + "both$"):
+        read_ijb(tmp_path)
+
+
+def test_no_list_for_identification_is_needed(write: Write) -> None:
+    data = read_ijb(write({file: None for file in LISTS if "1N" in file}))
+    assert data.galleries == [] and data.probes is None
+
+
+def test_galleries_come_by_name(write: Write) -> None:
+    subjects = [8, 3, 6, 1, 7, 2, 5, 4]
+    galleries = {f"1N_gallery_G{k}.csv": f"TEMPLATE_ID,SUBJECT_ID\n9,{k}\n" for k in subjects}
+    found = [gallery.subjects.tolist() for gallery in read_ijb(write(galleries)).galleries]
+    assert found == [[1], [2], [3], [4], [5], [6], [7], [8]]
+
+
+def test_the_images_in_the_lists_are_the_faces(shared_data: Path, tmp_path: Path) -> None:
+    """Aligned by the lists, the crops of a folder made of LFW's faces are those faces."""
+    folders = sorted((shared_data / "lfw112" / "images").iterdir())
+    people = [files[:4] for files in map(sorted, (f.glob("*.jpg") for f in folders)) if files[3:]]
+    faces = np.array([[np.asarray(Image.open(file)) for file in files] for files in people[:3]])
+    data = read_ijb(make_ijb(tmp_path / "ijb", images=faces.transpose(0, 1, 4, 2, 3), seed=4))
+    files = ImageFiles(data.images, data.points)
+    assert len(files) == 12
+    left = list(faces.reshape(12, 112, 112, 3).astype(int))
+    for i, (crop, readable) in enumerate(files):
+        assert readable
+        x, y = (data.points[i, 0] - ARCFACE_POINTS[0]).round().astype(int)
+        loose = np.asarray(Image.open(data.images[i]))
+        assert_array_equal(crop.permute(1, 2, 0), loose[y : y + 112, x : x + 112])
+        errors = [np.abs(crop.permute(1, 2, 0).numpy() - face).mean() for face in left]
+        assert min(errors) < 2
+        left.pop(int(np.argmin(errors)))
+
+
+@pytest.mark.slow
+def test_many_pairs_take_seconds_and_little_memory(write: Write) -> None:
+    """A tenth of IJB-C's pairs, in a tenth of its gigabyte."""
+    pairs = np.random.default_rng(0).choice([7, 5, 9], (1_565_849, 2))
+    root = write({"template_pair_label.txt": "".join(f"{a} {b} 0\n" for a, b in pairs.tolist())})
+    tracemalloc.start()
+    data = read_ijb(root)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert_array_equal(data.pairs, pairs)
+    assert not data.same.any() and peak < 100e6
