@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastface_lightning import FastFaceCallback
 from fastface_lightning.classifiers import Classifier, chunk_that_fits
-from fastface_lightning.data import FaceDataModule
+from fastface_lightning.data import FaceDataModule, sheet_of
 from fastface_lightning.data.names import write_names
 from fastface_lightning.module import FaceModule, check_sparse, moves_rows
 from fastface_lightning.plan import CARD_RESERVE, UNPLANNED, peak, plan_backbone, plan_classifier
@@ -38,7 +38,7 @@ PAPER_FLOPS_PER_SECOND = 43e12
 
 NUMBERS = (
     *("seed", "plan", "data.batch_size", "data.num_workers", "optimizer.lr", "classifier.lr"),
-    "checkpoint.every_n_steps",
+    *("checkpoint.every_n_steps", "verify.every_n_steps", "verify.every_n_epochs"),
     *("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches"),
 )
 
@@ -55,7 +55,6 @@ OmegaConf.register_new_resolver("steps", steps, replace=True)
 @program(config_path=HERE / "conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Train, verify and leave a record in the run folder; returns the verification accuracy."""
-    record = RunRecord()
     folder = Path(HydraConfig.get().runtime.output_dir)
     cfg, overrides = with_earlier_overrides(cfg, folder)
     check_numbers(cfg)
@@ -64,6 +63,8 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.plan is not False and cfg.plan is not None:  # 0 is a mistake, not a no
         plan_run(cfg, folder)
         return None
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    record = RunRecord(folder, config)
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     data: FaceDataModule = instantiate(cfg.data)
@@ -79,6 +80,8 @@ def main(cfg: DictConfig) -> float | None:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
         write_names(folder / "identities.txt", data.train_set.identities)
+        if checkpoint is None:
+            sheet_of(data.train_set).save(folder / "samples.png")
     record.train_set = data.train_set
     trainer = build_trainer(cfg, folder, schedule, record, resume_step)
 
@@ -91,7 +94,7 @@ def main(cfg: DictConfig) -> float | None:
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if data.verify_names and record.verified_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
-    results = record.write(trainer, folder)
+    results = record.write(trainer)
     if trainer.is_global_zero:
         print_summary(results, folder)
     accuracies = [found["accuracy"] for found in results["verification"].values()]
@@ -267,6 +270,10 @@ def build_trainer(
     """The trainer with everything that watches the run."""
     callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values()]
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
+    verify = {"check_val_every_n_epoch": cfg.verify.every_n_epochs}
+    if cfg.verify.every_n_steps is not None:
+        batches = cfg.verify.every_n_steps * cfg.trainer.accumulate_grad_batches
+        verify = {"check_val_every_n_epoch": None, "val_check_interval": batches}
     for logger in loggers:
         if isinstance(logger, ResumableCSVLogger):
             logger.resume_step = resume_step
@@ -279,6 +286,7 @@ def build_trainer(
         callbacks=[SeededBatches(cfg.seed), *callbacks, record],
         logger=loggers or False,
         default_root_dir=str(folder),
+        **verify,
         **loss_scaling(cfg),
     )
 

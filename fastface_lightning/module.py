@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from .backbones import load_weights
 from .backbones.weights import check_finite, read_weights
 from .data.augment import Augment
-from .evaluation import VerificationAccuracy
+from .evaluation import ROC, ROCCurve, VerificationAccuracy
 from .sgd import SGD, like_weights
 
 
@@ -40,6 +41,10 @@ class FaceModule(LightningModule):
 
     Logs ``train/loss`` (every step) and, for each set of pairs, ``verify/<set>/accuracy`` and
     ``verify/<set>/std`` (ten folds), with their mean over the sets as ``verify/accuracy``.
+
+    Attributes:
+        curves: ROC of each set at the last verification, by its name; a set whose pairs are all of
+            one person, or all of two, has none.
     """
 
     def __init__(
@@ -63,6 +68,8 @@ class FaceModule(LightningModule):
         self.classifier_lr = classifier_lr
         self.augment = Augment() if augment is None else augment
         self.metrics = nn.ModuleList(VerificationAccuracy() for _ in verify_names)
+        self.rocs = nn.ModuleList(ROCCurve() for _ in verify_names)
+        self.curves: dict[str, ROC] = {}
         self._resumed_from: list[str] | None = None
         self._reduce_loss = False
 
@@ -87,9 +94,11 @@ class FaceModule(LightningModule):
         self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         a, b, same, index = batch
-        metric = self.metrics[dataloader_idx]
-        assert isinstance(metric, VerificationAccuracy)
-        metric.update(self.embed(a), self.embed(b), same, index)
+        metric, roc = self.metrics[dataloader_idx], self.rocs[dataloader_idx]
+        assert isinstance(metric, VerificationAccuracy) and isinstance(roc, ROCCurve)
+        a, b = self.embed(a), self.embed(b)
+        metric.update(a, b, same, index)
+        roc.update((a * b).sum(1), same, index)
 
     def on_validation_epoch_end(self) -> None:
         accuracies = []
@@ -101,8 +110,17 @@ class FaceModule(LightningModule):
             self.log(f"verify/{name}/accuracy", accuracies[-1], prog_bar=True, sync_dist=True)
             self.log(f"verify/{name}/std", metric.result.std, sync_dist=True)
             metric.reset()
+        self._take_curves()
         if accuracies:
             self.log("verify/accuracy", torch.stack(accuracies).mean(), sync_dist=True)
+
+    def _take_curves(self) -> None:
+        self.curves = {}
+        for name, roc in zip(self.verify_names, self.rocs, strict=True):
+            assert isinstance(roc, ROCCurve)
+            with suppress(ValueError):  # pairs of one kind; what else may be wrong has been raised
+                self.curves[name] = roc.compute()
+            roc.reset()
 
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer()

@@ -6,10 +6,12 @@ import csv
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from .curves import thin_curve
 from .data import FaceDataset
+from .evaluation import ROC
 from .report import plot_schedule
+from .report_page import write_report
 from .schedule.callback import FastFaceCallback
 from .schedule.replay import Change
+
+_QUIET: dict[str, Any] = {"capture_output": True, "text": True}
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -63,26 +71,39 @@ class ResumableCSVLogger(CSVLogger):
             ]
 
 
-class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt``: every so many steps, after every epoch, and where the run stops.
+class LastAndBest(Checkpoint):
+    """Keeps ``last.ckpt``: every so many steps, after every epoch, and where the run stops; and
+    ``best.ckpt``: of the verification with the highest mean accuracy, the earliest among equals.
 
     Never after the last batch of an epoch but at the epoch's end, when it has been verified:
     Lightning 2.6 counts an epoch twice when it goes on from between the two.
 
     Args:
-        dirpath: folder of ``last.ckpt``.
-        every_n_steps: optimizer steps between two savings within an epoch; None for none.
+        dirpath: folder of the two files.
+        every_n_steps: optimizer steps between two savings of ``last.ckpt`` within an epoch; None
+            for none.
+        monitor: the logged metric that is highest for the best.
+
+    Attributes:
+        best: optimizer steps done at the best verification and its accuracy, ``{"step": int,
+            "accuracy": float}``; None before the first. The untrained network does not count.
 
     Raises:
         ValueError: ``every_n_steps`` below 1.
     """
 
-    def __init__(self, dirpath: str | Path, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        dirpath: str | Path,
+        every_n_steps: int | None = None,
+        monitor: str = "verify/accuracy",
+    ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
-        self.path = Path(dirpath) / "last.ckpt"
-        self.every_n_steps = every_n_steps
+        self.folder, self.every_n_steps, self.monitor = Path(dirpath), every_n_steps, monitor
+        self.best: dict[str, Any] | None = None
         self._saved_step = -1
+        self._best_is_due = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run is at a saved step until its next optimizer step.
@@ -96,8 +117,26 @@ class LastCheckpoint(Checkpoint):
         if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = trainer.callback_metrics.get(self.monitor)
+        if found is None or not trainer.global_step:
+            return
+        if self.best is None or found.item() > self.best["accuracy"]:
+            self.best = {"step": trainer.global_step, "accuracy": found.item()}
+            self._best_is_due = True
+            fitting = trainer.state.fn == TrainerFn.FITTING
+            if not (fitting and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
+                self._save_best(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_best(trainer)
         self._save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -115,11 +154,24 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.global_step:
             self._saved_step = trainer.global_step
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def _save_best(self, trainer: Trainer) -> None:
+        if self._best_is_due:
+            self._best_is_due = False
+            trainer.save_checkpoint(self.folder / "best.ckpt")
 
 
 class RunRecord(Callback):
     """Measures a run, and writes down what came of it.
+
+    Every checkpoint gets ``run``, plain data that says what made it: ``config``, ``commit``,
+    ``steps`` and ``verification``, the last accuracy of each set. From it
+    :func:`fastface_lightning.load_embedder` builds the network.
+
+    Args:
+        folder: the run folder.
+        config: what the run was composed of, plain data.
 
     Attributes:
         untrained: verification accuracy of each set before training, by its name; to be set.
@@ -129,7 +181,9 @@ class RunRecord(Callback):
         train_set: the training set, whose bad images are written down; to be set.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder, self.config = folder, config
+        self.commit = commit()
         self.untrained: dict[str, float] = {}
         self.accuracy: dict[str, float] = {}
         self.std: dict[str, float] = {}
@@ -143,6 +197,7 @@ class RunRecord(Callback):
         self._earlier_seconds = 0.0
         self._losses: deque[Tensor] = deque(maxlen=100)
         self._started = self._last = time.perf_counter()
+        self._at_last_log = (0, 0.0)  # images and seconds of training
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.perf_counter()
@@ -160,6 +215,11 @@ class RunRecord(Callback):
         if self._lr is not None and lr != self._lr:
             self._lr_changes.append(Change(trainer.global_step - 1, lr / self._lr, lr))
         self._lr = lr
+        if trainer._logger_connector.should_update_logs:
+            images, seconds = self._at_last_log
+            speed = (self._images - images) / max(self._train_seconds - seconds, 1e-9)
+            self._at_last_log = (self._images, self._train_seconds)
+            pl_module.log("train/images_per_second", speed)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for key, value in trainer.callback_metrics.items():
@@ -168,14 +228,33 @@ class RunRecord(Callback):
             if group == "verify" and name:
                 (self.accuracy if kind == "accuracy" else self.std)[name] = value.item()
         self.verified_step = trainer.global_step
+        if trainer.is_global_zero:
+            self._write_roc(pl_module.curves)  # type: ignore[arg-type]
         self._last = time.perf_counter()
 
-    def write(self, trainer: Trainer, folder: Path) -> dict[str, Any]:
-        """Write ``results.json`` and, where there is a ``metrics.csv``, ``schedule.png``.
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["run"] = {
+            "config": self.config,
+            "commit": self.commit,
+            "steps": trainer.global_step,
+            "verification": dict(self.accuracy),
+        }
+
+    def _write_roc(self, curves: Mapping[str, ROC]) -> None:
+        """The last verification's ROC curves, at some 500 points each, as ``roc.json``."""
+        points = {}
+        for name, roc in curves.items():
+            taken = thin_curve(roc.far.numpy())
+            points[name] = {"far": roc.far[taken].tolist(), "tar": roc.tar[taken].tolist()}
+        (self.folder / "roc.json").write_text(json.dumps(points) + "\n")
+
+    def write(self, trainer: Trainer) -> dict[str, Any]:
+        """Write ``results.json``, ``report.html`` and, from a ``metrics.csv``, ``schedule.png``.
 
         Args:
             trainer: whose ``fit`` has ended.
-            folder: the run folder.
 
         Returns:
             What ``results.json`` holds. ``final_loss`` is the mean of the last 100 micro-batches;
@@ -184,9 +263,10 @@ class RunRecord(Callback):
         """
         results = self._results(trainer)
         if trainer.is_global_zero:
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            if (folder / "metrics.csv").is_file():
-                plot_run(folder, [change["step"] for change in results["lr_changes"]])
+            (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            if (self.folder / "metrics.csv").is_file():
+                plot_run(self.folder, [change["step"] for change in results["lr_changes"]])
+            write_report(self.folder)
         return results
 
     def _results(self, trainer: Trainer) -> dict[str, Any]:
@@ -204,6 +284,7 @@ class RunRecord(Callback):
                 }
                 for name, accuracy in self.accuracy.items()
             },
+            "best": self._best(trainer),
             "lr_changes": [change._asdict() for change in self._changes(trainer)],
             "final_lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "images": self._images,
@@ -213,8 +294,14 @@ class RunRecord(Callback):
             "peak_memory_bytes": peak_memory(device),
             "device": device_name(device),
             "precision": str(trainer.precision),
-            "versions": {name: version(name) for name in ("torch", "lightning", "timm")},
+            "environment": environment(self.commit),
         }
+
+    def _best(self, trainer: Trainer) -> dict[str, Any] | None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LastAndBest):
+                return callback.best
+        return None
 
     def _changes(self, trainer: Trainer) -> list[Change]:
         """Steps at which the learning rate changed; none for a schedule that always changes it."""
@@ -252,6 +339,7 @@ class RunRecord(Callback):
         self._images = state_dict["images"]
         self._earlier_bad = state_dict["bad_images"]
         self._train_seconds = state_dict["train_seconds"]
+        self._at_last_log = (self._images, self._train_seconds)
         self._earlier_seconds = state_dict["wall_seconds"]
         self.untrained = state_dict["untrained"]
         self.accuracy, self.std = state_dict["accuracy"], state_dict["std"]
@@ -308,6 +396,33 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """The project's commit, ``+`` after it where files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # Installed into some other project's folder, the commit would be that project's.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, **_QUIET)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, **_QUIET).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False, **_QUIET)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed.returncode else "")
+
+
+def environment(commit: str | None) -> dict[str, str]:
+    """Where a run took place, by what a reader calls it."""
+    memory = memory_of(torch.device("cpu")) / 2**30
+    packages = ("torch", "lightning", "torchmetrics", "timm", "hydra-core", "numpy")
+    return {
+        "commit": commit or "unknown",
+        "system": platform.platform(),
+        "processor": f"{processor_name()}, {os.cpu_count()} logical cores, {memory:.0f} GiB",
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
 
 
 def processor_name() -> str:

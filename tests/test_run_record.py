@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
-from fastface_lightning.run_record import LastCheckpoint
+from fastface_lightning.run_record import LastAndBest
 
 
 class Killed(Exception):
@@ -49,7 +49,7 @@ def fit(
     trainer = Trainer(
         **(length or {"max_epochs": 3}),
         accelerator="cpu",
-        callbacks=[LastCheckpoint(folder, every), KillAt(kill_at), batches or Batches()],
+        callbacks=[LastAndBest(folder, every), KillAt(kill_at), batches or Batches()],
         accumulate_grad_batches=accumulate,
         logger=False,
         enable_progress_bar=False,
@@ -99,4 +99,4 @@ def test_runs_that_end_by_steps_resume_at_their_batch(
 
 def test_checkpoints_need_a_period_of_a_step() -> None:
     with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
-        LastCheckpoint("folder", 0)
+        LastAndBest("folder", 0)

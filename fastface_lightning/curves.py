@@ -1,0 +1,90 @@
+"""Figures of an evaluation: ROC curves, and how the scores of one person and of two lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+LOWEST_FAR = 1e-7
+
+
+def thin_curve(far: ArrayLike) -> NDArray[np.int64]:
+    """Indices of some 500 points or fewer of a ROC curve, spread over FAR and over its logarithm.
+
+    Args:
+        far: (n,) ascending, in [0, 1], n at least 1.
+    """
+    far = np.asarray(far)
+    wanted = np.concatenate([np.geomspace(LOWEST_FAR, 1, 300), np.linspace(0, 1, 200)])
+    found = np.searchsorted(far, wanted, side="right") - 1  # the highest TAR at that FAR or below
+    return np.unique(np.concatenate([[0], found, [len(far) - 1]]))
+
+
+def plot_roc(axis: Any, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
+    """Draw TAR over FAR, FAR on a logarithmic axis, into a matplotlib axis.
+
+    Args:
+        axis: of a matplotlib figure.
+        curves: by the name of the set, FAR and TAR, (n,) each, ascending.
+    """
+    for name, (far, tar) in curves.items():
+        far, tar = np.asarray(far), np.asarray(tar)
+        seen = far > 0
+        # Left of the first false acceptance a curve is its highest TAR without one.
+        lowest = far[seen].min() if seen.any() else 1.0
+        start = tar[~seen].max() if (~seen).any() else 0.0
+        x = np.concatenate([[lowest / 3, lowest], far[seen]])
+        axis.step(x, np.concatenate([[start, start], tar[seen]]), where="post", label=name)
+    axis.set_xscale("log")
+    axis.set_xlabel("false acceptance rate")
+    axis.set_ylabel("true acceptance rate")
+    axis.set_ylim(-0.02, 1.02)
+    axis.grid(alpha=0.2)
+    axis.legend(loc="lower right", frameon=False)
+
+
+def plot_curves(
+    path: str | Path,
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    title: str = "",
+) -> None:
+    """Draw :func:`plot_roc` into an image file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    plot_roc(figure.subplots(), curves)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+
+
+def plot_scores(path: str | Path, scores: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+    """Draw a histogram of each set's cosines, of one person and of two, into an image file.
+
+    Args:
+        path: image file to write.
+        scores: by the name of the set, the cosines of pairs of one person and of two, (n,) each.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.2 * len(scores) + 0.6), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(len(scores), 1, sharex=True))
+    bins = np.linspace(-1, 1, 101)
+    for axis, (name, (same, different)) in zip(axes, scores.items(), strict=True):
+        for kind, values, colour in (
+            ("two people", different, "tab:orange"),
+            ("one person", same, "tab:blue"),
+        ):
+            if len(values):
+                shares = np.full(len(values), 1 / len(values))
+                label = f"{kind} ({len(values):,})"
+                axis.hist(values, bins, weights=shares, color=colour, alpha=0.6, label=label)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_ylabel("share of pairs")
+        axis.legend(loc="upper left", frameon=False)
+        axis.grid(alpha=0.2)
+    axes[-1].set_xlabel("cosine of the two embeddings")
+    figure.savefig(path, dpi=130)
