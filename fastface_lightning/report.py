@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-MAX_POINTS = 4000
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_POINTS = 1500
 
 
 def plot_schedule(
@@ -40,61 +44,111 @@ def plot_schedule(
     panels = 1 + (response is not None) + (lr is not None)
     figure = Figure(figsize=(9, 2.4 * panels + 0.6), layout="constrained")
     axes = iter(np.atleast_1d(figure.subplots(panels, 1, sharex=True)))
-    x, pick = np.asarray(steps), _thin(len(steps))
-
-    axis = next(axes)
-    values = np.asarray(loss, float)
-    axis.plot(x[pick], values[pick], color="0.75", linewidth=0.8, label="loss")
-    axis.plot(x[pick], _smooth(values)[pick], color="tab:blue", linewidth=1.4, label="smoothed")
-    axis.set_ylabel("loss")
-    axis.legend(loc="upper right", frameon=False)
+    draw_loss(next(axes), steps, loss)
     if response is not None:
-        axis = next(axes)
-        values = np.asarray(response, float)
-        axis.plot(x[pick], values[pick], color="tab:orange", linewidth=1, label="response")
-        if threshold is not None:
-            limits = np.asarray(threshold, float)
-            axis.plot(x[pick], limits[pick], color="black", linestyle="--", label="threshold")
-            axis.set_ylim(*_around(values, limits))
-        axis.set_ylabel("response")
-        axis.legend(loc="upper right", frameon=False)
+        draw_response(next(axes), steps, response, threshold)
     if lr is not None:
         axis = next(axes)
         if logged_lr is not None:
             wide = {"color": "0.8", "linewidth": 5, "label": "in the log"}
-            axis.step(x[pick], np.asarray(logged_lr, float)[pick], where="post", **wide)
-        axis.step(x[pick], np.asarray(lr, float)[pick], where="post", color="tab:green", label="lr")
+            axis.step(*thin(steps, logged_lr), where="post", **wide)
+        draw_lr(axis, steps, lr)
         if logged_lr is not None:
-            axis.legend(loc="upper right", frameon=False)
-        axis.set_yscale("log")
-        axis.set_ylabel("learning rate")
-    for axis in figure.axes:
-        for step in changes:
-            axis.axvline(step, color="tab:red", linewidth=0.8, alpha=0.6)
-        axis.grid(alpha=0.2)
-    axis.set_xlabel("optimizer step")
+            legend_above(axis)
+    mark_changes(figure.axes, changes)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
 
-def _thin(count: int) -> np.ndarray:
-    """Indices of at most MAX_POINTS evenly spaced points."""
-    return np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int))
+def draw_loss(axis: Axes, steps: ArrayLike, loss: ArrayLike) -> None:
+    """The loss, and over it the mean of a fiftieth of the run."""
+    axis.plot(*thin(steps, loss), color="0.75", linewidth=0.8, label="loss", **_dots(loss))
+    smooth = _smooth(np.asarray(loss, float))
+    axis.plot(*thin(steps, smooth), color="tab:blue", linewidth=1.4, label="smoothed")
+    axis.set_ylabel("loss")
+    legend_above(axis)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a fiftieth of the run, as far as it reaches at the ends."""
-    window = max(1, len(values) // 50)
-    ones = np.convolve(np.ones(len(values)), np.ones(window), "same")
-    return np.convolve(values, np.ones(window), "same") / ones
+def draw_response(
+    axis: Axes, steps: ArrayLike, response: ArrayLike, threshold: ArrayLike | None
+) -> None:
+    """What the detector saw, and below what it counts as flat."""
+    values = np.asarray(response, float)
+    axis.plot(
+        *thin(steps, values), color="tab:orange", linewidth=1, label="response", **_dots(values)
+    )
+    if threshold is not None:
+        limits = np.asarray(threshold, float)
+        axis.plot(*thin(steps, limits), color="black", linestyle="--", label="threshold")
+        if np.isfinite(limits).any():
+            axis.set_ylim(*_around(values, limits))
+    axis.set_ylabel("response")
+    legend_above(axis)
 
 
-def _around(response: np.ndarray, threshold: np.ndarray) -> tuple[float, float]:
-    """Limits that show the threshold: the response's first peak is far above it."""
+def draw_lr(axis: Axes, steps: ArrayLike, lr: ArrayLike, label: str = "lr", **style: Any) -> None:
+    """The learning rate, on a logarithmic axis where it is ever above 0."""
+    style = {"color": "tab:green", **_dots(lr), **style}
+    axis.step(*thin(steps, lr), where="post", label=label, **style)
+    if (np.asarray(lr) > 0).any():
+        axis.set_yscale("log")
+    axis.set_ylabel("learning rate")
+
+
+def legend_above(axis: Axes) -> None:
+    """The legend beside the panel's upper edge, where no curve is."""
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0, frameon=False)
+
+
+def mark_changes(axes: Sequence[Axes], changes: Sequence[int]) -> None:
+    """Mark the changes of the learning rate in every panel of a figure over optimizer steps."""
+    for axis in axes:
+        for step in changes:
+            axis.axvline(step, color="tab:red", linewidth=0.8, alpha=0.6)
+        axis.grid(alpha=0.2)
+    axes[-1].set_xlabel("optimizer step")
+
+
+def thin(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """A curve at MAX_POINTS points or fewer: the lowest and the highest of each stretch, and NaN.
+
+    Args:
+        x: (N,) places of the points.
+        y: (N,) their values.
+
+    Returns:
+        Places and values of the points that are kept.
+    """
+    x, y = np.asarray(x), np.asarray(y, float)
+    if len(y) <= MAX_POINTS:
+        return x, y
+    # NaN is the lowest and the highest of its stretch: a gap stays one.
+    stretches = np.array_split(np.arange(len(y)), MAX_POINTS // 2)
+    pick = np.unique([part[end(y[part])] for part in stretches for end in (np.argmin, np.argmax)])
+    return x[pick], y[pick]
+
+
+def _dots(values: ArrayLike) -> dict[str, Any]:
+    """A line through few points shows them; of one point there is no line."""
+    return {"marker": "."} if np.size(values) <= 50 else {}
+
+
+def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of the finite values over a fiftieth of the run, as far as it reaches at the ends."""
+    window = np.ones(max(1, len(values) // 50))
+    finite = np.isfinite(values)
+    count = np.convolve(finite, window, "same")
+    total = np.convolve(np.where(finite, values, 0), window, "same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _around(response: NDArray[np.float64], threshold: NDArray[np.float64]) -> tuple[float, float]:
+    """Limits that show the threshold, be the response's first peak far above it or all below."""
     seen = response[np.isfinite(response)]
-    limit = float(np.nanmax(threshold)) if np.isfinite(threshold).any() else 0.0
+    limit = float(threshold[np.isfinite(threshold)].max())
     low = min(float(np.percentile(seen, 1)) if len(seen) else 0.0, 0.0)
-    return max(low, -8 * limit), min(float(seen.max()) if len(seen) else 1.0, 12 * limit) or 1.0
+    high = max(float(seen.max()) if len(seen) else 0.0, 1.2 * limit)
+    return max(low, -8 * limit), min(high, 12 * limit) or 1.0
 
 
 def print_summary(results: dict[str, Any], folder: str | Path) -> None:
