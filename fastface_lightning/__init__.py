@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .embedding import load_embedder
     from .schedule.callback import FastFaceCallback
     from .schedule.fastface import FastFace
     from .schedule.lr_scheduler import FastFaceLR
     from .schedule.mhlr import MHLR
     from .schedule.replay import replay
 
-__all__ = ["MHLR", "FastFace", "FastFaceCallback", "FastFaceLR", "replay"]
+__all__ = ["MHLR", "FastFace", "FastFaceCallback", "FastFaceLR", "load_embedder", "replay"]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -18,6 +19,7 @@ _HOME = {
     "FastFaceLR": "schedule.lr_scheduler",
     "FastFace": "schedule.fastface",
     "MHLR": "schedule.mhlr",
+    "load_embedder": "embedding",
     "replay": "schedule.replay",
 }
 

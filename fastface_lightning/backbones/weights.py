@@ -1,17 +1,24 @@
-"""Start a backbone from the weights in a file: InsightFace's, or a checkpoint of ``train.py``."""
+"""A backbone's weights in a file: InsightFace's, safetensors, or a checkpoint of ``train.py``."""
 
+import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .base import architecture
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
+SAFETENSORS = ".safetensors"
+ABOUT = "fastface_lightning"  # key of a .safetensors' metadata: JSON of what is known of the model
+# The last batch norm of MobileFaceNet, of any other timm model behind a neck, and of IResNet.
+LAST_BIASES = ("features.layers.3.bias", "neck.features.bias", "features.bias")
 NAMED_IN_FULL = 8  # so many keys are all named in a message; of more, the first three
 
 
@@ -20,13 +27,14 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
 
     The file holds a state_dict with the model's keys and shapes, such as InsightFace's
     ``backbone.pth`` and ``model.pt``, with or without the prefix that a wrapper puts before every
-    key; or it is a Lightning checkpoint of ``train.py``, whose ``backbone.`` keys are taken. Only
+    key; or a ``.safetensors`` of the same; or a Lightning checkpoint of ``train.py``, whose
+    ``backbone.`` keys are taken. Only
     tensors are read: no code in the file runs. They take the dtype, device and memory format of the
     model's own. Counts of batches (``num_batches_tracked``), which old files lack, may be missing.
 
     Args:
         model: what :func:`build_backbone` gives for the file's architecture and embedding size.
-        file: written by ``torch.save``.
+        file: written by ``torch.save``, or a ``.safetensors``.
 
     Raises:
         ValueError: no such file, one that holds something else, keys or shapes that are not the
@@ -83,9 +91,47 @@ def read_weights(file: str | Path, part: str = "backbone.") -> dict[str, Tensor]
     return weights
 
 
+def read_about(file: str | Path) -> dict[str, Any]:
+    """What a file says of its weights; nothing, if it is one of bare weights.
+
+    Returns:
+        The ``run`` of a checkpoint of ``train.py``; the metadata of a ``.safetensors`` that
+        ``recipes/export.py`` has written.
+
+    Raises:
+        ValueError: no such file, or one that holds something else.
+    """
+    path = Path(file)
+    if path.suffix == SAFETENSORS:
+        _read(path)
+        with safe_open(path, framework="pt") as opened:
+            return json.loads((opened.metadata() or {}).get(ABOUT, "{}"))
+    content = _read(path)
+    run = content.get("run") if isinstance(content, Mapping) else None
+    return dict(run) if isinstance(run, Mapping) else {}
+
+
+def embedding_size_of(weights: Mapping[str, Tensor]) -> int | None:
+    """D of a backbone's state_dict, None where its last batch norm has another name."""
+    return next((weights[key].numel() for key in LAST_BIASES if key in weights), None)
+
+
+def recognise(weights: Mapping[str, Tensor]) -> str | None:
+    """Name of the IResNet or MobileFaceNet that a state_dict fills, None if there is none."""
+    size = embedding_size_of(weights)
+    for name in timm.list_models(module="iresnet") + timm.list_models(module="mobilefacenet"):
+        with torch.device("meta"):
+            own = timm.create_model(name, num_classes=size or 512).state_dict()
+        if not _differences(weights, own):
+            return name
+    return None
+
+
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"weights must be a file, got {path}")
+    if path.suffix == SAFETENSORS:
+        return _read_safetensors(path)
     try:
         # Only files of the zip format, torch's since 1.6, can be mapped into memory.
         mapped = zipfile.is_zipfile(path)
@@ -96,6 +142,14 @@ def _read(path: Path) -> Any:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"also holds {foreign[1]}" if foreign else "is damaged or of another format"
         raise _refused(path, reason) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _refused(path, "is damaged or of another format") from error
 
 
 def _refused(file: str | Path, reason: str) -> ValueError:

@@ -1,0 +1,76 @@
+"""Embed all images in a folder: ``python recipes/embed.py --help``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from hydra.core.hydra_config import HydraConfig
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+from rich.console import Console
+
+from fastface_lightning.data import ImageFiles, find_images, read_landmarks
+from fastface_lightning.data.names import write_names
+from fastface_lightning.embedding import load_embedder
+from fastface_lightning.embedding_file import embed_to_file
+from fastface_lightning.program import program
+from fastface_lightning.protocols import stamp
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@program(config_path=CONF, config_name="embed")
+def main(cfg: DictConfig) -> int:
+    """Write the embeddings and the list, leave embed.json; returns the number of bad images."""
+    root, target = Path(cfg.images), Path(cfg.target)
+    if target.suffix != ".npy":
+        raise ValueError(f"target must be FILE.npy, got {target}")
+    embedder = load_embedder(
+        cfg.checkpoint, cfg.model, cfg.device, mirror=cfg.mirror, batch_size=cfg.batch_size
+    )
+    names = find_images(root)
+    points = None if cfg.landmarks is None else landmarks_of(names, cfg.landmarks)
+    files = ImageFiles([str(root / name) for name in names], points)
+    digest = hashlib.sha256(embedder.fingerprint.encode())
+    digest.update(b"" if points is None else points.tobytes())
+    for path in files.paths:
+        digest.update(stamp(path))
+    rows = embed_to_file(
+        target, digest.hexdigest()[:16], files, len(files), embedder, embedder, cfg.num_workers
+    )
+    write_names(target.with_suffix(".txt"), names)
+    bad = [files.why(int(i)) for i in np.flatnonzero(np.isnan(rows[:, 0]))]
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    found = {"target": str(target), "images": len(names), "bad": bad, "model": embedder.about}
+    (folder / "embed.json").write_text(json.dumps(found, indent=2) + "\n")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{target}: {rows.shape[0]:,} embeddings of {rows.shape[1]}", markup=False)
+    for line in bad[:20]:
+        console.print(f"  {line}", markup=False)
+    if bad:
+        console.print(f"{len(bad):,} images could not be read; their rows are NaN, see embed.json")
+    return len(bad)
+
+
+def landmarks_of(names: Sequence[str], file: str) -> NDArray[np.float64]:
+    """(n, 5, 2) landmarks of the images of these names.
+
+    Raises:
+        ValueError: the list lacks an image.
+    """
+    listed = {face.name: face.points for face in read_landmarks(file)}
+    absent = [name for name in names if name not in listed]
+    if absent:
+        raise ValueError(
+            f"landmarks must list every image, got none for {len(absent)}, the first of which is "
+            f"{absent[0]}"
+        )
+    return np.stack([listed[name] for name in names])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Write a trained model to ONNX, InsightFace's weights or safetensors: ``export.py --help``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from fastface_lightning.embedding import TorchEmbedder, load_embedder
+from fastface_lightning.export import check_target, export
+from fastface_lightning.program import program
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@program(config_path=CONF, config_name="export")
+def main(cfg: DictConfig) -> None:
+    """Export, print what is in the file, leave export.json."""
+    target = Path(cfg.target)
+    check_target(target, cfg.uint8)
+    embedder = load_embedder(cfg.checkpoint, cfg.model, device="cpu")
+    if not isinstance(embedder, TorchEmbedder):
+        raise ValueError(f"checkpoint must hold weights, got {cfg.checkpoint}, which is an ONNX")
+    about = export(embedder, target, cfg.uint8)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    written = {"checkpoint": str(cfg.checkpoint), "target": str(target), **about}
+    (folder / "export.json").write_text(json.dumps(written, indent=2) + "\n")
+    console = Console(highlight=False, soft_wrap=True)
+    for key, value in about.items():
+        console.print(f"  {key:14}{value}", markup=False)
+    size = target.stat().st_size / 2**20
+    console.print(f"  {'file':14}{target}, {size:,.1f} MiB", markup=False)
+
+
+if __name__ == "__main__":
+    main()
