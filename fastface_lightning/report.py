@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,12 @@ MAX_POINTS = 1500
 
 def plot_schedule(
     path: str | Path,
-    steps: Sequence[int],
-    loss: Sequence[float],
-    response: Sequence[float] | None = None,
-    threshold: Sequence[float] | None = None,
-    lr: Sequence[float] | None = None,
-    logged_lr: Sequence[float] | None = None,
+    steps: ArrayLike,
+    loss: ArrayLike,
+    response: ArrayLike | None = None,
+    threshold: ArrayLike | None = None,
+    lr: ArrayLike | None = None,
+    logged_lr: ArrayLike | None = None,
     changes: Sequence[int] = (),
     title: str = "",
 ) -> None:
@@ -149,6 +150,13 @@ def _around(response: NDArray[np.float64], threshold: NDArray[np.float64]) -> tu
     low = min(float(np.percentile(seen, 1)) if len(seen) else 0.0, 0.0)
     high = max(float(seen.max()) if len(seen) else 0.0, 1.2 * limit)
     return max(low, -8 * limit), min(high, 12 * limit) or 1.0
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file that has its name only when all of it is there."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
 
 
 def print_summary(results: dict[str, Any], folder: str | Path) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from .curves import plot_roc
 from .data.names import printable
 from .data.sheet import readable
-from .report import draw_loss, draw_lr, draw_response, legend_above, mark_changes, thin
+from .report import draw_loss, draw_lr, draw_response, legend_above, mark_changes, thin, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,9 +124,7 @@ def write_report(folder: Path) -> Path:
         files=files_of(run),
     )
     report = folder / "report.html"
-    part = folder / "report.html.part"
-    part.write_text(printable(page), encoding="utf-8")
-    os.replace(part, report)
+    write_whole(report, printable(page))
     return report
 
 
@@ -160,7 +158,7 @@ def read_run(folder: Path) -> Run:
         settings=read("config.yaml", lambda data: data.decode(errors="replace"), ""),
         config=read("config.yaml", _config, {}),
         overrides=read("overrides.yaml", lambda data: list(OmegaConf.create(data.decode())), []),
-        metrics=read("metrics.csv", _curves, {}),
+        metrics=read("metrics.csv", read_metrics, {}),
         results=read("results.json", lambda data: dict(json.loads(data)), {}),
         roc=read("roc.json", _roc, {}),
         samples=read("samples.png", _data_uri, ""),
@@ -177,7 +175,7 @@ def _config(data: bytes) -> dict[str, Any]:
     return dict(OmegaConf.to_container(OmegaConf.create(data.decode())))  # type: ignore[arg-type]
 
 
-def _curves(data: bytes) -> dict[str, Curve]:
+def read_metrics(data: bytes) -> dict[str, Curve]:
     """Steps and values of each column where its cells are filled; NaN for what is not finite."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in csv.DictReader(io.StringIO(data.decode(errors="replace"))):

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -26,8 +27,8 @@ from torch import Tensor
 from .curves import thin_curve
 from .data import FaceDataset
 from .evaluation import ROC
-from .report import plot_schedule
-from .report_page import write_report
+from .report import plot_schedule, write_whole
+from .report_page import read_metrics, write_report
 from .schedule.callback import FastFaceCallback
 from .schedule.replay import Change
 
@@ -248,7 +249,7 @@ class RunRecord(Callback):
         for name, roc in curves.items():
             taken = thin_curve(roc.far.numpy())
             points[name] = {"far": roc.far[taken].tolist(), "tar": roc.tar[taken].tolist()}
-        (self.folder / "roc.json").write_text(json.dumps(points) + "\n")
+        write_whole(self.folder / "roc.json", json.dumps(points) + "\n")
 
     def write(self, trainer: Trainer) -> dict[str, Any]:
         """Write ``results.json``, ``report.html`` and, from a ``metrics.csv``, ``schedule.png``.
@@ -263,7 +264,7 @@ class RunRecord(Callback):
         """
         results = self._results(trainer)
         if trainer.is_global_zero:
-            (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            write_whole(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
             if (self.folder / "metrics.csv").is_file():
                 plot_run(self.folder, [change["step"] for change in results["lr_changes"]])
             write_report(self.folder)
@@ -351,24 +352,25 @@ class RunRecord(Callback):
 
 def plot_run(folder: Path, changes: list[int]) -> None:
     """Draw ``schedule.png`` from the ``metrics.csv`` of a run folder."""
-    with (folder / "metrics.csv").open(newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row.get("train/loss")]
-    if not rows:
+    metrics = read_metrics((folder / "metrics.csv").read_bytes())
+    if "train/loss" not in metrics:
         return
-    lr = next((name for name in rows[0] if name.startswith("lr-")), None)
+    steps, loss = metrics["train/loss"]
 
-    def series(name: str | None) -> list[float] | None:
-        if name is None or not any(row.get(name) for row in rows):
+    def series(name: str | None) -> Any:
+        """A column at the steps of the loss, or before: some are logged in rows of their own."""
+        if name not in metrics:
             return None
-        return [float(row[name] or "nan") for row in rows]
+        at, values = metrics[name]
+        return values[np.searchsorted(at, steps, side="right").clip(1) - 1]
 
     plot_schedule(
         folder / "schedule.png",
-        steps=[int(float(row["step"])) for row in rows],
-        loss=series("train/loss") or [],
+        steps=steps,
+        loss=loss,
         response=series("fastface/response"),
         threshold=series("fastface/threshold"),
-        lr=series(lr),
+        lr=series(next((name for name in metrics if name.startswith("lr-")), None)),
         changes=changes,
     )
 

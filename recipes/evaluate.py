@@ -25,6 +25,7 @@ from fastface_lightning.embedding_file import embed_to_file
 from fastface_lightning.evaluation import roc_curve
 from fastface_lightning.program import program
 from fastface_lightning.protocols import Pairs, Protocol, open_protocol
+from fastface_lightning.report import write_whole
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 WORST = 24  # pairs on a sheet
@@ -161,10 +162,10 @@ def write(cfg: DictConfig, folder: Path, embedder: Embedder, found: Found) -> st
         "model": embedder.about,
         "sets": found,
     }
-    (folder / "evaluation.json").write_text(json.dumps(written, indent=2) + "\n")
+    write_whole(folder / "evaluation.json", json.dumps(written, indent=2) + "\n")
     text = f"# {cfg.checkpoint}\n\n{headline(embedder.about, found)}\n"
     text += "".join(f"\n{details(name, result)}\n" for name, result in found.items())
-    (folder / "evaluation.md").write_text(text)
+    write_whole(folder / "evaluation.md", text)
     return text
 
 
