@@ -130,6 +130,8 @@ class Templates(Protocol):
 
     def __init__(self, root: Path) -> None:
         self.data = read_ijb(root)
+        if not (root / "loose_crop").is_dir():
+            raise ValueError(f"no folder {root / 'loose_crop'}, which must hold the images")
         super().__init__(self.data.name)
         self.files = ImageFiles(self.data.images, self.data.points)
         self.images, self.count = self.files, len(self.files)

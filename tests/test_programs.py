@@ -15,6 +15,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from programs import ROOT, Run, load
 
+from fastface_lightning.data import encode_jpeg, write_verification_bin
+from fastface_lightning.data.faces import draw_face
+
 SMALL = [
     "data.num_identities=8",
     "data.images_per_identity=4",
@@ -63,6 +66,37 @@ def test_a_run_leaves_what_the_readme_promises(run: Run) -> None:
     assert (ended.folder / "schedule.png").stat().st_size > 10_000
     assert "FastFace" in (ended.folder / "config.yaml").read_text()
     assert "verification synthetic" in ended.out and "untrained" in ended.out
+
+    page = (ended.folder / "report.html").read_text()
+    assert "Verification over time" in page and "data:image/jpeg;base64" in page
+    assert set(json.loads((ended.folder / "roc.json").read_text())["synthetic"]) == {"far", "tar"}
+
+
+def test_verifies_every_so_many_steps_and_keeps_the_best(run: Run, tmp_path: Path) -> None:
+    """On two sets, whose mean says which checkpoint is the best; also with accumulation."""
+    same = [i % 2 > 0 for i in range(20)]
+    encoded = [encode_jpeg(draw_face(1, i // 2, i).transpose(1, 2, 0)) for i in range(40)]
+    write_verification_bin(tmp_path / "lfw.bin", encoded, same)
+    ended = run(
+        *small("trainer.max_epochs=2", "trainer.accumulate_grad_batches=2"),
+        *("data.batch_size=4", f"data.verify=[{tmp_path}/lfw.bin]", "verify.every_n_steps=3"),
+    )
+    assert ended.code == 0, ended.err
+    found = [row for row in rows(ended.folder) if row["verify/accuracy"]]
+    # Untrained, then after steps 3 and 6 (logged as the steps just taken), and where the run ends.
+    assert [float(row["step"]) for row in found] == [0, 2, 5, 8]
+    for row in found:
+        both = [float(row[f"verify/{name}/accuracy"]) for name in ("synthetic", "lfw")]
+        assert float(row["verify/accuracy"]) == pytest.approx(sum(both) / 2)
+    trained = [float(row["verify/accuracy"]) for row in found[1:]]
+    best = json.loads((ended.folder / "results.json").read_text())["best"]
+    assert best["accuracy"] == pytest.approx(max(trained))
+    assert best["step"] == [3, 6, 8][trained.index(max(trained))]
+    checkpoint = torch.load(ended.folder / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == best["step"]
+    assert checkpoint["run"]["config"]["data"]["batch_size"] == 4
+    mean = sum(checkpoint["run"]["verification"].values()) / 2
+    assert mean == pytest.approx(best["accuracy"])
 
 
 def test_verifies_at_the_end_also_when_steps_end_the_run(run: Run) -> None:

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from ijb import make_ijb
+from models import network, noise, save_checkpoint
 from PIL import Image
+
+from fastface_lightning.data import write_verification_bin
+from fastface_lightning.embedding import TorchEmbedder, load_embedder
+from fastface_lightning.export import export
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "memory.md"]
@@ -36,23 +43,38 @@ SMALL = {
 
 
 @pytest.mark.parametrize("page", BLOCKS)
-def test_python_blocks_run(page: str) -> None:
-    """The blocks of a page one after the other, as its reader would."""
-    names: dict[str, object] = {}
+def test_python_blocks_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: bytes
+) -> None:
+    """The blocks of a page one after the other, as its reader would, who has images and a model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(exported)
+    names: dict[str, object] = {"images": noise(2)}
     for language, text in BLOCKS[page]:
         if language == "python":
             exec(compile(text, page, "exec"), names)
 
 
 def test_every_command_is_known() -> None:
-    assert len(COMMANDS) == 41
+    assert len(COMMANDS) == 57
     for command in COMMANDS:
         assert re.match(r"python (train|recipes/\w+)\.py ", command), command
 
 
 @pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small model.onnx."""
+    folder = tmp_path_factory.mktemp("exported")
+    embedder = load_embedder(save_checkpoint(folder / "best.ckpt", network()))
+    assert isinstance(embedder, TorchEmbedder)
+    export(embedder, folder / "model.onnx")
+    return (folder / "model.onnx").read_bytes()
+
+
+@pytest.fixture(scope="session")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with DIR (identity folders), LFW (View 1's layout) and RUN (a finished run)."""
+    """A folder with DIR (identity folders), LFW (View 1's layout), IJBB, IJBC, sets of pairs and
+    InsightFace's weights."""
     home = tmp_path_factory.mktemp("readme")
     rng = np.random.default_rng(0)
     people = [f"Person_{letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWX"]
@@ -68,10 +90,24 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     same = [f"{name}\t1\t2" for name in test]
     other = [f"{a}\t1\t{b}\t2" for a, b in zip(test, test[1:] + test[:1], strict=True)]
     (home / "LFW" / "pairsDevTest.txt").write_text("\n".join(["12", *same, *other]) + "\n")
+    encoded = [file.read_bytes() for file in sorted((home / "DIR").rglob("*.jpg"))[:40]]
+    for name in ("lfw", "cfp_fp", "agedb_30"):
+        for folder in (home, home / "DIR"):
+            write_verification_bin(folder / f"{name}.bin", encoded, [i % 2 > 0 for i in range(20)])
+    make_ijb(home / "IJBB", "ijbb", people=2)
+    make_ijb(home / "IJBC", "ijbc", people=2)
+    torch.save(network().state_dict(), home / "backbone.pth")
     for part in ("conf", "recipes", "train.py"):
         source = ROOT / part
         (shutil.copytree if source.is_dir() else shutil.copy)(source, home / part)
     return home
+
+
+@pytest.fixture(scope="session")
+def checkpoint(stand_in: Path) -> bytes:
+    """The best.ckpt of a run on drawn faces."""
+    run([*small(["train.py"]), "hydra.run.dir=EARLIER"], stand_in)
+    return (stand_in / "EARLIER" / "checkpoints" / "best.ckpt").read_bytes()
 
 
 def run(words: list[str], folder: Path) -> None:
@@ -90,16 +126,17 @@ def small(words: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "plan=" not in c])
-def test_commands_run(command: str, stand_in: Path) -> None:
+def test_commands_run(command: str, stand_in: Path, checkpoint: bytes, exported: bytes) -> None:
     """As they stand there, after what they need has been made."""
     words = shlex.split(command)[1:]
     finished = stand_in / "RUN"
     (finished / "checkpoints").mkdir(parents=True, exist_ok=True)
     if "recipes/replay.py" in words:
         (finished / "metrics.csv").write_text("step,train/loss\n0,5\n300,2\n")
-    if "weights=RUN" in command:
-        run([*small(["train.py"]), "hydra.run.dir=EARLIER"], stand_in)
-        shutil.copy(stand_in / "EARLIER" / "checkpoints" / "last.ckpt", finished / "checkpoints")
+    if "=RUN/checkpoints" in command:
+        for name in ("best.ckpt", "last.ckpt"):
+            (finished / "checkpoints" / name).write_bytes(checkpoint)
+    (stand_in / "model.onnx").write_bytes(exported)
     pack = stand_in / "train.rec"
     for file in (pack, pack.with_suffix(".idx")):
         file.unlink(missing_ok=True)

@@ -7,7 +7,9 @@ of pairs of two persons that are accepted, the true accept rate (TAR) that of pa
 from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -105,8 +107,11 @@ def tar_at_far(scores: Tensor, same: Tensor, far: float | Sequence[float]) -> fl
         [0.5, 1.0]
     """
     wanted = _wanted(far)
-    roc = roc_curve(scores, same)
-    tar = [roc.tar[_nearest(roc.far, value)].item() for value in wanted]
+    _check_pairs(scores, same)
+    scores, same = scores.detach().cpu(), same.cpu()
+    values = scores.to(torch.promote_types(scores.dtype, torch.float32)).numpy()
+    right, wrong = values[same.numpy()], values[~same.numpy()]
+    tar = [float((right > limit).mean()) for limit in _limits(wrong, wanted)]
     return tar[0] if isinstance(far, float | int) else tar
 
 
@@ -184,6 +189,18 @@ def _accepted(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Accepted pairs of two persons, (m,) int64 from 0; of one person, likewise; and the m - 1
         different scores, falling, in their own dtype. All on the CPU.
     """
+    _check_pairs(scores, same)
+    n = len(scores)
+    scores, order = scores.detach().cpu().sort(descending=True)
+    is_last = torch.ones(n, dtype=torch.bool)  # of the pairs with its score
+    is_last[:-1] = scores[1:] != scores[:-1]
+    true = same.cpu()[order].cumsum(0)[is_last]
+    false = is_last.nonzero().squeeze(1) + 1 - true
+    nothing = torch.zeros(1, dtype=torch.int64)
+    return torch.cat([nothing, false]), torch.cat([nothing, true]), scores[is_last]
+
+
+def _check_pairs(scores: Tensor, same: Tensor) -> None:
     _check_scores(scores, same)
     check_finite(scores, "scores")
     n, positives = len(scores), int(same.sum())
@@ -192,14 +209,6 @@ def _accepted(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             "pairs must show both one person and two, "
             f"got {positives} pairs of one and {n - positives} of two"
         )
-
-    scores, order = scores.detach().cpu().sort(descending=True)
-    is_last = torch.ones(n, dtype=torch.bool)  # of the pairs with its score
-    is_last[:-1] = scores[1:] != scores[:-1]
-    true = same.cpu()[order].cumsum(0)[is_last]
-    false = is_last.nonzero().squeeze(1) + 1 - true
-    nothing = torch.zeros(1, dtype=torch.int64)
-    return torch.cat([nothing, false]), torch.cat([nothing, true]), scores[is_last]
 
 
 def _check_scores(scores: Tensor, same: Tensor) -> None:
@@ -216,12 +225,24 @@ def _wanted(far: float | Sequence[float]) -> list[float]:
     return wanted
 
 
-def _nearest(far: Tensor, wanted: float) -> int:
-    """Return where the largest TAR at the nearest FAR stands in a rising (m,) ``far``."""
-    above = int(torch.searchsorted(far, wanted))
-    if above > 0 and wanted - far[above - 1] < far[above] - wanted:
-        above -= 1
-    return int(torch.searchsorted(far, far[above], right=True)) - 1
+def _limits(wrong: NDArray[Any], wanted: list[float]) -> list[float]:
+    """Return the score above which pairs pass at the ROC point nearest to each wanted FAR.
+
+    By selection in O(n), as only the scores around each wanted FAR need their place: ``wrong`` are
+    the (n,) scores of pairs of two persons, of which those above a limit are accepted.
+    """
+    n = len(wrong)
+    places = [max(0, n - 1 - int(far * n)) for far in wanted]
+    ranked = np.partition(wrong, np.array(places, np.int64))
+    limits = []
+    for far, place in zip(wanted, places, strict=True):
+        score = ranked[place]
+        below = np.count_nonzero(wrong > score) / n  # the two FARs around the wanted one
+        above = np.count_nonzero(wrong >= score) / n
+        if far - below >= above - far:  # equal scores pass too, so the next lower one is the limit
+            score = wrong[wrong < score].max(initial=-np.inf)
+        limits.append(float(score))
+    return limits
 
 
 class PairScores(Metric):

@@ -214,8 +214,7 @@ def test_large_galleries_are_searched_one_probe_at_a_time() -> None:
     assert identification(*faces, RANKS, FPIR, block=1) == twin(*faces)
 
 
-def test_two_searches_need_the_same_embeddings_only() -> None:
-    """Order of probes and of entries says nothing."""
+def test_order_of_probes_and_entries_says_nothing() -> None:
     probes, probe_ids, gallery, gallery_ids = some_faces(60, 20, 15)
     p, g = torch.randperm(60), torch.randperm(20)
     assert identification(probes[p], probe_ids[p], gallery[g], gallery_ids[g]) == identification(
