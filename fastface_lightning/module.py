@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ from .backbones.weights import check_finite, read_weights
 from .data.augment import Augment
 from .evaluation import ROC, ROCCurve, VerificationAccuracy
 from .sgd import SGD, like_weights
+
+log = logging.getLogger(__name__)
 
 
 class FaceModule(LightningModule):
@@ -96,11 +99,27 @@ class FaceModule(LightningModule):
         a, b, same, index = batch
         metric, roc = self.metrics[dataloader_idx], self.rocs[dataloader_idx]
         assert isinstance(metric, VerificationAccuracy) and isinstance(roc, ROCCurve)
-        a, b = self.embed(a), self.embed(b)
+        a, b = self._comparable(self.embed(a)), self._comparable(self.embed(b))
         metric.update(a, b, same, index)
         roc.update((a * b).sum(1), same, index)
 
+    def _comparable(self, embeddings: Tensor) -> Tensor:
+        """Embeddings that are not finite become 0, which resembles nobody: a deep network gives
+        some before its batch norms have seen any image, and no run should end for it."""
+        finite = embeddings.isfinite().all(1, keepdim=True)
+        self._not_finite += (~finite).sum()
+        return embeddings.where(finite, 0)
+
+    def on_validation_epoch_start(self) -> None:
+        self._not_finite = torch.zeros((), dtype=torch.int64, device=self.device)
+
     def on_validation_epoch_end(self) -> None:
+        if self._not_finite:
+            log.warning(
+                "%d verification images have embeddings that are not finite; they count as alike "
+                "to nobody",
+                self._not_finite,
+            )
         accuracies = []
         for name, metric in zip(self.verify_names, self.metrics, strict=True):
             assert isinstance(metric, VerificationAccuracy)

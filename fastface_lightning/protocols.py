@@ -145,20 +145,21 @@ class Templates(Protocol):
     def evaluate(self, features: Tensor) -> dict[str, Any]:
         data = self.data
         seen = features[:, 0].isfinite()
-        weighted = features[seen] * torch.from_numpy(data.scores).float()[seen, None]
-        templates = torch.from_numpy(data.templates)[seen]
-        media = torch.from_numpy(data.media)[seen]
+        weighted = features * torch.from_numpy(data.scores).float()[:, None]
+        templates, media = torch.from_numpy(data.templates), torch.from_numpy(data.media)
+        if not seen.all():  # else a copy of IJB-C's features, 1 GB, is spared
+            weighted, templates, media = weighted[seen], templates[seen], media[seen]
         embeddings = template_embeddings(weighted, templates, media)
         del weighted
         known = templates.unique().numpy()
-        usable = np.isin(data.pairs, known).all(1)
-        rows = torch.from_numpy(np.searchsorted(known, data.pairs[usable]))
-        self.scores, self.same = template_scores(embeddings, rows), torch.from_numpy(data.same)
-        self.same = self.same[torch.from_numpy(usable)]
+        rows, there = _places(known, data.pairs)
+        usable = there.all(1)
+        self.same = torch.from_numpy(data.same[usable])
+        self.scores = template_scores(embeddings, torch.from_numpy(rows[usable]))
         return {
             "protocol": "templates",
             "templates": len(known),
-            "pairs": len(rows),
+            "pairs": len(self.scores),
             "pairs_without_images": int((~usable).sum()),
             "missing": [self.files.why(int(i)) for i in (~seen).nonzero()],
             **self._rates(FARS),
@@ -174,12 +175,8 @@ class Templates(Protocol):
         for gallery in self.data.galleries:
             sides = []
             for side in (probes, gallery):
-                there = np.isin(side.templates, known)
-                rows = np.searchsorted(known, side.templates[there])
-                sides += [
-                    embeddings[torch.from_numpy(rows)],
-                    torch.from_numpy(side.subjects[there]),
-                ]
+                rows, there = _places(known, side.templates)
+                sides += [embeddings[rows[there]], torch.from_numpy(side.subjects[there])]
             found.append(_identified(*sides))
         return found
 
@@ -270,6 +267,14 @@ def _tar_folds(a: Tensor, b: Tensor, same: Tensor) -> dict[str, float] | None:
         return verification_tar(a, b, same)._asdict()
     except ValueError:
         return None
+
+
+def _places(
+    known: NDArray[np.int64], numbers: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Place of each number among the ascending ``known``, and whether it is one of them."""
+    places = np.searchsorted(known, numbers).clip(max=len(known) - 1)
+    return places, known[places] == numbers
 
 
 def stamp(file: str) -> bytes:

@@ -252,3 +252,22 @@ def test_a_backbone_of_another_size_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"embeddings must be \(N, 5\), got \(8, 6\)"):
         fit(tmp_path, faces)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_that_overflows_is_verified_at_chance(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a hundred layers do before their batch norms have seen an image."""
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 112 * 112, 4))
+    nn.init.constant_(backbone[1].weight, 1e38)
+    faces = FaceModule(backbone, nn.Identity(), torch.optim.SGD, verify_names=["drawn"])
+    images = torch.randint(200, 256, (20, 3, 112, 112), dtype=torch.uint8)
+    same = torch.arange(20) % 2 == 0
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    pairs = DataLoader(TensorDataset(images, images, same, torch.arange(20)), batch_size=8)
+    (found,) = trainer.validate(faces, pairs, verbose=False)
+    assert found["verify/drawn/accuracy"] == 0.5
+    assert "40 verification images have embeddings that are not finite" in caplog.text
