@@ -1,7 +1,6 @@
 """Searching a gallery against loops over probes, identities and entries."""
 
 import math
-import os
 import pickle
 import re
 from fractions import Fraction
@@ -10,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import on_two_ranks
 from torch import Tensor
-from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -292,9 +290,8 @@ def test_ranks_merged_in_any_order(ranks: int, batch: int, seed: int) -> None:
     assert_result(first, twin(*faces))
 
 
-def on_rank(rank: int, folder: Path) -> None:
+def on_rank(rank: int) -> None:
     """Rank 1 comes in other batches, with repetitions; rank 0 alone ends with an empty one."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     faces = some_faces(40, 15, 10)
     rows = rows_of(*faces)
     metric = Identification(RANKS, FPIR)
@@ -303,14 +300,10 @@ def on_rank(rank: int, folder: Path) -> None:
     if rank == 0:
         metric.update(*(x[:0] for x in rows), torch.arange(0))
     assert_result(metric, twin(*faces))
-    (folder / f"rank{rank}").touch()
-    dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
 def test_two_processes_give_both_the_result_of_one(tmp_path: Path) -> None:
-    start_processes(on_rank, (tmp_path,), nprocs=2, start_method="fork")
-    assert (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists()
+    on_two_ranks(on_rank, tmp_path)
 
 
 def test_without_numbers_every_row_counts() -> None:

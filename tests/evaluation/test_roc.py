@@ -1,7 +1,6 @@
 """The ROC and what is read off it, against counting pair by pair and against scikit-learn."""
 
 import math
-import os
 import pickle
 import re
 from collections.abc import Callable
@@ -12,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import on_two_ranks
 from sklearn import metrics as sklearn_metrics
 from torch import Tensor
-from torch.multiprocessing import start_processes
 
 from fastface_lightning.evaluation import (
     ROC,
@@ -387,9 +385,8 @@ def test_ranks_merge_to_one_process(n: int, ranks: int, batch: int) -> None:
     expect(merged, scores, same)
 
 
-def on_rank(rank: int, folder: Path) -> None:
+def on_rank(rank: int) -> None:
     """Both ranks see both ends of the set, rank 1 in more batches and with more repetitions."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     scores, same = some_pairs()
     mine = torch.cat([torch.arange(101)[rank::2], torch.arange(7 * rank)])
     metrics = all_metrics()
@@ -401,14 +398,10 @@ def on_rank(rank: int, folder: Path) -> None:
     metric, mine = ROCAUC(), torch.arange(101 if rank else 0)  # a process without pairs says so
     metric.update(scores[mine], same[mine], mine)
     assert metric.compute().item() == pytest.approx(roc_auc(scores, same), abs=1e-6)
-    (folder / f"rank{rank}").touch()
-    dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
 def test_two_processes_give_both_the_result_of_one(tmp_path: Path) -> None:
-    start_processes(on_rank, (tmp_path,), nprocs=2, start_method="fork")
-    assert (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists()
+    on_two_ranks(on_rank, tmp_path)
 
 
 def test_reset_forgets() -> None:

@@ -1,7 +1,6 @@
 """The 1:1 protocol of templates against loops over templates, medias, images and pairs."""
 
 import math
-import os
 import pickle
 import re
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import on_two_ranks
 from torch import Tensor
-from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastface_lightning.evaluation import tar_at_far
@@ -298,22 +296,17 @@ def test_order_of_batches_changes_no_bit() -> None:
     assert torch.equal(*scores)
 
 
-def on_rank(rank: int, folder: Path) -> None:
+def on_rank(rank: int) -> None:
     """Rank 1 comes in other batches, with repetitions, and the result is one process's."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     features, templates, media = some_images()
     metric = metric_of(templates, media)
     for index in torch.cat([torch.arange(60)[rank::2], torch.arange(9 * rank)]).split(7 - rank):
         metric.update(features[index], index)
     assert metric.compute().tolist() == pytest.approx(expected(features, templates, media))
-    (folder / f"rank{rank}").touch()
-    dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
 def test_two_processes_give_both_the_result_of_one(tmp_path: Path) -> None:
-    start_processes(on_rank, (tmp_path,), nprocs=2, start_method="fork")
-    assert (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists()
+    on_two_ranks(on_rank, tmp_path)
 
 
 def test_an_image_never_seen_is_refused() -> None:
