@@ -25,7 +25,7 @@ from fastface_lightning.data import FaceDataModule, sheet_of
 from fastface_lightning.data.names import write_names
 from fastface_lightning.module import FaceModule, check_sparse, moves_rows
 from fastface_lightning.plan import CARD_RESERVE, UNPLANNED, peak, plan_backbone, plan_classifier
-from fastface_lightning.program import program
+from fastface_lightning.program import check_numbers, program
 from fastface_lightning.report import print_plan, print_summary
 from fastface_lightning.run_record import ResumableCSVLogger, RunRecord, device_name, memory_of
 from fastface_lightning.schedule import PlateauSchedule
@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> float | None:
     """Train, verify and leave a record in the run folder; returns the verification accuracy."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     cfg, overrides = with_earlier_overrides(cfg, folder)
-    check_numbers(cfg)
+    check_numbers(cfg, *NUMBERS)
     checkpoint = checkpoint_to_resume(cfg, folder)
     resolve_device(cfg)
     if cfg.plan is not False and cfg.plan is not None:  # 0 is a mistake, not a no
@@ -114,14 +114,6 @@ def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, l
         overrides = list({text.partition("=")[0]: text for text in both}.values())
         cfg = compose("train", overrides)
     return cfg, [text for text in overrides if not text.startswith("resume=")]
-
-
-def check_numbers(cfg: DictConfig) -> None:
-    """Refuse words where the program itself needs a number."""
-    for key in NUMBERS:
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not isinstance(value, (int, float)):
-            raise ValueError(f"{key} must be a number, got {value!r}")
 
 
 def build_module(

@@ -147,7 +147,7 @@ class OnnxEmbedder(Embedder):
 
 def load_embedder(
     path: str | Path,
-    model: str | Mapping[str, Any] | None = None,
+    network: str | Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     mirror: bool = False,
     batch_size: int = 128,
@@ -158,7 +158,7 @@ def load_embedder(
         path: a checkpoint of ``train.py``, or what ``recipes/export.py`` writes: ``.onnx``,
             ``.safetensors``, InsightFace's ``backbone.pth``; also an ONNX from elsewhere, or any
             state_dict that :func:`fastface_lightning.backbones.load_weights` reads.
-        model: the network, by its timm name or all that
+        network: its timm name, or all that
             :func:`fastface_lightning.backbones.build_backbone` takes. None is what the file says;
             of bare weights an IResNet or MobileFaceNet is known by its keys and shapes.
         device: where to embed; None is the GPU if there is one.
@@ -182,19 +182,22 @@ def load_embedder(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"a model must be a file, got {path}")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = _device(device)
     if path.suffix.lower() == ".onnx":
         return OnnxEmbedder(path, device, mirror, batch_size)
     about = read_about(path)
     if "config" in about:
-        about = about_run(about)
-    spec = _network(path, model, about)
-    network = build_backbone(**spec)
-    load_weights(network, path)
+        try:
+            about = about_run(about)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"a checkpoint must say of its run what train.py writes, got another run in {path}"
+            ) from error
+    spec = _network(path, network, about)
+    model = build_backbone(**spec)
+    load_weights(model, path)
     about["network"] = spec
-    return TorchEmbedder(network, spec["embedding_size"], about, device, mirror, batch_size)
+    return TorchEmbedder(model, spec["embedding_size"], about, device, mirror, batch_size)
 
 
 def about_run(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,13 +223,13 @@ def about_run(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _network(
-    path: Path, model: str | Mapping[str, Any] | None, about: Mapping[str, Any]
+    path: Path, given: str | Mapping[str, Any] | None, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What to build for a file's weights: what is asked for, what it says, or what fits them."""
-    if isinstance(model, Mapping):
-        spec = {k: v for k, v in model.items() if k not in _NOT_OF_THE_NETWORK}
-    elif model is not None:
-        spec = {"name": model}
+    if isinstance(given, Mapping):
+        spec = {k: v for k, v in given.items() if k not in _NOT_OF_THE_NETWORK}
+    elif given is not None:
+        spec = {"name": given}
     else:
         spec = dict(about.get("network") or {})
     spec.pop("channels_last", None)
@@ -237,11 +240,20 @@ def _network(
         name = recognise(weights)
         if name is None:
             raise ValueError(
-                f"model must be given with {path}, whose weights are of no IResNet or "
-                f"MobileFaceNet: model=NAME, by its name in timm"
+                f"network must be given with {path}, whose weights are of no IResNet or "
+                f"MobileFaceNet: network=NAME, its name in timm"
             )
         spec["name"] = name
     return {**spec, "embedding_size": embedding_size_of(weights) or 512}
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=asked).device
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"device must be one that torch can use here, got {asked}") from error
 
 
 def _session(file: Path, device: torch.device) -> Any:
@@ -249,7 +261,7 @@ def _session(file: Path, device: torch.device) -> Any:
         import onnxruntime
     except ModuleNotFoundError as error:
         raise ValueError(
-            "an .onnx needs onnxruntime: pip install 'fastface-lightning[export]'"
+            "an .onnx is run by onnxruntime, which is absent: pip install onnxruntime"
         ) from error
     onnxruntime.set_default_logger_severity(3)
     providers = ["CPUExecutionProvider"]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -42,21 +42,24 @@ def embed_to_file(
         embedder: gives the batch size and D.
         embed: ``embedder`` itself, or its ``features``.
         num_workers: processes that read images.
-        keep: trust a ``file`` that is there, as where its name tells the key.
+        keep: trust a ``file`` that is there, as where its name tells the key, but for rows of NaN,
+            whose images are tried again.
 
     Returns:
         The rows, memory-mapped; what is written to them stays in memory.
 
     Raises:
-        ValueError: the model gives NaN or infinity for an image.
+        ValueError: the model gives NaN or infinity for an image, or another process is writing.
     """
     if keep and file.exists():
+        _try_again(file, images, embed)
         return np.load(file, mmap_mode="c")
     part = file.with_name(f"{file.name}.{key}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     header = _header((count, embedder.embedding_size))
     width = 4 * embedder.embedding_size
     with part.open("ab") as out:
+        _claim(part, out)
         done = min(max(out.tell() - len(header), 0) // width, count)
         out.truncate(len(header) + done * width if out.tell() >= len(header) else 0)
         out.seek(0, os.SEEK_END)
@@ -68,13 +71,42 @@ def embed_to_file(
         with Progress(transient=True) as progress:
             task = progress.add_task("embedding", total=count, completed=done)
             for batch, readable in loader if done < count else ():
-                rows = embed(batch)
-                _check_finite(rows)
-                rows[~readable] = torch.nan
-                out.write(rows.numpy().tobytes())
-                progress.advance(task, len(rows))
+                out.write(_rows(embed, batch, readable).tobytes())
+                progress.advance(task, len(batch))
     os.replace(part, file)
     return np.load(file, mmap_mode="c")
+
+
+def _claim(part: Path, out: IO[bytes]) -> None:
+    """Let no other process write to the file; refuse one to which another does, or just did."""
+    import fcntl  # not there on Windows
+
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(out.fileno()), part.stat())
+    except (BlockingIOError, FileNotFoundError):
+        mine = False
+    if not mine:
+        raise ValueError(f"one process at a time must write {part}, got another at it")
+
+
+def _rows(embed: Callable[[Tensor], Tensor], batch: Tensor, readable: Tensor) -> NDArray[Any]:
+    rows = embed(batch)
+    _check_finite(rows)
+    rows[~readable] = torch.nan
+    return rows.numpy()
+
+
+def _try_again(
+    file: Path, images: Dataset[tuple[Tensor, bool]], embed: Callable[[Tensor], Tensor]
+) -> None:
+    """Embed what could not be read when the file was written, and can now."""
+    rows = np.load(file, mmap_mode="r+")
+    for i in np.flatnonzero(np.isnan(rows[:, 0])):
+        image, readable = images[int(i)]
+        if readable:
+            rows[i] = _rows(embed, image[None], torch.tensor([True]))[0]
+    rows.flush()
 
 
 def _check_finite(rows: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -66,8 +67,12 @@ def export(embedder: TorchEmbedder, target: Path, uint8: bool = False) -> dict[s
     target.parent.mkdir(parents=True, exist_ok=True)
     with _finished(target) as part:
         if target.suffix == ".onnx":
-            _write_onnx(embedder, part, about, uint8)
-            about |= _compare(embedder, part)
+            # The caller's network stays where it is, in the memory format it has.
+            network = (
+                copy.deepcopy(embedder.network).cpu().to(memory_format=torch.contiguous_format)
+            )
+            _write_onnx(network, part, about, uint8)
+            about |= _compare(network, part)
         else:
             weights = {k: v.contiguous() for k, v in embedder.network.state_dict().items()}
             if target.suffix == SAFETENSORS:
@@ -111,15 +116,16 @@ class _FromUint8(nn.Module):
         return self.network(normalise(images))
 
 
-def _write_onnx(embedder: TorchEmbedder, file: Path, about: dict[str, Any], uint8: bool) -> None:
+def _write_onnx(network: nn.Module, file: Path, about: dict[str, Any], uint8: bool) -> None:
     try:
         import onnx
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  what torch exports with
     except ModuleNotFoundError as error:
         raise ValueError(
-            "an .onnx is written with onnx and onnxscript: pip install 'fastface-lightning[export]'"
+            "an .onnx takes onnx, onnxscript and onnxruntime, of which one is absent: "
+            "pip install onnx onnxscript onnxruntime"
         ) from error
-    network = embedder.network.cpu().to(memory_format=torch.contiguous_format)
     images = torch.zeros(2, *IMAGE_SHAPE, dtype=torch.uint8)
     model = _FromUint8(network) if uint8 else network
     for library in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they optimise
@@ -145,14 +151,12 @@ def _write_onnx(embedder: TorchEmbedder, file: Path, about: dict[str, Any], uint
 
 
 @torch.no_grad()
-def _compare(embedder: TorchEmbedder, file: Path) -> dict[str, float]:
+def _compare(network: nn.Module, file: Path) -> dict[str, float]:
     """Embed faces with both, in batches of other sizes than the exported one."""
     faces = SyntheticFaces(8, 1)
     images = torch.stack([faces[i][0] for i in range(len(faces))])
-    written = OnnxEmbedder(file, embedder.device, mirror=False, batch_size=5)
-    mirror, embedder.mirror = embedder.mirror, False
-    wanted, found = embedder.features(images).double(), written.features(images).double()
-    embedder.mirror = mirror
+    written = OnnxEmbedder(file, torch.device("cpu"), mirror=False, batch_size=5)
+    wanted, found = network(normalise(images)).double(), written.features(images).double()
     if not wanted.isfinite().all():
         raise ValueError(
             f"a network must give finite embeddings to be exported, got "

@@ -99,26 +99,29 @@ class FaceModule(LightningModule):
         a, b, same, index = batch
         metric, roc = self.metrics[dataloader_idx], self.rocs[dataloader_idx]
         assert isinstance(metric, VerificationAccuracy) and isinstance(roc, ROCCurve)
-        a, b = self._comparable(self.embed(a)), self._comparable(self.embed(b))
+        a, b = self._embed_pairs(a, b, same)
         metric.update(a, b, same, index)
         roc.update((a * b).sum(1), same, index)
 
-    def _comparable(self, embeddings: Tensor) -> Tensor:
-        """Embeddings that are not finite become 0, which resembles nobody: a deep network gives
-        some before its batch norms have seen any image, and no run should end for it."""
-        finite = embeddings.isfinite().all(1, keepdim=True)
-        self._not_finite += (~finite).sum()
-        return embeddings.where(finite, 0)
+    def _embed_pairs(self, a: Tensor, b: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of pairs of images; as those of a pair that is mistaken, where they are
+        not finite: a deep network gives such before its batch norms have seen any image, and no run
+        should end for it."""
+        a, b = self.embed(a), self.embed(b)
+        lost = ~(a.isfinite().all(1) & b.isfinite().all(1))
+        self._lost += lost.sum()
+        unit = F.one_hot(torch.zeros_like(same, dtype=torch.int64), a.shape[1]).to(a)
+        opposite = torch.where(same[:, None], -unit, unit)  # as unlike, or as alike, as can be
+        return a.where(~lost[:, None], unit), b.where(~lost[:, None], opposite)
 
     def on_validation_epoch_start(self) -> None:
-        self._not_finite = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._lost = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        if self._not_finite:
+        if self._lost:
             log.warning(
-                "%d verification images have embeddings that are not finite; they count as alike "
-                "to nobody",
-                self._not_finite,
+                "%d verification pairs have embeddings that are not finite, and count as mistaken",
+                self._lost,
             )
         accuracies = []
         for name, metric in zip(self.verify_names, self.metrics, strict=True):

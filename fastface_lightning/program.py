@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 Task = Callable[[DictConfig], Any]
@@ -71,6 +71,18 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
         return main
 
     return decorate
+
+
+def check_numbers(config: DictConfig, *keys: str) -> None:
+    """Refuse words where a program itself needs a number.
+
+    Raises:
+        ValueError: one of ``keys`` is set to something else.
+    """
+    for key in keys:
+        value = OmegaConf.select(config, key)
+        if value is not None and not isinstance(value, (int, float)):
+            raise ValueError(f"{key} must be a number, got {value!r}")
 
 
 def stop(error: Exception) -> NoReturn:

@@ -188,13 +188,17 @@ class Identities(Protocol):
     identities with a single image are looked for though they are not there.
     """
 
-    def __init__(self, name: str, faces: FaceDataset) -> None:
-        super().__init__(name)
-        self.faces, self.count = faces, len(faces)
-        self.images = _Read(faces)
+    def __init__(self, path: Path) -> None:
+        super().__init__(_name(path))
+        self.path, self.faces = path, open_faces(path)
+        self.count = len(self.faces)
+        self.images = _Read(self.faces)
 
     def digest(self) -> str:
         digest = hashlib.sha256(self.faces.labels.tobytes())
+        packs = [self.path, *sorted(self.path.glob("*.rec")), *sorted(self.path.glob("*.zip"))]
+        for pack in packs:
+            digest.update(stamp(str(pack)))
         for i in range(self.count):
             digest.update(stamp(self.faces.name(i)))
         return digest.hexdigest()
@@ -238,12 +242,15 @@ def open_protocol(path: str | Path, image_root: str | Path | None = None) -> Pro
         ValueError: what is there cannot be read.
     """
     path = Path(path)
-    name = path.stem.replace(".", "_") or "faces"
     if path.is_dir() and is_ijb(path):
         return Templates(path)
     if path.is_dir() or path.suffix in (".rec", ".zip"):
-        return Identities(name, open_faces(path))
-    return Pairs(name, read_verification(path, image_root))
+        return Identities(path)
+    return Pairs(_name(path), read_verification(path, image_root))
+
+
+def _name(path: Path) -> str:
+    return path.resolve().stem.replace(".", "_")
 
 
 def _identified(
@@ -262,7 +269,8 @@ def _identified(
 
 
 def _tar_folds(a: Tensor, b: Tensor, same: Tensor) -> dict[str, float] | None:
-    """The fold version of TAR at FAR 1e-3; None where a fold holds pairs of one kind alone."""
+    """The fold version of TAR at FAR 1e-3; None where a fold holds pairs of one kind alone, all
+    that can be wrong with what :func:`verification_accuracy` has taken."""
     try:
         return verification_tar(a, b, same)._asdict()
     except ValueError:

@@ -167,7 +167,8 @@ class RunRecord(Callback):
     """Measures a run, and writes down what came of it.
 
     Every checkpoint gets ``run``, plain data that says what made it: ``config``, ``commit``,
-    ``steps`` and ``verification``, the last accuracy of each set. From it
+    ``steps`` and ``verification``, the accuracy of each set, if just these weights have been
+    verified. From it
     :func:`fastface_lightning.load_embedder` builds the network.
 
     Args:
@@ -236,11 +237,12 @@ class RunRecord(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        verified = self.verified_step == trainer.global_step  # else the figures are of others
         checkpoint["run"] = {
             "config": self.config,
             "commit": self.commit,
             "steps": trainer.global_step,
-            "verification": dict(self.accuracy),
+            "verification": dict(self.accuracy) if verified else {},
         }
 
     def _write_roc(self, curves: Mapping[str, ROC]) -> None:

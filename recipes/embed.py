@@ -17,7 +17,7 @@ from fastface_lightning.data import ImageFiles, find_images, read_landmarks
 from fastface_lightning.data.names import write_names
 from fastface_lightning.embedding import load_embedder
 from fastface_lightning.embedding_file import embed_to_file
-from fastface_lightning.program import program
+from fastface_lightning.program import check_numbers, program
 from fastface_lightning.protocols import stamp
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -29,8 +29,12 @@ def main(cfg: DictConfig) -> int:
     root, target = Path(cfg.images), Path(cfg.target)
     if target.suffix != ".npy":
         raise ValueError(f"target must be FILE.npy, got {target}")
+    listed = target.with_suffix(".txt")
+    if cfg.landmarks is not None and listed.resolve() == Path(cfg.landmarks).resolve():
+        raise ValueError(f"target must have another name, its list would replace {cfg.landmarks}")
+    check_numbers(cfg, "batch_size", "num_workers")
     embedder = load_embedder(
-        cfg.checkpoint, cfg.model, cfg.device, mirror=cfg.mirror, batch_size=cfg.batch_size
+        cfg.checkpoint, cfg.network, cfg.device, mirror=cfg.mirror, batch_size=cfg.batch_size
     )
     names = find_images(root)
     points = None if cfg.landmarks is None else landmarks_of(names, cfg.landmarks)
@@ -42,7 +46,7 @@ def main(cfg: DictConfig) -> int:
     rows = embed_to_file(
         target, digest.hexdigest()[:16], files, len(files), embedder, embedder, cfg.num_workers
     )
-    write_names(target.with_suffix(".txt"), names)
+    write_names(listed, names)
     bad = [files.why(int(i)) for i in np.flatnonzero(np.isnan(rows[:, 0]))]
     folder = Path(HydraConfig.get().runtime.output_dir)
     found = {"target": str(target), "images": len(names), "bad": bad, "model": embedder.about}

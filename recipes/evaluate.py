@@ -23,7 +23,7 @@ from fastface_lightning.data import FaceDataModule, pairs_sheet
 from fastface_lightning.embedding import Embedder, load_embedder
 from fastface_lightning.embedding_file import embed_to_file
 from fastface_lightning.evaluation import roc_curve
-from fastface_lightning.program import program
+from fastface_lightning.program import check_numbers, program
 from fastface_lightning.protocols import Pairs, Protocol, open_protocol
 from fastface_lightning.report import write_whole
 
@@ -52,13 +52,17 @@ Found = dict[str, dict[str, Any]]
 def main(cfg: DictConfig) -> None:
     """Evaluate every set, write after each what is known so far, and print the table."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    check_numbers(cfg, "batch_size", "num_workers")
     if isinstance(cfg.verify, str):
         cfg.verify = [cfg.verify]
-    for path in cfg.verify or ():  # before what takes long
+    paths = [] if cfg.verify is None else cfg.verify
+    if not isinstance(paths, Sequence) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"verify must be a list of paths, as [lfw.bin,IJBC], got {cfg.verify}")
+    for path in paths:  # before what takes long
         if not Path(path).exists():
             raise ValueError(f"verify must name what is there, got {path}")
     embedder = load_embedder(
-        cfg.checkpoint, cfg.model, cfg.device, mirror=cfg.mirror, batch_size=cfg.batch_size
+        cfg.checkpoint, cfg.network, cfg.device, mirror=cfg.mirror, batch_size=cfg.batch_size
     )
     cache = Path(cfg.cache or Path(cfg.checkpoint).parent / "embeddings")
     found: Found = {}
@@ -103,7 +107,7 @@ def _opener(cfg: DictConfig) -> Any:
 
 def run_sets(checkpoint: str) -> Iterator[Protocol]:
     """The verification sets of the run that a checkpoint comes from."""
-    about = {} if Path(checkpoint).suffix == ".onnx" else read_about(checkpoint)
+    about = {} if Path(checkpoint).suffix.lower() == ".onnx" else read_about(checkpoint)
     if "config" not in about:
         raise ValueError(f"verify must name sets, as [lfw.bin]: {checkpoint} names none of its run")
     data: FaceDataModule = instantiate(about["config"]["data"])

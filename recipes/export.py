@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> None:
     """Export, print what is in the file, leave export.json."""
     target = Path(cfg.target)
     check_target(target, cfg.uint8)
-    embedder = load_embedder(cfg.checkpoint, cfg.model, device="cpu")
+    embedder = load_embedder(cfg.checkpoint, cfg.network, device="cpu")
     if not isinstance(embedder, TorchEmbedder):
         raise ValueError(f"checkpoint must hold weights, got {cfg.checkpoint}, which is an ONNX")
     about = export(embedder, target, cfg.uint8)

@@ -60,7 +60,9 @@ def test_photographs_are_aligned_by_their_landmarks(run: Run, place: Path) -> No
         (["images=absent", "target=e.npy"], "no folder absent"),
         (["images=empty", "target=e.npy"], "empty holds no image"),
         (["images=faces", "target=e.npy", "landmarks=some.txt"], "got none for 2, the first"),
+        (["images=faces", "target=some.npy", "landmarks=some.txt"], "would replace some.txt"),
         (["images=faces", "target=e.npy", "batch_size=0"], "batch_size must be at least 1"),
+        (["images=faces", "target=e.npy", "num_workers=two"], "num_workers must be a number"),
     ],
 )
 def test_bad_input(run: Run, place: Path, arguments: list[str], message: str) -> None:

@@ -110,13 +110,15 @@ def test_weights_of_another_network_need_its_name(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     model = build_backbone("resnet18", 24).eval()
     save_file(model.state_dict(), file)
-    with pytest.raises(ValueError, match=r"^model must be given with .*weights.safetensors, whose"):
+    with pytest.raises(
+        ValueError, match=r"^network must be given with .*weights.safetensors, whose"
+    ):
         load_embedder(file)
     images = noise(2)
-    found = load_embedder(file, model="resnet18").features(images)
+    found = load_embedder(file, network="resnet18").features(images)
     assert torch.allclose(found, plain(model, images), atol=1e-5)
     with pytest.raises(ValueError, match="weights must match resnet34"):
-        load_embedder(file, model="resnet34")
+        load_embedder(file, network="resnet34")
 
 
 def test_a_checkpoint_without_what_it_takes_is_refused(tmp_path: Path) -> None:

@@ -122,3 +122,27 @@ def test_embeddings_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^a model must give finite embeddings, got inf"):
         embed_to_file(tmp_path / "a.npy", "k", Numbered(), 3, embedder, nan)
     assert not (tmp_path / "a.npy").exists()
+
+
+def test_an_image_that_could_not_be_read_is_tried_again(tmp_path: Path) -> None:
+    embedder = Counting()
+    file = tmp_path / "a.npy"
+    for bad, nan in (({1, 4}, [1, 4]), ({1}, [1]), (set(), [])):
+        images = Numbered(frozenset(bad))
+        rows = embed_to_file(file, "k", images, 6, embedder, embedder.features, keep=True)
+        assert np.flatnonzero(np.isnan(rows[:, 0])).tolist() == nan
+    assert np.load(file)[:, 0].tolist() == list(range(6))
+    assert sorted(embedder.seen) == [0, 1, 1, 2, 3, 4, 4, 5]  # whatever a bad image holds
+
+
+def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
+    class Meeting(Counting):
+        def _forward(self, images: Tensor) -> Tensor:
+            other = Counting()
+            with pytest.raises(ValueError, match=r"^one process at a time must write .*part, got"):
+                embed_to_file(tmp_path / "a.npy", "k", Numbered(), 9, other, other.features)
+            return super()._forward(images)
+
+    embedder = Meeting()
+    rows = embed_to_file(tmp_path / "a.npy", "k", Numbered(), 9, embedder, embedder.features)
+    assert rows[:, 0].tolist() == list(range(9))

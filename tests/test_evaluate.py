@@ -1,6 +1,7 @@
 """recipes/evaluate.py: every kind of set by its protocol, from what is kept where it was."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from programs import ROOT, Run, load
 from torch.nn import functional as F
 
 import fastface_lightning.embedding_file as embedding_file
-from fastface_lightning.data import write_verification_bin
+from fastface_lightning.data import encode_jpeg, write_verification_bin
+from fastface_lightning.data.recordio import InsightFaceWriter
 from fastface_lightning.embedding import load_embedder
 from fastface_lightning.evaluation import tar_at_far, verification_accuracy
-from fastface_lightning.protocols import Templates
+from fastface_lightning.protocols import Templates, open_protocol
 
 PROGRAM = "recipes/evaluate.py"
 
@@ -155,6 +157,21 @@ def test_embeddings_are_kept_for_the_next_time(
     assert len(list(place.glob("embeddings/*.npy"))) == 4
 
 
+def test_a_pack_that_is_written_anew_is_embedded_anew(place: Path) -> None:
+    """Its images are known by their places in the file, which may stay."""
+    rec = place / "faces.rec"
+    digests = []
+    for quality in (90, 91, 91):
+        rec.unlink(missing_ok=True)
+        with InsightFaceWriter(rec) as writer:
+            for i, image in enumerate(noise(4)):
+                jpeg = encode_jpeg(image.permute(1, 2, 0).numpy(), quality)
+                writer.write_image(i // 2, jpeg.ljust(40_000, b"\0"))
+        os.utime(rec, ns=(quality, quality))
+        digests.append(open_protocol(rec).digest())
+    assert digests[0] != digests[1] == digests[2]
+
+
 def test_a_set_that_fails_leaves_the_results_before_it(run: Run, place: Path) -> None:
     (place / "bad.csv").write_text("a,b,same\nnot a pair\n")
     ended = run(
@@ -180,11 +197,17 @@ def break_lists(place: Path) -> None:
         (["checkpoint=best.ckpt", "verify=IJBC"], "must list the same images, got 25 and 24"),
         (["checkpoint=best.ckpt", "verify=pairs.csv"], "image_root must be the folder"),
         (["checkpoint=lfw.bin", "verify=lfw.bin"], "weights must be a file of tensors"),
+        (["checkpoint=best.ckpt", "verify=3"], "verify must be a list of paths"),
+        (["checkpoint=best.ckpt", "verify=[1]"], "verify must be a list of paths"),
+        (["checkpoint=best.ckpt", "device=foo"], "device must be one that torch can use here"),
+        (["checkpoint=best.ckpt", "batch_size=abc"], "batch_size must be a number, got 'abc'"),
+        (["checkpoint=odd.ckpt"], "must say of its run what train.py writes"),
     ],
 )
 def test_bad_input(run: Run, place: Path, arguments: list[str], message: str) -> None:
     break_lists(place)
     torch.save(network().state_dict(), place / "weights.pth")
+    save_checkpoint(place / "odd.ckpt", network(), run={"config": {}})
     write_images(place / "lone", {"ada": 1, "bob": 1})
     ended = run(*arguments, program=PROGRAM)
     assert ended.code == 2 and message in ended.err

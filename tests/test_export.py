@@ -71,9 +71,8 @@ def test_an_onnx_that_embeds_otherwise_is_not_written(
     before = target.read_bytes()
     write = export_module._write_onnx
 
-    def write_another(_: TorchEmbedder, *rest: object) -> None:
-        other = TorchEmbedder(network(1), SIZE, {}, torch.device("cpu"), False, 8)
-        write(other, *rest)  # type: ignore[arg-type]
+    def write_another(_: torch.nn.Module, *rest: object) -> None:
+        write(network(1), *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(export_module, "_write_onnx", write_another)
     with pytest.raises(ValueError, match=r"^an ONNX must embed as torch does, within 0.0001"):
@@ -119,6 +118,16 @@ def test_the_program(run: Run, embedder: TorchEmbedder, tmp_path: Path) -> None:
     assert written["target"] == "model.onnx" and written["cosine"] > 0.9999
     found = load_embedder(tmp_path / "model.onnx")(noise(2))
     assert torch.allclose(found, embedder(noise(2)), atol=1e-4)
+
+
+def test_the_program_takes_weights_of_any_network(run: Run, tmp_path: Path) -> None:
+    model = build_backbone("resnet18", SIZE).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    arguments = ("checkpoint=weights.pth", "network=resnet18", "target=model.safetensors")
+    ended = run(*arguments, program="recipes/export.py")
+    assert ended.code == 0, ended.err
+    found = load_embedder(tmp_path / "model.safetensors")  # which says what network it is of
+    assert torch.equal(found(noise(2)), load_embedder("weights.pth", "resnet18")(noise(2)))
 
 
 @pytest.mark.parametrize(

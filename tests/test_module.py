@@ -254,20 +254,32 @@ def test_a_backbone_of_another_size_is_named(tmp_path: Path) -> None:
         fit(tmp_path, faces)
 
 
+class Overflows(nn.Module):
+    """Gives (brightness, 1), but infinity for a black image."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        light = images.mean((1, 2, 3))
+        light = torch.where(light > -1, light, torch.inf)
+        return torch.stack([light, torch.ones_like(light)], 1)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_network_that_overflows_is_verified_at_chance(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("lost", "accuracy"), [(0, 1.0), (5, 0.75), (20, 0.5)])
+def test_pairs_without_finite_embeddings_count_as_mistaken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lost: int, accuracy: float
 ) -> None:
-    """As a hundred layers do before their batch norms have seen an image."""
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 112 * 112, 4))
-    nn.init.constant_(backbone[1].weight, 1e38)
-    faces = FaceModule(backbone, nn.Identity(), torch.optim.SGD, verify_names=["drawn"])
-    images = torch.randint(200, 256, (20, 3, 112, 112), dtype=torch.uint8)
+    """As a hundred layers give before their batch norms have seen an image."""
+    faces = FaceModule(Overflows(), nn.Identity(), torch.optim.SGD, verify_names=["drawn"])
     same = torch.arange(20) % 2 == 0
+    a = torch.full((20, 3, 112, 112), 255, dtype=torch.uint8)
+    b = torch.where(same[:, None, None, None], a, 1)
+    # Of both kinds, and of pairs of one person both images: they must not pass for alike.
+    a[:lost] = 0
+    b[:lost] = torch.where(same[:lost, None, None, None], 0, b[:lost])
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
     )
-    pairs = DataLoader(TensorDataset(images, images, same, torch.arange(20)), batch_size=8)
+    pairs = DataLoader(TensorDataset(a, b, same, torch.arange(20)), batch_size=8)
     (found,) = trainer.validate(faces, pairs, verbose=False)
-    assert found["verify/drawn/accuracy"] == 0.5
-    assert "40 verification images have embeddings that are not finite" in caplog.text
+    assert found["verify/drawn/accuracy"] == pytest.approx(accuracy)
+    assert (f"{lost} verification pairs have embeddings" in caplog.text) == (lost > 0)
