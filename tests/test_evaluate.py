@@ -162,7 +162,8 @@ def test_a_pack_that_is_written_anew_is_embedded_anew(place: Path) -> None:
     rec = place / "faces.rec"
     digests = []
     for quality in (90, 91, 91):
-        rec.unlink(missing_ok=True)
+        for file in (rec, rec.with_suffix(".idx")):
+            file.unlink(missing_ok=True)
         with InsightFaceWriter(rec) as writer:
             for i, image in enumerate(noise(4)):
                 jpeg = encode_jpeg(image.permute(1, 2, 0).numpy(), quality)
