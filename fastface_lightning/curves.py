@@ -72,8 +72,9 @@ def plot_scores(path: str | Path, scores: Mapping[str, Sequence[NDArray[Any]]]) 
 
     figure = Figure(figsize=(7, 2.2 * len(scores) + 0.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(len(scores), 1, sharex=True))
-    bins = np.linspace(-1, 1, 101)
     for axis, (name, (same, different)) in zip(axes, scores.items(), strict=True):
+        few = len(same) + len(different) < 5000
+        bins = np.linspace(-1, 1, 41 if few else 101)
         for kind, values, colour in (
             ("two people", different, "tab:orange"),
             ("one person", same, "tab:blue"),

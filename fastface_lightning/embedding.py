@@ -65,11 +65,16 @@ class Embedder(ABC):
     def features(self, images: Tensor) -> Tensor:
         """The embeddings before normalisation, whose length tells of an image's quality; with
         ``mirror`` the sum over the image and its mirror image. See :meth:`__call__`."""
-        images = torch.as_tensor(images)
+        try:
+            images = torch.as_tensor(images)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"images must be a tensor or array, got {type(images)}") from error
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != IMAGE_SHAPE:
             shape = ", ".join(map(str, IMAGE_SHAPE))
+            hint = ": permute(0, 3, 1, 2)?" if images.ndim == 4 and images.shape[3] == 3 else ""
             raise ValueError(
-                f"images must be uint8 (N, {shape}), RGB, got {images.dtype} {tuple(images.shape)}"
+                f"images must be uint8 (N, {shape}), RGB, got {images.dtype} "
+                f"{tuple(images.shape)}{hint}"
             )
         found = torch.empty(len(images), self.embedding_size)
         for part, out in zip(
@@ -181,7 +186,9 @@ def load_embedder(
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"a model must be a file, got {path}")
+        inside = next(iter(sorted(path.rglob("best.ckpt"))), None)
+        such = f", such as {inside}" if inside else ""
+        raise ValueError(f"a model must be a file{such}, got {path}")
     device = _device(device)
     if path.suffix.lower() == ".onnx":
         return OnnxEmbedder(path, device, mirror, batch_size)

@@ -172,6 +172,9 @@ def print_summary(results: dict[str, Any], folder: str | Path) -> None:
         if found["untrained_accuracy"] is not None:
             accuracy += f" (untrained {found['untrained_accuracy']:.2%}, chance 50 %)"
         table.add_row(f"verification {name}", accuracy)
+    if results["best"]:
+        best = results["best"]
+        table.add_row("best checkpoint", f"{best['accuracy']:.2%} at step {best['step']:,}")
     if results["final_loss"] is not None:
         table.add_row("loss", f"{results['final_loss']:.4f} (mean of the last 100 batches)")
     changes = ", ".join(f"step {c['step']}: {c['lr']:.3g}" for c in results["lr_changes"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"verify must be a list of paths, as [lfw.bin,IJBC], got {cfg.verify}")
     for path in paths:  # before what takes long
         if not Path(path).exists():
-            raise ValueError(f"verify must name what is there, got {path}")
+            raise ValueError(f"verify must name what is there, as DIR/lfw.bin, got {path}")
     embedder = load_embedder(
         cfg.checkpoint, cfg.network, cfg.device, mirror=cfg.mirror, batch_size=cfg.batch_size
     )
@@ -101,15 +101,23 @@ def protocols(cfg: DictConfig) -> Iterator[Protocol]:
         yield protocol
 
 
-def _opener(cfg: DictConfig) -> Any:
-    return lambda path: open_protocol(path, cfg.verify_root)
+def _opener(cfg: DictConfig) -> Callable[[str], Protocol]:
+    def opened(path: str) -> Protocol:
+        try:
+            return open_protocol(path, cfg.verify_root)
+        except ValueError as error:  # a setting has another name here
+            raise ValueError(str(error).replace("image_root", "verify_root")) from error
+
+    return opened
 
 
 def run_sets(checkpoint: str) -> Iterator[Protocol]:
     """The verification sets of the run that a checkpoint comes from."""
     about = {} if Path(checkpoint).suffix.lower() == ".onnx" else read_about(checkpoint)
     if "config" not in about:
-        raise ValueError(f"verify must name sets, as [lfw.bin]: {checkpoint} names none of its run")
+        raise ValueError(
+            f"verify must name sets, as [lfw.bin]: {checkpoint} does not say which its run had"
+        )
     data: FaceDataModule = instantiate(about["config"]["data"])
     data.setup()
     if not data.sets:
@@ -167,7 +175,8 @@ def write(cfg: DictConfig, folder: Path, embedder: Embedder, found: Found) -> st
         "sets": found,
     }
     write_whole(folder / "evaluation.json", json.dumps(written, indent=2) + "\n")
-    text = f"# {cfg.checkpoint}\n\n{headline(embedder.about, found)}\n"
+    how = "" if cfg.mirror else ", without mirror images"
+    text = f"# {cfg.checkpoint}{how}\n\n{headline(embedder.about, found)}\n"
     text += "".join(f"\n{details(name, result)}\n" for name, result in found.items())
     write_whole(folder / "evaluation.md", text)
     return text
@@ -177,14 +186,17 @@ def headline(about: dict[str, Any], found: Found) -> str:
     """The paper's columns, this model and what was published for its data and backbone (or all that
     was), percent; sets that the paper has not come after them."""
     numbers = {name: percent(headline_number(result)) for name, result in found.items()}
+    columns = COLUMNS if found.keys() & COLUMNS.keys() else {}
     others = [name for name in found if name not in COLUMNS]
-    rows = [["this model", *(numbers.get(name, "") for name in (*COLUMNS, *others))]]
+    rows = [["this model", *(numbers.get(name, "") for name in (*columns, *others))]]
     this = (about.get("data"), about.get("network", {}).get("name"))
     for key, published in PUBLISHED.items():
-        if found.keys() & COLUMNS.keys() and (key == this or this not in PUBLISHED):
+        if columns and (key == this or this not in PUBLISHED):
             label = f"published: {key[1].replace('iresnet', 'r')}, {key[0]}"
             rows.append([label, *(f"{value:.2f}" for value in published), *("" for _ in others)])
-    return table(["%", *COLUMNS.values(), *others], rows)
+    rank_1 = {name for name in others if found[name]["protocol"] == "identities"}
+    titles = [f"{name} rank 1" if name in rank_1 else name for name in others]
+    return table(["%", *columns.values(), *titles], rows)
 
 
 def headline_number(result: dict[str, Any]) -> float | None:
@@ -208,22 +220,25 @@ def details(name: str, result: dict[str, Any]) -> str:
         if folds:
             rows.append(["TAR at FAR 0.001, ten folds", spread(folds["tar"], folds["std"])])
     for far, tar in result.get("tar", {}).items():
-        rows.append([f"TAR at FAR {far}", f"{percent(tar)} %"])
+        rows.append([f"TAR at FAR {float(far):g}", f"{percent(tar)} %"])
+    if "auc" in result and result["auc"] is None:
+        rows.append(["rates", "none: all pairs are of one kind"])
     if result.get("auc") is not None:
         rows.append(["equal error rate", f"{percent(result['eer'])} %"])
         rows.append(["area under the ROC", f"{result['auc']:.5f}"])
-    for number, search in enumerate(result.get("identification", ()), 1):
-        rows += search_rows(search, number)
-    return f"## {name}\n\n{table(['', ''], rows)}"
+    searches = result.get("identification", ())
+    for number, search in enumerate(searches, 1):
+        rows += search_rows(search, f" {number}" if len(searches) > 1 else "")
+    return f"## {name}\n\n{table(['what', 'result'], rows)}"
 
 
 def spread(mean: float, std: float) -> str:
     return f"{percent(mean)} ± {percent(std)} %"
 
 
-def search_rows(search: dict[str, Any], number: int) -> list[list[str]]:
+def search_rows(search: dict[str, Any], number: str) -> list[list[str]]:
     what = f"{search['mated']:,} mated and {search['unmated']:,} unmated probes"
-    rows = [[f"gallery {number}", f"{search['gallery']:,} entries; {what}"]]
+    rows = [[f"gallery{number}", f"{search['gallery']:,} entries; {what}"]]
     rows += [[f"rank {rank}", f"{percent(rate)} %"] for rank, rate in search["rank"].items()]
     tpirs = (search["tpir"] or {}).items()
     return rows + [[f"TPIR at FPIR {fpir}", f"{percent(rate)} %"] for fpir, rate in tpirs]

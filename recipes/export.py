@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -30,9 +31,16 @@ def main(cfg: DictConfig) -> None:
     (folder / "export.json").write_text(json.dumps(written, indent=2) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     for key, value in about.items():
-        console.print(f"  {key:14}{value}", markup=False)
+        console.print(f"  {key:14}{shown(value)}", markup=False)
     size = target.stat().st_size / 2**20
     console.print(f"  {'file':14}{target}, {size:,.1f} MiB", markup=False)
+
+
+def shown(value: Any) -> str:
+    """Plain data as a person reads it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(inner)}" for key, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

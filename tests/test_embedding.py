@@ -156,6 +156,8 @@ def test_other_images_are_refused(tmp_path: Path, images: Any) -> None:
     embed = load_embedder(save_checkpoint(tmp_path / "best.ckpt", network()))
     with pytest.raises(ValueError, match=r"images must be uint8 \(N, 3, 112, 112\), RGB, got"):
         embed(images)
+    with pytest.raises(ValueError, match="images must be a tensor or array, got <class 'list'>"):
+        embed(["a.jpg"])
     with pytest.raises(ValueError, match="batch_size must be at least 1 image, got 0"):
         load_embedder(tmp_path / "best.ckpt", batch_size=0)
 

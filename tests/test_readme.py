@@ -49,7 +49,8 @@ def test_python_blocks_run(
     """The blocks of a page one after the other, as its reader would, who has images and a model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.onnx").write_bytes(exported)
-    names: dict[str, object] = {"images": noise(2)}
+    names: dict[str, object] = {"images": noise(2), "paths": [tmp_path / "face.png"] * 2}
+    Image.fromarray(noise(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "face.png")
     for language, text in BLOCKS[page]:
         if language == "python":
             exec(compile(text, page, "exec"), names)
