@@ -259,7 +259,7 @@ def _device(asked: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=asked).device
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
+    except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device must be one that torch can use here, got {asked}") from error
 
 

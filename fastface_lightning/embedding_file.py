@@ -101,8 +101,11 @@ def _try_again(
     file: Path, images: Dataset[tuple[Tensor, bool]], embed: Callable[[Tensor], Tensor]
 ) -> None:
     """Embed what could not be read when the file was written, and can now."""
+    lost = np.flatnonzero(np.isnan(np.load(file, mmap_mode="r")[:, 0]))
+    if not len(lost):  # which a file that may only be read is as good for
+        return
     rows = np.load(file, mmap_mode="r+")
-    for i in np.flatnonzero(np.isnan(rows[:, 0])):
+    for i in lost:
         image, readable = images[int(i)]
         if readable:
             rows[i] = _rows(embed, image[None], torch.tensor([True]))[0]

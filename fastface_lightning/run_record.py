@@ -83,7 +83,6 @@ class LastAndBest(Checkpoint):
         dirpath: folder of the two files.
         every_n_steps: optimizer steps between two savings of ``last.ckpt`` within an epoch; None
             for none.
-        monitor: the logged metric that is highest for the best.
 
     Attributes:
         best: optimizer steps done at the best verification and its accuracy, ``{"step": int,
@@ -93,15 +92,10 @@ class LastAndBest(Checkpoint):
         ValueError: ``every_n_steps`` below 1.
     """
 
-    def __init__(
-        self,
-        dirpath: str | Path,
-        every_n_steps: int | None = None,
-        monitor: str = "verify/accuracy",
-    ) -> None:
+    def __init__(self, dirpath: str | Path, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
-        self.folder, self.every_n_steps, self.monitor = Path(dirpath), every_n_steps, monitor
+        self.folder, self.every_n_steps = Path(dirpath), every_n_steps
         self.best: dict[str, Any] | None = None
         self._saved_step = -1
         self._best_is_due = False
@@ -119,7 +113,7 @@ class LastAndBest(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = trainer.callback_metrics.get(self.monitor)
+        found = trainer.callback_metrics.get("verify/accuracy")
         if found is None or not trainer.global_step:
             return
         if self.best is None or found.item() > self.best["accuracy"]:

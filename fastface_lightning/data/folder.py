@@ -171,7 +171,7 @@ def identity_names(root: str | Path) -> list[str]:
     if not Path(root).is_dir():
         raise ValueError(f"no folder {root}; expected {root}/<identity>/<image>.jpg")
     with os.scandir(root) as entries:
-        names = sorted(e.name for e in entries if not e.name.startswith(".") and _is(e.is_dir))
+        names = sorted(e.name for e in entries if not e.name.startswith(".") and is_kind(e.is_dir))
     if not names:
         raise ValueError(f"{root} holds no folders; expected {root}/<identity>/<image>.jpg")
     return names
@@ -244,13 +244,13 @@ def _image_names(folder: str) -> list[str]:
                 for entry in entries
                 if entry.name.lower().endswith(IMAGE_SUFFIXES)
                 and not entry.name.startswith(".")
-                and _is(entry.is_file)
+                and is_kind(entry.is_file)
             )
     except (FileNotFoundError, NotADirectoryError):  # any other fault must not be kept as a truth
         return []
 
 
-def _is(kind: Callable[[], bool]) -> bool:
+def is_kind(kind: Callable[[], bool]) -> bool:
     """Whether an entry is of a kind; not so a symbolic link that leads round in a circle."""
     try:
         return kind()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .align import align_face
-from .folder import _is
+from .folder import is_kind
 from .image import IMAGE_SUFFIXES, decode_image, decode_original, reason
 from .names import Names, printable
 
@@ -101,9 +101,9 @@ def find_images(folder: str | Path) -> list[str]:
                 path = os.path.join(inside, entry.name)
                 if entry.name.startswith("."):
                     continue
-                if _is(entry.is_dir):
+                if is_kind(entry.is_dir):
                     waiting.append((path, above | {here}))
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and _is(entry.is_file):
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and is_kind(entry.is_file):
                     found.append(path)
     if not found:
         raise ValueError(
