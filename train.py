@@ -18,13 +18,21 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from fastface_lightning import FastFaceCallback
-from fastface_lightning.classifiers import Classifier, chunk_that_fits
+from fastface_lightning.classifiers import AttentionClassifier, Classifier, chunk_that_fits
 from fastface_lightning.data import FaceDataModule, sheet_of
 from fastface_lightning.data.names import write_names
 from fastface_lightning.module import FaceModule, check_sparse, moves_rows
-from fastface_lightning.plan import CARD_RESERVE, UNPLANNED, peak, plan_backbone, plan_classifier
+from fastface_lightning.plan import (
+    CARD_RESERVE,
+    UNPLANNED,
+    peak,
+    plan_backbone,
+    plan_classifier,
+    together,
+)
 from fastface_lightning.program import check_numbers, program
 from fastface_lightning.report import print_plan, print_summary
 from fastface_lightning.run_record import ResumableCSVLogger, RunRecord, device_name, memory_of
@@ -72,6 +80,7 @@ def main(cfg: DictConfig) -> float | None:
     # torch's schedulers are built with the optimizer, once the run's length is known.
     schedule = None if cfg.schedule.get("_partial_") else instantiate(cfg.schedule)
     module = build_module(cfg, data, schedule)
+    feed(data, module.classifier)
     if cfg.weights and checkpoint is None:
         module.start_from(cfg.weights, cfg.classifier.reinit)
     resume_step = check_checkpoint(checkpoint, module) if checkpoint else 0
@@ -131,6 +140,14 @@ def build_module(
     )
 
 
+def feed(data: FaceDataModule, classifier: nn.Module) -> None:
+    """Let the data come in the batches that a classifier trains on."""
+    assert isinstance(classifier, Classifier)
+    data.batches = classifier.batches
+    if isinstance(classifier, AttentionClassifier):
+        data.keys = classifier.keys
+
+
 def build_classifier(
     cfg: DictConfig, num_classes: int, classifier: DictConfig | None = None
 ) -> Classifier:
@@ -171,20 +188,32 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     # Where a tensor's numbers lie does not change what is held; what a compiler saves is unknown.
     off = {"channels_last": False, "compile": False, "pretrained": False}
     model = {**cfg.model, **{key: value for key, value in off.items() if key in cfg.model}}
-    backbone = plan_backbone(lambda: instantiate(model), make, batch, cfg.trainer.precision)
     heads = {}
-    for kind, classifier in classifier_kinds(cfg).items():
+    kinds = classifier_kinds(cfg)
+    for kind, classifier in kinds.items():
         if "chunk" in classifier and classifier.chunk is None:
             classifier.chunk = chunk_that_fits(batch, cfg.model.embedding_size, device)
         build = functools.partial(build_classifier, cfg, num_classes, classifier)
-        head = plan_classifier(build, make, batch, cfg.model.embedding_size, num_classes)
-        most = peak(backbone, head, cfg.trainer.accumulate_grad_batches) + reserve
-        fits = UNPLANNED * most <= capacity
-        outcome = {"chunk": classifier.get("chunk"), "peak": most, "fits": fits}
-        heads[kind] = {**head._asdict(), **outcome}
+        try:
+            heads[kind] = plan_classifier(build, make, batch, cfg.model.embedding_size, num_classes)
+        except ValueError:  # of so few identities, or so large a batch, it cannot be
+            if not heads:
+                raise
     this = next(iter(heads))
+    own = heads[this].images
+    backbone = plan_backbone(lambda: instantiate(model), make, own, cfg.trainer.precision)
+    outcomes = {}
+    for kind, alone in heads.items():
+        network, head = together(backbone, alone)
+        most = peak(network, head, cfg.trainer.accumulate_grad_batches) + reserve
+        outcomes[kind] = {
+            **head._asdict(),
+            "chunk": kinds[kind].get("chunk"),
+            "peak": most,
+            "fits": UNPLANNED * most <= capacity,
+        }
     batches = planned_batches(cfg, num_images)
-    flops = (backbone.flops + heads[this]["flops"]) * batches
+    flops = (backbone.flops + outcomes[this]["flops"]) * batches
     plan = {
         "model": cfg.model.name,
         "num_classes": num_classes,
@@ -192,7 +221,7 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
         "precision": cfg.trainer.precision,
         "classifier": this,
         "backbone": backbone._asdict(),
-        "heads": heads,
+        "heads": outcomes,
         "device": device_name(device) if cfg.plan is True else "a card",
         "capacity": capacity,
         "reserve": reserve,

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .backbones import load_weights
 from .backbones.weights import check_finite, read_weights
+from .classifiers import MomentumClassifier
 from .data.augment import Augment
 from .evaluation import ROC, ROCCurve, VerificationAccuracy
 from .sgd import SGD, like_weights
@@ -30,7 +31,9 @@ class FaceModule(LightningModule):
 
     Args:
         backbone: float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D).
-        classifier: embeddings (N, D) and labels (N,) int64 to the scalar mean loss.
+        classifier: embeddings (N, D) and labels (N,) int64 to the scalar mean loss; or a
+            :class:`fastface_lightning.classifiers.MomentumClassifier`, which is asked for its
+            ``training_loss`` and whose momentum encoder follows the backbone from step to step.
         optimizer: takes parameters, or groups of them, gives the optimizer.
         scheduler: takes the optimizer and the run's optimizer steps, gives a torch scheduler that
             steps once an optimizer step; None where a callback sets the learning rate.
@@ -39,8 +42,8 @@ class FaceModule(LightningModule):
         augment: changes a batch of uint8 images on their device; None mirrors half of them.
 
     Batches are what :class:`fastface_lightning.data.FaceDataModule` gives: for training images
-    uint8 (N, 3, 112, 112) RGB and labels (N,) int64; for validation the two images of each pair,
-    whether they show one person, and the pair's number.
+    uint8 (N, 3, 112, 112) RGB and labels (N,) int64, or a dict of such for a MomentumClassifier;
+    for validation the two images of each pair, whether they show one person, and the pair's number.
 
     Logs ``train/loss`` (every step) and, for each set of pairs, ``verify/<set>/accuracy`` and
     ``verify/<set>/std`` (ten folds), with their mean over the sets as ``verify/accuracy``.
@@ -65,6 +68,15 @@ class FaceModule(LightningModule):
             raise ValueError(f"classifier_lr must be at least 0 and finite, got {classifier_lr}")
         self.backbone = backbone
         self.classifier = classifier
+        if isinstance(classifier, MomentumClassifier):
+            if classifier_lr is not None:
+                raise ValueError(
+                    f"classifier_lr must be null where no centres are learned, got {classifier_lr}"
+                )
+            classifier.follow(backbone)
+            # It is the same on every rank already; DDP would send it around at every step.
+            self._ddp_params_and_buffers_to_ignore = ["classifier.queue"]
+        self._followed_step: int | None = None
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.verify_names = list(verify_names)
@@ -84,14 +96,40 @@ class FaceModule(LightningModule):
         """Unit embeddings (N, D) float32 of an image and its mirror image, summed."""
         return F.normalize(self(images).float() + self(images.flip(-1)).float())
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = self.classifier(self(self.augment(images)), labels)
-        self.log("train/loss", loss, batch_size=len(labels), sync_dist=self._reduce_loss)
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        if not isinstance(batch, dict):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        # Labels stay where they are looked at: a GPU would have to be waited for.
+        return {
+            name: (images.to(device, non_blocking=True), labels)
+            for name, (images, labels) in batch.items()
+        }
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(self.classifier, MomentumClassifier):
+            loss = self._momentum_loss(self.classifier, batch)
+        else:
+            images, labels = batch
+            loss = self.classifier(self(self.augment(images)), labels)
+        self.log("train/loss", loss, batch_size=images_in(batch), sync_dist=self._reduce_loss)
         if batch_idx % max(self.trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
             # The progress bar reads what it shows at every step: on the device it would wait.
             self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
         return loss
+
+    def _momentum_loss(
+        self, classifier: MomentumClassifier, batch: dict[str, tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        if self._followed_step != self.trainer.global_step:  # once, however many batches it takes
+            self._followed_step = self.trainer.global_step
+            classifier.update_momentum_encoder(self.backbone)
+        seen = {
+            name: (normalise(self.augment(images)), labels)
+            for name, (images, labels) in batch.items()
+        }
+        return classifier.training_loss(self.backbone, seen)
 
     def validation_step(
         self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
@@ -164,6 +202,8 @@ class FaceModule(LightningModule):
 
     def build_optimizer(self) -> Optimizer:
         """The optimizer of all parameters, the classifier's in a group apart if it has its lr."""
+        if isinstance(self.classifier, MomentumClassifier):
+            return self.optimizer(self.backbone.parameters())
         if self.classifier_lr is None:
             return self.optimizer(self.parameters())
         head = {"params": list(self.classifier.parameters()), "lr": self.classifier_lr}
@@ -174,7 +214,8 @@ class FaceModule(LightningModule):
 
         Args:
             file: a checkpoint of this module, from which class centres and the margin's statistics
-                are taken too, or InsightFace's ``backbone.pth`` or ``model.pt``.
+                are taken too, or InsightFace's ``backbone.pth`` or ``model.pt``. A
+                MomentumClassifier takes no centres, and its encoder follows the new backbone.
             reinit: take the backbone alone, as for other identities.
 
         Raises:
@@ -183,8 +224,10 @@ class FaceModule(LightningModule):
         """
         saved = {} if reinit else read_weights(file, "classifier.")
         own = self.classifier.state_dict()
-        centres, wanted = saved.get("weight"), own["weight"]
-        if centres is not None and centres.shape != wanted.shape:
+        if isinstance(self.classifier, MomentumClassifier):
+            saved = {key: value for key, value in saved.items() if key.startswith("margin.")}
+        centres, wanted = saved.get("weight"), own.get("weight")
+        if centres is not None and wanted is not None and centres.shape != wanted.shape:
             raise ValueError(
                 f"weights must hold {tuple(wanted.shape)} class centres, got "
                 f"{tuple(centres.shape)} in {file}: classifier.reinit=true takes its backbone alone"
@@ -194,6 +237,8 @@ class FaceModule(LightningModule):
         # Of another margin, what this one does not know is left, and what it has starts anew.
         kept = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
         self.classifier.load_state_dict({**own, **kept})
+        if isinstance(self.classifier, MomentumClassifier):
+            self.classifier.follow(self.backbone)
 
     def configure_gradient_clipping(
         self,
@@ -270,6 +315,12 @@ def check_sparse(samples: bool, optimizer: Optimizer, world_size: int = 1) -> No
             f"a partial classifier below rate 1 trains in one process, since each would draw its "
             f"own classes, got {world_size}: use the chunked classifier"
         )
+
+
+def images_in(batch: Any) -> int:
+    """Training images in a batch of one loader, or in one of several by name."""
+    parts = batch.values() if isinstance(batch, dict) else [batch]
+    return sum(len(labels) for _, labels in parts)
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .classifiers import MomentumClassifier
 from .data.augment import flip_some
 from .module import normalise
 from .sgd import BLOCK
@@ -40,6 +41,8 @@ class PartPlan(NamedTuple):
         work: above all of these, at the part's own peak in forward and backward.
         update: above weights, gradients and states, at the peak of the optimizer's step.
         flops: floating-point operations of a step, counting products and convolutions.
+        images: that the trained network sees in a step.
+        encoded: images that a momentum encoder sees in a step.
     """
 
     weights: int
@@ -49,6 +52,8 @@ class PartPlan(NamedTuple):
     work: int
     update: int
     flops: int
+    images: int
+    encoded: int = 0
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -121,6 +126,7 @@ def plan_backbone(
             activations=activations,
             work=work,
             flops=counter.get_total_flops(),
+            images=batch_size,
             **_optimizer_bytes(make_optimizer, net, meter),
         )
 
@@ -132,9 +138,14 @@ def plan_classifier(
     embedding_size: int,
     num_classes: int,
 ) -> PartPlan:
-    """One training step of a classifier, by the arguments of :func:`plan_backbone`."""
+    """One training step of a classifier, by the arguments of :func:`plan_backbone`.
+
+    Of a MomentumClassifier without its momentum encoder: :func:`together` adds it.
+    """
     with FakeTensorMode(), MemoryMeter() as meter:
         head: Any = build().train()
+        if isinstance(head, MomentumClassifier):
+            return _plan_momentum(head, meter, batch_size)
         embeddings = torch.ones(batch_size, embedding_size, requires_grad=True)
         labels = torch.arange(batch_size) % num_classes
         start = meter.live
@@ -156,8 +167,59 @@ def plan_classifier(
             activations=0,
             work=most - gradients,
             flops=counter.get_total_flops(),
+            images=batch_size,
             **held,
         )
+
+
+class _Embeddings(nn.Module):
+    """Stands for a network: an embedding for each image, and how many images there were."""
+
+    def __init__(self, embedding_size: int) -> None:
+        super().__init__()
+        self.size, self.images = embedding_size, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.images += len(images)
+        return torch.ones(len(images), self.size, requires_grad=torch.is_grad_enabled())
+
+
+def _plan_momentum(head: MomentumClassifier, meter: MemoryMeter, batch_size: int) -> PartPlan:
+    network = _Embeddings(head.embedding_size)
+    head.follow(network)
+    batch = head.sample_batch(batch_size)
+    start = meter.live
+    with FlopCounterMode(display=False) as counter:
+        head.training_loss(network, batch).backward()
+    encoder: Any = head.momentum_encoder
+    return PartPlan(
+        weights=_bytes(*head.buffers()),
+        gradients=0,
+        states=0,
+        activations=0,
+        work=meter.peak - start,
+        update=0,
+        flops=counter.get_total_flops(),
+        images=network.images,
+        encoded=encoder.images,
+    )
+
+
+def together(backbone: PartPlan, classifier: PartPlan) -> tuple[PartPlan, PartPlan]:
+    """Both as they are in one run.
+
+    Returns:
+        The backbone for the images that the classifier needs in a step, and the classifier with its
+        momentum encoder, whose forward is a third of a step. (That keeps nothing, and is over
+        before the backbone's activations are there, which take more.)
+    """
+    share = classifier.images / backbone.images
+    sized = {key: int(share * getattr(backbone, key)) for key in ("activations", "work", "flops")}
+    encoder = backbone.weights if classifier.encoded else 0
+    forward = classifier.encoded * backbone.flops // backbone.images // 3
+    return backbone._replace(**sized, images=classifier.images), classifier._replace(
+        weights=classifier.weights + encoder, flops=classifier.flops + forward
+    )
 
 
 def peak(backbone: PartPlan, classifier: PartPlan, accumulate: int = 1) -> int:

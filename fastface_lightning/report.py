@@ -217,6 +217,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     fits.add_column(f"of {_size(plan['capacity'])}")
     for name, head in plan["heads"].items():
         label = f"classifier={name}" + (f", chunk {head['chunk']:,}" if head["chunk"] else "")
+        if head["encoded"]:
+            label += f", of {head['images']:,} images, {head['encoded']:,} by the second encoder"
         fits.add_row(label, _size(head["peak"]), "fits" if head["fits"] else "does not fit")
     console.print(held, fits)
     petaflop = plan["flops"] / 1e15

@@ -27,6 +27,7 @@ from torch import Tensor
 from .curves import thin_curve
 from .data import FaceDataset
 from .evaluation import ROC
+from .module import images_in
 from .report import plot_schedule, write_whole
 from .report_page import read_metrics, write_report
 from .schedule.callback import FastFaceCallback
@@ -204,7 +205,7 @@ class RunRecord(Callback):
         now = time.perf_counter()
         self._train_seconds += now - self._last
         self._last = now
-        self._images += len(batch[1]) * trainer.world_size
+        self._images += images_in(batch) * trainer.world_size
         if outputs:
             self._losses.append(outputs["loss"].float() * trainer.accumulate_grad_batches)
         lr = trainer.optimizers[0].param_groups[0]["lr"]

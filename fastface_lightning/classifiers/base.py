@@ -1,4 +1,4 @@
-"""What every classifier is: class centres, a margin, a scale, and one loss for a batch."""
+"""What every classifier is: a margin and a scale over cosines, and one loss for a batch."""
 
 from abc import ABC, abstractmethod
 
@@ -8,22 +8,8 @@ from torch import Tensor, nn
 from ..margins import CosFace, Margin
 
 
-class Classifier(nn.Module, ABC):
-    r"""Mean margin-softmax loss of a batch over C identities.
-
-    .. math::
-
-        \cos_{ij} = \frac{x_i \cdot w_j}{\|x_i\| \|w_j\|}, \qquad
-        L = \frac{1}{N} \sum_{i=1}^{N} \left[ -\log
-            \frac{e^{s \cos'_{y_i}}}
-                 {e^{s \cos'_{y_i}} + \sum_{j \ne y_i} e^{s\, n(\cos_{ij})}} + g(\|x_i\|) \right]
-
-    where :math:`x_i` is the embedding of image :math:`i`, :math:`y_i` its identity, :math:`w_j` the
-    centre of identity :math:`j` (a row of ``weight``), :math:`s` the scale, and :math:`\cos'`,
-    :math:`n`, :math:`g` the margin's ``forward``, ``negatives`` and ``penalty``.
-
-    The loss is computed in float32 (float64 for a float64 ``weight``) whatever autocast says: with
-    s = 64, rounding a cosine near 1 to bfloat16 moves its logit by up to 1/8, to float16 by 1/64.
+class Classifier(nn.Module):
+    """A margin and a scale for embeddings of C identities, checked.
 
     Args:
         num_classes: number of identities C, at least 1.
@@ -37,11 +23,11 @@ class Classifier(nn.Module, ABC):
     Raises:
         ValueError: if an argument is outside its range.
 
-    References:
-        Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019
-        (arXiv 1801.07698), eq. 2 to 4. An et al., Killing Two Birds with One Stone: Efficient and
-        Robust Training of Face Recognition CNNs by Partial FC, 2022 (arXiv 2203.15565): the filter.
+    Attributes:
+        batches: what it trains on; :class:`fastface_lightning.data.FaceDataModule` has the names.
     """
+
+    batches = "images"
 
     def __init__(
         self,
@@ -67,6 +53,76 @@ class Classifier(nn.Module, ABC):
         self.margin = CosFace() if margin is None else margin
         self.scale = scale
         self.interclass_filter = interclass_filter
+
+    def extra_repr(self) -> str:
+        text = (
+            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, "
+            f"scale={self.scale}"
+        )
+        if self.interclass_filter is not None:
+            text += f", interclass_filter={self.interclass_filter}"
+        return text
+
+    def _check(self, embeddings: Tensor, labels: Tensor) -> None:
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"embeddings must be (N, {self.embedding_size}), got {tuple(embeddings.shape)}"
+            )
+        if len(embeddings) == 0:
+            raise ValueError("embeddings must hold at least one row, got 0")
+        if labels.shape != embeddings.shape[:1]:
+            raise ValueError(
+                f"labels must be ({len(embeddings)},), one for each embedding, "
+                f"got {tuple(labels.shape)}"
+            )
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64, got {labels.dtype}")
+        out_of_range = (labels < 0) | (labels >= self.num_classes)
+        if labels.device.type == "cuda":
+            torch._assert_async(~out_of_range.any(), f"labels must lie in [0, {self.num_classes})")
+        if labels.device.type == "cpu" and type(labels) is Tensor:  # a fake one has no values
+            outside = labels[out_of_range]
+            if len(outside) > 0:
+                raise ValueError(
+                    f"labels of {self.num_classes} classes must lie in [0, {self.num_classes}), "
+                    f"got {outside[0]}"
+                )
+
+
+class CentreClassifier(Classifier, ABC):
+    r"""Mean margin-softmax loss of a batch over C identities.
+
+    .. math::
+
+        \cos_{ij} = \frac{x_i \cdot w_j}{\|x_i\| \|w_j\|}, \qquad
+        L = \frac{1}{N} \sum_{i=1}^{N} \left[ -\log
+            \frac{e^{s \cos'_{y_i}}}
+                 {e^{s \cos'_{y_i}} + \sum_{j \ne y_i} e^{s\, n(\cos_{ij})}} + g(\|x_i\|) \right]
+
+    where :math:`x_i` is the embedding of image :math:`i`, :math:`y_i` its identity, :math:`w_j` the
+    centre of identity :math:`j` (a row of ``weight``), :math:`s` the scale, and :math:`\cos'`,
+    :math:`n`, :math:`g` the margin's ``forward``, ``negatives`` and ``penalty``.
+
+    The loss is computed in float32 (float64 for a float64 ``weight``) whatever autocast says: with
+    s = 64, rounding a cosine near 1 to bfloat16 moves its logit by up to 1/8, to float16 by 1/64.
+
+    Args and Raises: as :class:`Classifier`.
+
+    References:
+        Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019
+        (arXiv 1801.07698), eq. 2 to 4. An et al., Killing Two Birds with One Stone: Efficient and
+        Robust Training of Face Recognition CNNs by Partial FC, 2022 (arXiv 2203.15565): the filter.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int = 512,
+        margin: Margin | None = None,
+        scale: float = 64.0,
+        interclass_filter: float | None = None,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, margin, scale, interclass_filter)
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_size))
         self.reset_parameters()
 
@@ -108,40 +164,6 @@ class Classifier(nn.Module, ABC):
         Returns:
             (N,) of the dtype of ``x``.
         """
-
-    def extra_repr(self) -> str:
-        text = (
-            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, "
-            f"scale={self.scale}"
-        )
-        if self.interclass_filter is not None:
-            text += f", interclass_filter={self.interclass_filter}"
-        return text
-
-    def _check(self, embeddings: Tensor, labels: Tensor) -> None:
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
-            raise ValueError(
-                f"embeddings must be (N, {self.embedding_size}), got {tuple(embeddings.shape)}"
-            )
-        if len(embeddings) == 0:
-            raise ValueError("embeddings must hold at least one row, got 0")
-        if labels.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"labels must be ({len(embeddings)},), one for each embedding, "
-                f"got {tuple(labels.shape)}"
-            )
-        if labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64, got {labels.dtype}")
-        out_of_range = (labels < 0) | (labels >= self.num_classes)
-        if labels.device.type == "cuda":
-            torch._assert_async(~out_of_range.any(), f"labels must lie in [0, {self.num_classes})")
-        if labels.device.type == "cpu" and type(labels) is Tensor:  # a fake one has no values
-            outside = labels[out_of_range]
-            if len(outside) > 0:
-                raise ValueError(
-                    f"labels of {self.num_classes} classes must lie in [0, {self.num_classes}), "
-                    f"got {outside[0]}"
-                )
 
 
 class Negatives(nn.Module):

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..margins import Margin
-from .base import Classifier, Negatives, unit
+from .base import CentreClassifier, Negatives, unit
 
 # Rows of a chunk. On a processor its centres, cosines and gradients then stay in the cache; on a
 # GPU the products fill the card. Both take some tens of megabytes at D = 512.
@@ -22,8 +22,8 @@ CHUNK = {"cpu": 2048, "cuda": 16384}
 SMALLEST_CHUNK = 256
 
 
-class ChunkedClassifier(Classifier):
-    r"""The loss of :class:`Classifier`, one chunk of classes at a time.
+class ChunkedClassifier(CentreClassifier):
+    r"""The loss of :class:`CentreClassifier`, one chunk of classes at a time.
 
     .. math::
 
@@ -46,7 +46,7 @@ class ChunkedClassifier(Classifier):
     N x C matrix. Four products of N x C x D replace the plain way's three.
 
     Args:
-        num_classes, embedding_size, margin, scale, interclass_filter: as :class:`Classifier`.
+        num_classes, embedding_size, margin, scale, interclass_filter: as :class:`CentreClassifier`.
         chunk: classes at a time, at least 1; None chooses at the first batch, by the device and its
             free memory, and keeps to it.
         products: ``"float32"``, or ``"bfloat16"`` to round the factors of the four products to
@@ -57,8 +57,8 @@ class ChunkedClassifier(Classifier):
             and ``negatives`` that may depend on them.
 
     References:
-        As :class:`Classifier`. Milakov and Gimelshein, Online normalizer calculation for softmax,
-        2018 (arXiv 1805.02867), algorithm 3: the running sum.
+        As :class:`CentreClassifier`. Milakov and Gimelshein, Online normalizer calculation for
+        softmax, 2018 (arXiv 1805.02867), algorithm 3: the running sum.
     """
 
     def __init__(

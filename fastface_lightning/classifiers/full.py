@@ -4,16 +4,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Classifier, Negatives, unit
+from .base import CentreClassifier, Negatives, unit
 
 
-class FullClassifier(Classifier):
-    """The loss of :class:`Classifier` as its equation reads, by way of all N x C cosines.
+class FullClassifier(CentreClassifier):
+    """The loss of :class:`CentreClassifier` as its equation reads, by way of all N x C cosines.
 
     For up to some 10,000 identities, and to check the other classifiers against. At its peak it
     holds, beside ``weight`` and its gradient, about three tensors of C x D and four of N x C.
 
-    Args, Raises and References: as :class:`Classifier`.
+    Args, Raises and References: as :class:`CentreClassifier`.
     """
 
     def softmax_loss(self, x: Tensor, norm: Tensor, labels: Tensor) -> Tensor:

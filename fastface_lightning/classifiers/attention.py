@@ -1,0 +1,135 @@
+"""AttFC: a class centre is made of a few images of the identity, and kept for a while."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..margins import Margin
+from .base import Negatives, unit
+from .momentum import (
+    Batch,
+    MomentumClassifier,
+    differentiated,
+    of_all_ranks,
+    random_directions,
+    slots_of,
+)
+
+
+class AttentionClassifier(MomentumClassifier):
+    r"""AttFC's classifier: a queue of Q centres, first in first out, takes the place of all C.
+
+    For an image with embedding :math:`q = P(x)` and K further images of its identity, whose
+    features :math:`f_k = G(x_k)` come from the momentum encoder G,
+
+    .. math::
+
+        a_k = \frac{e^{\cos(q, f_k)}}{\sum_l e^{\cos(q, f_l)}}, \qquad
+        c = \sum_{k=1}^{K} a_k f_k, \qquad
+        L = -\log \frac{e^{s \cos'(q, c)}}
+            {e^{s \cos'(q, c)} + \sum_{j:\, y_j \ne y} e^{s\, n(\cos(q, c_j))}}
+
+    where :math:`c_j` are the centres in the queue with their labels :math:`y_j`: those of the own
+    identity are left out. No gradient passes through a centre. After the step the batch's centres
+    join the queue, of unit length, and the oldest leave it.
+
+    Args:
+        num_classes, embedding_size, margin, scale, interclass_filter: as
+            :class:`fastface_lightning.classifiers.Classifier`.
+        queue_size: Q: an int, centres; a float up to 1, a share of the identities.
+        keys: K, images that a centre is made of, at least 1.
+        momentum: of the momentum encoder, in [0, 1).
+
+    Attributes:
+        queue: (Q, D) unit centres; random directions at first.
+        queue_labels: (Q,) int64, their identities; -1 at first.
+        position: int64 scalar, where the next centre goes.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    References:
+        AttFC: Attention Fully-Connected Layer for Large-Scale Face Recognition with One GPU, 2025
+        (arXiv 2503.06839). Its release rounds Q down to a multiple of the batch, which a queue that
+        wraps around does not need.
+    """
+
+    batches = "keys"
+    queue_labels: Tensor
+    position: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int = 512,
+        margin: Margin | None = None,
+        scale: float = 64.0,
+        interclass_filter: float | None = None,
+        queue_size: float = 0.3,
+        keys: int = 2,
+        momentum: float = 0.999,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, margin, scale, interclass_filter, momentum)
+        if keys < 1:
+            raise ValueError(f"keys must be at least 1 image, got {keys}")
+        self.queue_size = slots_of("queue_size", queue_size, num_classes)
+        self.keys = keys
+        self.register_buffer("queue", random_directions(self.queue_size, embedding_size))
+        self.register_buffer("queue_labels", torch.full((self.queue_size,), -1))
+        self.register_buffer("position", torch.tensor(0))
+
+    def training_loss(self, probe: nn.Module, batch: Batch) -> Tensor:
+        self._check_batch(batch, "identity")
+        images, labels = (part.unflatten(0, (-1, self.keys + 1)) for part in batch["identity"])
+        features = self.encode(probe, images[:, 1:].flatten(0, 1)).unflatten(0, (-1, self.keys))
+        embeddings = probe(images[:, 0])
+        labels = labels.to(embeddings.device, non_blocking=True)
+        own = labels[:, 0]
+        self._check(embeddings, own)
+        centres = self.centres(embeddings.detach(), features, labels[:, 1:] == own[:, None])
+        written, written_labels = of_all_ranks(centres, own)
+        self._check_room("queue_size", len(written))
+        loss = differentiated(lambda x: self._queue_loss(x, own, centres), embeddings)
+        self._enqueue(written, written_labels)
+        return loss
+
+    def sample_batch(self, batch_size: int) -> Batch:
+        labels = torch.arange(batch_size) % self.num_classes
+        images = torch.empty(batch_size * (self.keys + 1), 3, 1, 1)
+        return {"identity": (images, labels.repeat_interleave(self.keys + 1))}
+
+    def centres(self, queries: Tensor, features: Tensor, same: Tensor) -> Tensor:
+        """The unit centres (N, D) of embeddings (N, D) and features (N, K, D) of their identities.
+
+        Args:
+            same: (N, K) whether a feature is of the identity at all: an image that could not be
+                read has been replaced by one that may not be. Such are left out, unless all are.
+        """
+        cos = F.cosine_similarity(queries.to(features.dtype)[:, None], features, dim=2)
+        cos = cos.masked_fill(~same & same.any(1, keepdim=True), -torch.inf)
+        return unit((cos.softmax(1)[:, :, None] * features).sum(1))[0]
+
+    def _queue_loss(self, embeddings: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
+        x, norm = unit(embeddings.to(torch.promote_types(self.queue.dtype, torch.float32)))
+        cos_y = (x * centres).sum(1)
+        cos_y_prime = self.margin(cos_y, norm, labels)
+        cos = x @ self.queue.to(x.dtype).T
+        negatives = Negatives(self.margin, self.interclass_filter)(cos, cos_y, cos_y_prime)
+        negatives = negatives.masked_fill(labels[:, None] == self.queue_labels, -torch.inf)
+        others = (self.scale * negatives).logsumexp(1)
+        loss = -F.logsigmoid(self.scale * cos_y_prime - others)
+        return (loss + self.margin.penalty(norm)).mean()
+
+    def _enqueue(self, centres: Tensor, labels: Tensor) -> None:
+        places = (self.position + torch.arange(len(labels), device=labels.device)) % self.queue_size
+        self.queue[places] = centres
+        self.queue_labels[places] = labels
+        self.position.copy_((self.position + len(labels)) % self.queue_size)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, queue_size={self.queue_size}, keys={self.keys}, "
+            f"momentum={self.momentum}"
+        )

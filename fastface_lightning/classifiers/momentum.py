@@ -1,0 +1,204 @@
+"""Class centres that nobody learns: a slow copy of the network makes them from images."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..margins import Margin
+from .base import Classifier
+
+Batch = Mapping[str, tuple[Tensor, Tensor]]  # images and labels (N,) int64, by the loader's name
+
+
+class MomentumClassifier(Classifier, ABC):
+    r"""A classifier with a momentum encoder: the network itself, followed at a distance.
+
+    .. math:: \theta_G \leftarrow m\, \theta_G + (1 - m)\, \theta_P
+
+    where :math:`\theta_P` are parameters and batch norm statistics of the network that is trained
+    (the probe net), :math:`\theta_G` those of the momentum encoder and m the momentum. The encoder
+    normalises by the statistics of its batch, as the probe net does; the averaged ones serve where
+    it is used alone.
+
+    Under torch.distributed every rank writes the features of all ranks, so that what they write
+    to is the same everywhere and a checkpoint of one rank is a checkpoint of all.
+
+    Args:
+        num_classes, embedding_size, margin, scale, interclass_filter: as :class:`Classifier`; the
+            margin has nothing to learn.
+        momentum: m, in [0, 1).
+
+    Attributes:
+        momentum_encoder: the encoder, once :meth:`follow` has been called.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    queue: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: Margin | None,
+        scale: float,
+        interclass_filter: float | None,
+        momentum: float,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, margin, scale, interclass_filter)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        if any(True for _ in self.margin.parameters()):
+            raise ValueError(
+                f"{type(self).__name__} takes a margin with nothing to learn (Softmax, ArcFace, "
+                f"CosFace, Combined, ElasticFace, AdaFace, MagFace or CurricularFace), got "
+                f"{self.margin}"
+            )
+        self.momentum = momentum
+        self.momentum_encoder: nn.Module | None = None
+
+    def follow(self, probe: nn.Module) -> None:
+        """Make the momentum encoder, or make it anew: a copy of ``probe`` without gradients."""
+        self.momentum_encoder = copy.deepcopy(probe).requires_grad_(False)
+
+    @torch.no_grad()
+    def update_momentum_encoder(self, probe: nn.Module) -> None:
+        """Bring the momentum encoder nearer to ``probe``: once an optimizer step."""
+        if self.momentum_encoder is None:
+            self.follow(probe)
+            return
+        average = get_ema_multi_avg_fn(self.momentum)
+        average(_floats(self.momentum_encoder), _floats(probe), 0)
+
+    @abstractmethod
+    def training_loss(self, probe: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of a step's batch, and take its features in.
+
+        Args:
+            probe: the network that is trained, images to embeddings (N, D).
+            batch: what the loaders of ``batches`` give, the images as ``probe`` takes them. Labels
+                are looked at on the host; where they lie there no step waits for a GPU.
+
+        Returns:
+            Scalar loss, float32 (float64 for a float64 ``queue``). Its gradient has been computed
+            already, so what it was computed from may change before ``backward``.
+
+        Raises:
+            ValueError: the batch is of another kind, or writes more than there is room for.
+        """
+
+    @abstractmethod
+    def sample_batch(self, batch_size: int) -> Batch:
+        """A batch without content, of different identities, as the loaders of ``batches`` give."""
+
+    @torch.no_grad()
+    def encode(self, probe: nn.Module, images: Tensor) -> Tensor:
+        """Embeddings (N, D) by the momentum encoder, in ``queue``'s dtype; no gradient."""
+        if self.momentum_encoder is None:
+            self.follow(probe)
+        assert self.momentum_encoder is not None
+        return self.momentum_encoder(images).to(self.queue.dtype)
+
+    def _check_batch(self, batch: Any, *names: str) -> None:
+        if not isinstance(batch, Mapping) or set(batch) != set(names):
+            got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f"{type(self).__name__} trains on a dict of {' and '.join(names)}, which "
+                f"data.batches={self.batches} gives, got {got}"
+            )
+
+    def _check_room(self, name: str, written: int) -> None:
+        room = self.queue.shape[-2]
+        if room < min(written, self.num_classes):
+            raise ValueError(
+                f"{name} must be at least the {min(written, self.num_classes)} identities that a "
+                f"batch may write, got {room}: a larger {name} or a smaller batch"
+            )
+
+
+def slots_of(name: str, value: float, num_classes: int) -> int:
+    """Number of slots, of an int that is one already or a float in (0, 1], a share of the classes.
+
+    Raises:
+        ValueError: neither, none at all, or more than there are classes.
+    """
+    share = isinstance(value, float) and 0 < value <= 1
+    slots = int(value * num_classes) if share else value
+    if isinstance(value, bool) or slots < 1 or slots != int(slots):
+        raise ValueError(
+            f"{name} must be a number of slots, at least 1, or a share of the {num_classes} "
+            f"identities in (0, 1] that makes one, got {value}"
+        )
+    if slots > num_classes:
+        raise ValueError(f"{name} must be at most the {num_classes} identities, got {value}")
+    return int(slots)
+
+
+def on_host(labels: Tensor) -> list[int]:
+    """The labels (N,); of a fake tensor, which has no values, different ones."""
+    return labels.tolist() if type(labels) is Tensor else list(range(len(labels)))
+
+
+def random_directions(*shape: int) -> Tensor:
+    """Random unit vectors (..., D), on every rank and in every run the same."""
+    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and labels (N,), those of all ranks one after the other."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return features, labels
+    return _gather(features), _gather(labels.to(features.device))
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def _floats(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, but for counters."""
+    tensors = chain(module.parameters(), module.buffers())
+    return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+
+
+def differentiated(loss_of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``loss_of(x)``, differentiated here and now.
+
+    Its backward needs nothing but the gradient of x (N, D), so that ``loss_of`` may read tensors
+    that change before, and what it took to compute is free again.
+    """
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        loss = loss_of(leaf)
+        (grad,) = torch.autograd.grad(loss, leaf)
+    return _Differentiated.apply(x, loss.detach(), grad)
+
+
+class _Differentiated(Function):
+    """A loss and its gradient as they are: (N, D), (), (N, D) -> ()."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (of_x,) = ctx.saved_tensors
+        return of_x * grad, None, None

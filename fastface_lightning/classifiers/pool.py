@@ -1,0 +1,193 @@
+"""Dynamic Class Pool: the softmax over the identities seen of late, their features as centres."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..margins import Margin
+from .base import Negatives, unit
+from .momentum import (
+    Batch,
+    MomentumClassifier,
+    differentiated,
+    of_all_ranks,
+    on_host,
+    random_directions,
+    slots_of,
+)
+from .slots import Placement, Slots
+
+DEFAULT_SHARE, DEFAULT_LEAST = 0.1, 512
+
+
+class DynamicClassPool(MomentumClassifier):
+    r"""F2C's classifier: Q slots of two features each take the place of C class centres.
+
+    A step has B identities with two images :math:`a, b` each and B further images, in halves
+    :math:`i_1, i_2`. With :math:`x = [a, i_1]`, :math:`y = [b, i_2]`, probe net P and gallery net G
+
+    .. math::
+
+        L = \ell(P(x), T \oplus G(y)) + \ell(P(y), T \oplus G(x))
+
+    where :math:`T \oplus G(\cdot)` is the pool after these features were written to it. The first
+    write is undone, the second stays. An identity that is not in the pool takes the slot that was
+    written least recently, and its row 0; one that is there takes its slot's rows in turn.
+
+    .. math::
+
+        \ell(X, T) = \sum_{r=0}^{1} \Big[ \operatorname{mean}_{i:\, y_i \in T} -\log
+            \frac{e^{s \cos'_{y_i}}}{e^{s \cos'_{y_i}} + \sum_{j \ne y_i} e^{s\, n(\cos_{ij})}}
+            + \operatorname{mean}_{i:\, y_i \notin T} \frac{1}{k}
+              \sum_{j \in \text{top } k} \max(0, \cos_{ij}) \Big]
+
+    with :math:`\cos_{ij}` the cosine of embedding i to slot j: to its row 0, and for r = 1 to its
+    row 1 where the slot's identity had been in the pool already when it was written. So images of
+    identities outside the pool are driven away from the k identities in it that they resemble
+    most, :math:`k = \min(\max(\lfloor Q / 5000 \rfloor, 3), 10)`.
+
+    Args:
+        num_classes, embedding_size, margin, scale, interclass_filter: as
+            :class:`fastface_lightning.classifiers.Classifier`.
+        pool_size: Q: an int, slots; a float up to 1, a share of the identities; None, a tenth of
+            them, but at least 512, or all where there are fewer.
+        momentum: of the gallery net, in [0, 1).
+
+    Attributes:
+        queue: (2, Q, D) the two rows of unit features; random directions at first.
+        in_pool: share of the images of the last step whose identity was in the pool.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    References:
+        Wang et al., An Efficient Training Approach for Very Large Scale Face Recognition, CVPR 2022
+        (arXiv 2105.10375), section 3; k, the rows' turns and the rollback as in its release.
+    """
+
+    batches = "dual"
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int = 512,
+        margin: Margin | None = None,
+        scale: float = 32.0,
+        interclass_filter: float | None = None,
+        pool_size: float | None = None,
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, margin, scale, interclass_filter, momentum)
+        if pool_size is None:
+            pool_size = min(num_classes, max(int(DEFAULT_SHARE * num_classes), DEFAULT_LEAST))
+        self.pool_size = slots_of("pool_size", pool_size, num_classes)
+        self.hardest = min(max(self.pool_size // 5000, 3), 10, self.pool_size)
+        self.register_buffer("queue", random_directions(2, self.pool_size, embedding_size))
+        self.slots = Slots(self.pool_size)
+        self.in_pool = 0.0
+
+    def training_loss(self, probe: nn.Module, batch: Batch) -> Tensor:
+        self._check_batch(batch, "instance", "identity")
+        (x, x_labels), (y, y_labels) = halves(batch)
+        # The gallery net first: nothing of the probe net's is held for its backward yet.
+        of_y, of_x = self.encode(probe, y), self.encode(probe, x)
+        first = self._half(probe(x), x_labels, of_y, y_labels, keep=False)
+        second = self._half(probe(y), y_labels, of_x, x_labels, keep=True)
+        return first + second
+
+    def sample_batch(self, batch_size: int) -> Batch:
+        labels = torch.arange(2 * batch_size) % self.num_classes
+        images = torch.empty(2 * batch_size, 3, 1, 1)
+        pairs = labels[:batch_size].repeat_interleave(2)
+        return {
+            "identity": (images, pairs),
+            "instance": (images[:batch_size], labels[batch_size:]),
+        }
+
+    def _half(
+        self, embeddings: Tensor, labels: Tensor, features: Tensor, written: Tensor, keep: bool
+    ) -> Tensor:
+        """Loss of embeddings (N, D) with the features (M, D) of M images written to the pool; they
+        stay there if ``keep``."""
+        self._check(embeddings, labels)
+        features, written = of_all_ranks(unit(features)[0], written)
+        self._check_room("pool_size", len(written))
+        placement = self.slots.place(on_host(written))
+        before = self._write(placement, features[placement.writes])
+        slots = self.slots.find(on_host(labels), placement)
+        labels = labels.to(embeddings.device, non_blocking=True)
+        loss = differentiated(
+            lambda x: self._pool_loss(x, labels, slots, placement.again), embeddings
+        )
+        if keep:
+            self.slots.keep(placement)
+        else:
+            self._write(placement, before)
+        return loss
+
+    def _write(self, placement: Placement, features: Tensor) -> Tensor:
+        """Write features (W, D) to the placement's W places; returns what was there."""
+        places = torch.tensor([placement.rows, placement.slots]).to(self.queue.device).unbind()
+        before = self.queue[places]
+        self.queue[places] = features
+        return before
+
+    def _pool_loss(
+        self, embeddings: Tensor, labels: Tensor, slots: list[int], again: list[int]
+    ) -> Tensor:
+        """The loss of a half against both rows, the features already written."""
+        x, norm = unit(embeddings.to(torch.promote_types(self.queue.dtype, torch.float32)))
+        cos = x @ self.queue[0].to(x.dtype).T
+        repeated = torch.tensor(again, dtype=torch.int64, device=x.device)
+        second = cos.index_copy(1, repeated, x @ self.queue[1, repeated].to(x.dtype).T)
+        found = [i for i, slot in enumerate(slots) if slot >= 0]
+        absent = [i for i, slot in enumerate(slots) if slot < 0]
+        self.in_pool = len(found) / len(slots)
+        loss = x.new_zeros(())
+        if found:
+            own = torch.tensor([slots[i] for i in found], device=x.device)
+            rows = torch.tensor(found, device=x.device)
+            both = torch.cat([cos[rows], second[rows]])
+            loss += self._softmax_loss(
+                both, *(t.repeat(2) for t in (norm[rows], labels[rows], own))
+            )
+        if absent:
+            rows = torch.tensor(absent, device=x.device)
+            hard = torch.cat([cos[rows], second[rows]]).topk(self.hardest).values
+            loss += hard.clamp(min=0).mean()
+        return 2 * loss  # a mean over both rows so far, and it is their sum
+
+    def _softmax_loss(self, cos: Tensor, norm: Tensor, labels: Tensor, own: Tensor) -> Tensor:
+        """Mean margin softmax of cosines (N, Q), the own slots (N,) given."""
+        place = torch.arange(len(own), device=own.device), own
+        cos_y = cos[place]
+        cos_y_prime = self.margin(cos_y, norm, labels)
+        logits = Negatives(self.margin, self.interclass_filter)(cos, cos_y, cos_y_prime)
+        logits[place] = cos_y_prime
+        loss = F.cross_entropy(self.scale * logits, own, reduction="none")
+        return (loss + self.margin.penalty(norm)).mean()
+
+    def get_extra_state(self) -> Tensor:
+        return self.slots.to_tensor()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.slots.load(state)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pool_size={self.pool_size}, momentum={self.momentum}"
+
+
+def halves(batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Images and labels x = [a, i1] and y = [b, i2] of a dual batch.
+
+    Args:
+        batch: ``identity``, two images of each identity, one pair after the other, and
+            ``instance``, any images.
+    """
+    (pairs, pair_labels), (images, labels) = batch["identity"], batch["instance"]
+    half = len(images) // 2
+    first = torch.cat([pairs[0::2], images[:half]]), torch.cat([pair_labels[0::2], labels[:half]])
+    second = torch.cat([pairs[1::2], images[half:]]), torch.cat([pair_labels[1::2], labels[half:]])
+    return first, second
