@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .backbones import load_weights
 from .backbones.weights import check_finite, read_weights
-from .classifiers import MomentumClassifier
+from .classifiers import DynamicClassPool, MomentumClassifier
 from .data.augment import Augment
 from .evaluation import ROC, ROCCurve, VerificationAccuracy
 from .sgd import SGD, like_weights
@@ -45,8 +45,9 @@ class FaceModule(LightningModule):
     uint8 (N, 3, 112, 112) RGB and labels (N,) int64, or a dict of such for a MomentumClassifier;
     for validation the two images of each pair, whether they show one person, and the pair's number.
 
-    Logs ``train/loss`` (every step) and, for each set of pairs, ``verify/<set>/accuracy`` and
-    ``verify/<set>/std`` (ten folds), with their mean over the sets as ``verify/accuracy``.
+    Logs ``train/loss`` (every step), of a DynamicClassPool ``train/in_pool``, and for each set of
+    pairs ``verify/<set>/accuracy`` and ``verify/<set>/std`` (ten folds), with their mean over the
+    sets as ``verify/accuracy``.
 
     Attributes:
         curves: ROC of each set at the last verification, by its name; a set whose pairs are all of
@@ -96,17 +97,6 @@ class FaceModule(LightningModule):
         """Unit embeddings (N, D) float32 of an image and its mirror image, summed."""
         return F.normalize(self(images).float() + self(images.flip(-1)).float())
 
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        if not isinstance(batch, dict):
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        # Labels stay where they are looked at: a GPU would have to be waited for.
-        return {
-            name: (images.to(device, non_blocking=True), labels)
-            for name, (images, labels) in batch.items()
-        }
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if isinstance(self.classifier, MomentumClassifier):
             loss = self._momentum_loss(self.classifier, batch)
@@ -117,6 +107,9 @@ class FaceModule(LightningModule):
         if batch_idx % max(self.trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
             # The progress bar reads what it shows at every step: on the device it would wait.
             self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
+            if isinstance(self.classifier, DynamicClassPool):
+                share = torch.tensor(self.classifier.in_pool)
+                self.log("train/in_pool", share, batch_size=images_in(batch))
         return loss
 
     def _momentum_loss(

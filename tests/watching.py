@@ -27,19 +27,23 @@ class WriteInputs(Callback):
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+        self.inputs: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.file = self.folder / f"inputs-{trainer.global_rank}.jsonl"
         pl_module.backbone.register_forward_pre_hook(self.see)
 
     def see(self, module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
-        self.inputs = inputs[0].detach()
+        self.inputs.append(inputs[0].detach())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         at = [trainer.fit_loop.epoch_progress.current.processed, batch_idx]
-        place = torch.arange(self.inputs[0].numel(), dtype=torch.float64).view(self.inputs[0].shape)
-        prints = (self.inputs.double() * place).sum((1, 2, 3)).tolist()
+        images, self.inputs = torch.cat(self.inputs), []
+        place = torch.arange(images[0].numel(), dtype=torch.float64).view(images[0].shape)
+        prints = (images.double() * place).sum((1, 2, 3)).tolist()
+        parts = batch.values() if isinstance(batch, dict) else [batch]
+        labels = [label for _, part in parts for label in part.tolist()]
         with self.file.open("a") as lines:
-            lines.write(json.dumps([at, batch[1].tolist(), prints]) + "\n")
+            lines.write(json.dumps([at, labels, prints]) + "\n")

@@ -15,7 +15,7 @@ from .folder import FaceList, IdentityFolder, identity_names
 from .ijb import IJBData, TemplateSubjects, is_ijb, read_ijb
 from .image import decode_image, decode_into, decode_original, encode_jpeg, is_packable
 from .image_files import ImageFiles, find_images
-from .order import EpochSampler, FaceLoader, epoch_order
+from .order import EpochSampler, FaceLoader, GroupSampler, epoch_order
 from .records import RecordDataset
 from .sheet import contact_sheet, pairs_sheet, pick_images, sheet_of
 from .synthetic import SyntheticFaces, synthetic_pairs
@@ -40,6 +40,7 @@ __all__ = [
     "FaceDataset",
     "FaceList",
     "FaceLoader",
+    "GroupSampler",
     "IJBData",
     "IdentityFolder",
     "ImageFiles",

@@ -1,8 +1,9 @@
 """A data module gives a trainer what it needs of a data set: training batches and pairs to verify.
 
-Training batches are (images (B, 3, H, W) uint8 RGB, labels (B,) int64). Verification batches are
-(a (B, 3, H, W) uint8, b likewise, same (B,) bool, index (B,) int64): the pairs (a, b) with their
-places in the set, by which a metric can drop the repeats that a distributed sampler pads with.
+Training batches are (images (B, 3, H, W) uint8 RGB, labels (B,) int64), or several such by name for
+a classifier that compares images of one identity. Verification batches are (a (B, 3, H, W) uint8, b
+likewise, same (B,) bool, index (B,) int64): the pairs (a, b) with their places in the set, by which
+a metric can drop the repeats that a distributed sampler pads with.
 """
 
 import logging
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, TensorDataset
 
 from .dataset import FaceDataset
 from .folder import FaceList, IdentityFolder
-from .order import EpochSampler, FaceLoader
+from .order import EpochSampler, FaceLoader, GroupSampler
 from .records import RecordDataset
 from .synthetic import SyntheticFaces, synthetic_pairs
 from .verification import VerificationPairs, held_out_pairs, read_pairs, read_verification
@@ -31,15 +33,27 @@ class FaceDataModule(LightningDataModule, ABC):
     """Training set and verification sets as loaders; a subclass says what they are.
 
     Args:
-        batch_size: images a training step and rank; pairs a verification step.
-        num_workers: processes that decode training images; 0 decodes in the main process.
+        batch_size: B, images a training step and rank; pairs a verification step.
+        num_workers: processes that decode training images; 0 decodes in the main process. Dual
+            loaders share them as they share the images: a third for instances, at least one each.
         seed: at least 0; with the epoch it decides the order of the training images.
         verify: further verification sets: ``.bin`` files, or pairs files, which
             :func:`read_verification` reads. A bare name, ``lfw``, is ``lfw.bin`` beside the data.
             A set is named as its file without the suffix.
         verify_root: folder of the pairs files' images; None is the data's own.
+        batches: what a training batch is, (images, labels) or a dictionary of such:
+
+            - ``images``: B random images.
+            - ``dual``, for F2C: ``instance``, B random images, and ``identity``, B random
+              identities with two images each (2B, one identity after the other).
+            - ``keys``, for AttFC: ``identity``, B random images, each followed by ``keys`` others
+              of its identity (B (1 + keys)).
+
+            :class:`GroupSampler` says which images these are.
+        keys: at least 1; see ``batches``.
 
     Attributes:
+        batches, keys: as given; a program may set them before it asks for the loader.
         train_set: from ``setup`` on, the training set.
         num_classes: from ``setup`` on, the number of its identities.
         sets: from ``setup`` on, the verification sets by name.
@@ -59,6 +73,8 @@ class FaceDataModule(LightningDataModule, ABC):
         seed: int = 0,
         verify: Sequence[str | Path] = (),
         verify_root: str | Path | None = None,
+        batches: str = "images",
+        keys: int = 2,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -70,8 +86,10 @@ class FaceDataModule(LightningDataModule, ABC):
         if isinstance(verify, (str, Path)):
             raise ValueError(f"verify must be a list, as [lfw,cfp_fp], got {str(verify)!r}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        _check_batches(batches, keys)
         self.verify, self.verify_root = list(verify), verify_root
-        self._built = False
+        self.batches, self.keys = batches, keys
+        self._built = self._told = False
 
     def faces(self) -> FaceDataset:
         """All that the data set has to train on, before any of it is held out."""
@@ -111,14 +129,53 @@ class FaceDataModule(LightningDataModule, ABC):
         sought = " and ".join(map(str, places))
         raise ValueError(f"verify must name .bin or pairs files, got {name}; looked for {sought}")
 
-    def train_dataloader(self) -> FaceLoader:
-        """Shuffled batches, all of ``batch_size``; see :class:`FaceLoader` for order and resuming.
+    def train_dataloader(self) -> FaceLoader | CombinedLoader:
+        """Shuffled batches, all of one size; see :class:`FaceLoader` for order and resuming.
 
         Raises:
-            ValueError: there are not enough images for one batch.
+            ValueError: there are not enough images for one batch, or identities for groups.
         """
-        sampler = EpochSampler(self.train_set, self.seed)
-        return FaceLoader(self.train_set, self.batch_size, sampler, self.num_workers)
+        _check_batches(self.batches, self.keys)
+        images = EpochSampler(self.train_set, self.seed)
+        if self.batches == "images":
+            return self._loader(images, self.num_workers)
+        if self.batches == "keys":
+            groups = GroupSampler(self.train_set, 1 + self.keys, "images", self.seed)
+            loaders = {"identity": self._loader(groups, self.num_workers)}
+        else:
+            groups = GroupSampler(self.train_set, 2, "identities", self.seed)
+            third = min(self.num_workers, max(1, round(self.num_workers / 3)))
+            loaders = {
+                "instance": self._loader(images, third),
+                "identity": self._loader(groups, max(third, self.num_workers - third)),
+            }
+        self._tell_single(groups)
+        return CombinedLoader(loaders, "min_size")
+
+    def _loader(self, sampler: EpochSampler, num_workers: int) -> FaceLoader:
+        return FaceLoader(self.train_set, self.batch_size * sampler.size, sampler, num_workers)
+
+    def _tell_single(self, groups: GroupSampler) -> None:
+        """Say once how many identities have but one image to fill their groups with."""
+        single, total = int((groups.counts == 1).sum()), int((groups.counts > 0).sum())
+        if single and not self._told:
+            logger.log(
+                logging.WARNING if 2 * single > total else logging.INFO,
+                "%d of the %d identities have a single image, which is served %d times in a row",
+                *(single, total, groups.size),
+            )
+        self._told = True
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        if not isinstance(batch, dict):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        # Classifiers look at these labels on the host: it would have to wait for a GPU's.
+        return {
+            name: (images.to(device, non_blocking=True), labels)
+            for name, (images, labels) in batch.items()
+        }
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader a verification set, in order; without workers, as the pairs are in memory."""
@@ -145,8 +202,9 @@ class SyntheticData(FaceDataModule):
         images_per_identity: images of each identity.
         verify_identities: further identities, which only the verification pairs show.
         verify_pairs: number of verification pairs, a multiple of 20; 0 draws none.
-        batch_size, num_workers, seed, verify, verify_root: see :class:`FaceDataModule`. The faces
-            are the same for every seed, so that runs with different seeds compare.
+        batch_size, num_workers, seed, verify, verify_root, batches, keys: see
+            :class:`FaceDataModule`. The faces are the same for every seed, so that runs with
+            different seeds compare.
     """
 
     def __init__(
@@ -195,7 +253,8 @@ class FaceData(FaceDataModule):
         name: the data set's name, for messages.
         num_identities, num_images: what the whole data set should hold; a warning says if it does
             not.
-        batch_size, num_workers, seed, verify, verify_root: see :class:`FaceDataModule`.
+        batch_size, num_workers, seed, verify, verify_root, batches, keys: see
+            :class:`FaceDataModule`.
     """
 
     def __init__(
@@ -272,7 +331,8 @@ class LFWData(FaceDataModule):
             ``peopleDevTrain.txt`` and ``pairsDevTest.txt``, which share no person.
         max_bad: images that may prove unreadable before the run stops.
         reindex: index the images anew, whatever their kept index says.
-        batch_size, num_workers, seed, verify, verify_root: see :class:`FaceDataModule`.
+        batch_size, num_workers, seed, verify, verify_root, batches, keys: see
+            :class:`FaceDataModule`.
 
     References:
         Huang et al., Labeled Faces in the Wild, UMass Amherst technical report 07-49, 2007.
@@ -328,6 +388,13 @@ def split_identities(names: Sequence[str], held_out: float) -> tuple[list[str], 
     order = np.random.default_rng(0).permutation(len(names))
     kept, taken = np.sort(order[count:]), np.sort(order[:count])
     return [names[i] for i in kept], [names[i] for i in taken]
+
+
+def _check_batches(batches: str, keys: int) -> None:
+    if batches not in ("images", "dual", "keys"):
+        raise ValueError(f"batches must be images, dual or keys, got {batches}")
+    if keys < 1:
+        raise ValueError(f"keys must be at least 1 image, got {keys}")
 
 
 def _figures(num_identities: int | None, num_images: int | None) -> str:

@@ -1,19 +1,26 @@
 """Data modules hand a trainer the right batches in the right order, and refuse what cannot work."""
 
+import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import on_two_ranks
 from torch.utils.data import Dataset
 
 from fastface_lightning.data import (
     FaceData,
     FaceDataModule,
+    FaceDataset,
+    GroupSampler,
     LFWData,
     SyntheticData,
     VerificationPairs,
@@ -161,6 +168,8 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1 image, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"batches": "pairs"}, "^batches must be images, dual or keys, got pairs$"),
+        ({"keys": 0}, "^keys must be at least 1 image, got 0$"),
         ({"held_out": 1.0}, r"held_out must lie in \[0, 1\), got 1.0"),
         ({"held_out": -0.1}, r"held_out must lie in \[0, 1\), got -0.1"),
     ],
@@ -302,3 +311,249 @@ def test_lfw_data_compares_counts_and_packs_what_it_trains_on(
     (root.parent / "peopleDevTrain.txt").write_text("1\nann\n")
     with pytest.raises(ValueError, match="expected 'name number_of_images', got 'ann'"):
         LFWData(root.parent).faces()
+
+
+# Several images of one identity.
+
+
+class Pixels(FaceDataset):
+    """Image i is everywhere i."""
+
+    def __init__(self, labels: Any) -> None:
+        super().__init__(size=1, max_bad=0)
+        labels = np.asarray(labels, dtype=np.int32)
+        self._hold([str(i) for i in range(labels.max() + 1)], labels)
+
+    def _fetch(self, index: int) -> bytes:
+        return bytes([index])
+
+    def read_into(self, index: int, out: np.ndarray) -> None:
+        out[:] = index
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def __str__(self) -> str:
+        return "pixels"
+
+
+class PixelsData(FaceDataModule):
+    """The images of identities 0, 1 and so on, so many of each."""
+
+    def __init__(self, *counts: int, **common: Any) -> None:
+        super().__init__(**common)
+        self.counts = counts
+
+    def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
+        return Pixels(np.repeat(np.arange(len(self.counts)), self.counts)), {}
+
+
+COUNTS = (4, 1, 3, 6, 2, 5, 1)  # 22 images
+
+
+def numbers(batch: Any) -> dict[str, list[int]]:
+    """The images of each part of a batch."""
+    for images, labels in batch.values():
+        own = np.repeat(np.arange(len(COUNTS)), COUNTS)[images[:, 0, 0, 0]]
+        assert labels.dtype == torch.int64 and labels.tolist() == own.tolist()
+    return {name: images[:, 0, 0, 0].tolist() for name, (images, _) in batch.items()}
+
+
+def epoch_of(data: FaceDataModule, epoch: int) -> dict[str, list[int]]:
+    """The images of each loader in an epoch."""
+    loader, served = data.train_dataloader(), {}
+    for part in loader.flattened:
+        part.sampler.set_epoch(epoch)
+    for batch, _, _ in loader:
+        for name, images in numbers(batch).items():
+            served[name] = served.get(name, []) + images
+    return served
+
+
+def groups(size: int, by: Any, seed: int, epoch: int) -> list[int]:
+    """The images of an epoch, of all ranks."""
+    dataset = Pixels(np.repeat(np.arange(len(COUNTS)), COUNTS))
+    sampler = GroupSampler(dataset, size, by, seed, num_replicas=1, rank=0)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_dual_batches_are_images_and_pairs_of_identities(num_workers: int) -> None:
+    data = ready(PixelsData(*COUNTS, batch_size=4, seed=3, batches="dual", num_workers=num_workers))
+    for epoch in (0, 2):
+        served = epoch_of(data, epoch)
+        assert list(served) == ["instance", "identity"]
+        assert served["instance"] == epoch_order(22, 3, epoch)[:20].tolist()
+        assert served["identity"] == groups(2, "identities", 3, epoch)[:40]
+
+
+def test_keys_batches_are_images_and_others_of_their_identities() -> None:
+    data = ready(PixelsData(*COUNTS, batch_size=5, seed=3, batches="keys", keys=3))
+    served = epoch_of(data, 1)
+    assert served == {"identity": groups(4, "images", 3, 1)[:80]}
+    assert served["identity"][::4] == epoch_order(22, 3, 1)[:20].tolist()
+
+
+def test_a_program_may_set_what_batches_are() -> None:
+    data = ready(PixelsData(*COUNTS, batch_size=2))
+    assert len(data.train_dataloader()) == 11
+    data.batches, data.keys = "keys", 1
+    images, labels = next(iter(data.train_dataloader()))[0]["identity"]
+    assert images.shape == (4, 3, 1, 1) and labels.shape == (4,)
+    data.batches = "pairs"
+    with pytest.raises(ValueError, match=r"^batches must be images, dual or keys, got pairs$"):
+        data.train_dataloader()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(
+    ("num_workers", "shares"), [(0, [0, 0]), (1, [1, 1]), (2, [1, 1]), (3, [1, 2]), (8, [3, 5])]
+)
+def test_dual_loaders_share_the_workers(num_workers: int, shares: list[int]) -> None:
+    data = ready(PixelsData(*COUNTS, batch_size=2, batches="dual", num_workers=num_workers))
+    assert [part.num_workers for part in data.train_dataloader().flattened] == shares
+
+
+@pytest.mark.parametrize(
+    ("batches", "counts", "level", "message"),
+    [
+        ("dual", (1, 2, 1, 3), logging.INFO, "2 of the 4 identities have a single image, which is"
+         " served 2 times in a row"),
+        ("keys", (1, 1, 1, 3), logging.WARNING, "3 of the 4 identities have a single image, which"
+         " is served 3 times in a row"),
+        ("dual", (2, 2), None, ""),
+        ("images", (1, 1), None, ""),
+    ],
+)  # fmt: skip
+def test_single_images_are_told_once(
+    batches: str, counts: Any, level: int | None, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fastface_lightning")
+    data = ready(PixelsData(*counts, batch_size=1, batches=batches))
+    data.train_dataloader()
+    data.train_dataloader()
+    found = [(record.levelno, record.getMessage()) for record in caplog.records]
+    assert found == ([] if level is None else [(level, message)])
+
+
+@pytest.mark.parametrize("batches", ["dual", "keys"])
+def test_groups_need_two_identities_and_a_batch(batches: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^the identity loader needs at least 2 identities, got 1$"
+    ):
+        ready(PixelsData(9, batch_size=2, batches=batches)).train_dataloader()
+    with pytest.raises(ValueError, match=r"^batch_size 23 is larger than the 22 "):
+        ready(PixelsData(*COUNTS, batch_size=23, batches=batches)).train_dataloader()
+
+
+class Killed(Exception):
+    """What a run does not survive."""
+
+
+class Watcher(LightningModule):
+    """Writes down each batch by its epoch and number; the run is killed before one of them."""
+
+    def __init__(self, kill: int | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.kill = kill
+        self.seen: dict[tuple[int, int], dict[str, list[int]]] = {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.trainer.fit_loop.total_batch_idx == self.kill:
+            raise Killed
+        epoch = self.trainer.fit_loop.epoch_progress.current.processed
+        self.seen[epoch, batch_idx] = numbers(batch)
+        return self.weight * 0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def watch(
+    data: FaceDataModule,
+    folder: Path,
+    every: dict[str, int],
+    kill: int | None = None,
+    **options: Any,
+) -> dict[tuple[int, int], dict[str, list[int]]]:
+    """What a run saw, from the folder's checkpoint on if there is one."""
+    module, last = Watcher(kill), folder / "last.ckpt"
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=ModelCheckpoint(folder, "last", **every, enable_version_counter=False),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    with nullcontext() if kill is None else pytest.raises(Killed):
+        trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    return module.seen
+
+
+def expected(batches: str, epoch: int, batch: int) -> dict[str, list[int]]:
+    """What a run of seed 7 sees in a batch of 4."""
+    if batches == "keys":
+        return {"identity": groups(3, "images", 7, epoch)[12 * batch :][:12]}
+    return {
+        "instance": epoch_order(22, 7, epoch)[4 * batch :][:4].tolist(),
+        "identity": groups(2, "identities", 7, epoch)[8 * batch :][:8],
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize(
+    ("every", "length"),
+    [
+        ({"every_n_train_steps": 2}, {"max_epochs": 3}),
+        ({"every_n_epochs": 1}, {"max_epochs": 3}),
+        ({"every_n_train_steps": 2}, {"max_epochs": -1, "max_steps": 13}),
+    ],
+    ids=["steps", "epochs", "max_steps"],
+)
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batches", ["dual", "keys"])
+def test_a_killed_run_sees_what_an_uninterrupted_one_sees(
+    tmp_path: Path, batches: str, num_workers: int, every: dict[str, int], length: dict[str, int]
+) -> None:
+    """Five batches an epoch: killed twice, within epochs and at the ends of them."""
+
+    def data() -> FaceDataModule:
+        return PixelsData(*COUNTS, batch_size=4, seed=7, batches=batches, num_workers=num_workers)
+
+    whole = watch(data(), tmp_path / "whole", every, **length)
+    assert len(whole) == length.get("max_steps", 15)
+    assert whole == {at: expected(batches, *at) for at in whole}
+    kills = [(3, 11)] if num_workers else [(2, 3), (4, 5), (5, 10), (6, 12), (7, 11)]
+    for first, second in kills:
+        folder = tmp_path / f"{first}-{second}"
+        seen = watch(data(), folder, every, first, **length)
+        seen |= watch(data(), folder, every, second, **length)
+        seen |= watch(data(), folder, every, **length)
+        assert seen == whole, (first, second)
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("batches", ["dual", "keys"])
+def test_two_ranks_share_the_groups_of_an_epoch(
+    tmp_path: Path, batches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer keeps the samplers, which take every second image and group."""
+
+    def check(rank: int) -> None:
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        data = PixelsData(*COUNTS, batch_size=4, seed=7, batches=batches)
+        seen = watch(data, tmp_path, {}, max_epochs=2, strategy="ddp", devices=2)
+        assert list(seen) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        for (epoch, batch), found in seen.items():
+            for name, images in found.items():
+                size = len(images) // 4
+                whole = [expected(batches, epoch, k)[name] for k in range(5)]
+                rows = np.concatenate(whole).reshape(-1, size)[rank::2]
+                assert images == rows[4 * batch :][:4].ravel().tolist()
+
+    (tmp_path / "meet").mkdir()
+    on_two_ranks(check, tmp_path / "meet")
