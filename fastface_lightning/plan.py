@@ -188,7 +188,7 @@ def _plan_momentum(head: MomentumClassifier, meter: MemoryMeter, batch_size: int
     network = _Embeddings(head.embedding_size)
     head.follow(network)
     batch = head.sample_batch(batch_size)
-    start = meter.live
+    start = meter.peak = meter.live  # what building it took is over
     with FlopCounterMode(display=False) as counter:
         head.training_loss(network, batch).backward()
     encoder: Any = head.momentum_encoder

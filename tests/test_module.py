@@ -1,19 +1,27 @@
 """FaceModule: what happens to images, gradients and embeddings between the parts."""
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastface_lightning.backbones import build_backbone
-from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
+from fastface_lightning.classifiers import (
+    AttentionClassifier,
+    ChunkedClassifier,
+    DynamicClassPool,
+    FullClassifier,
+    MomentumClassifier,
+    PartialClassifier,
+)
 from fastface_lightning.data.augment import flip_some
 from fastface_lightning.margins import AdaFace, CurricularFace, Margin
 from fastface_lightning.module import FaceModule, normalise
@@ -283,3 +291,83 @@ def test_pairs_without_finite_embeddings_count_as_mistaken(
     (found,) = trainer.validate(faces, pairs, verbose=False)
     assert found["verify/drawn/accuracy"] == pytest.approx(accuracy)
     assert (f"{lost} verification pairs have embeddings" in caplog.text) == (lost > 0)
+
+
+def momentum_module(classifier: MomentumClassifier) -> FaceModule:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    return FaceModule(backbone, classifier, partial(torch.optim.SGD, lr=1e-3))
+
+
+class Pairs(torch.utils.data.Dataset[Any]):
+    """Dual batches, as a loader without collation takes them."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        pairs = torch.arange(4).repeat_interleave(2)
+        return {"identity": (IMAGES, pairs), "instance": (IMAGES[:4], LABELS[:4])}
+
+
+class Watch(Callback):
+    """The momentum encoder's and the pool's state before each batch."""
+
+    def __init__(self) -> None:
+        self.encoders: list[torch.Tensor] = []
+        self.slots: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        classifier = pl_module.classifier
+        self.encoders.append(classifier.momentum_encoder[1].weight.clone())
+        self.slots.append(classifier.slots.to_tensor())
+
+
+def test_the_momentum_encoder_moves_once_an_optimizer_step(tmp_path: Path) -> None:
+    """And the pool with every batch."""
+    faces, watch = momentum_module(DynamicClassPool(10, 5, pool_size=6, momentum=0.5)), Watch()
+    trainer = Trainer(
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[watch],
+    )
+    trainer.fit(faces, DataLoader(Pairs(), batch_size=None))
+    moved = [not torch.equal(a, b) for a, b in pairwise(watch.encoders)]
+    assert moved == [False, True, False, True, False]
+    assert all(not torch.equal(a, b) for a, b in pairwise(watch.slots))
+
+
+def test_the_optimizer_has_the_network_and_not_its_follower() -> None:
+    faces = momentum_module(DynamicClassPool(10, 5, pool_size=6))
+    (group,) = faces.build_optimizer().param_groups
+    assert group["params"] == list(faces.backbone.parameters())
+    with pytest.raises(ValueError, match=r"must be null where no centres are learned, got 0.1"):
+        FaceModule(nn.Identity(), DynamicClassPool(10, 5), torch.optim.SGD, classifier_lr=0.1)
+
+
+@pytest.mark.parametrize("kind", [DynamicClassPool, AttentionClassifier])
+def test_a_momentum_encoder_starts_from_the_weights_of_a_file(
+    kind: type[MomentumClassifier], tmp_path: Path
+) -> None:
+    """From InsightFace's weights and from a checkpoint with other identities alike."""
+    backbone = build_backbone("iresnet_tiny", 8)
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    earlier = FaceModule(build_backbone("iresnet_tiny", 8), ChunkedClassifier(9, 8), SGD)
+    torch.save({"state_dict": earlier.state_dict()}, tmp_path / "last.ckpt")
+    for file, network in (("backbone.pth", backbone), ("last.ckpt", earlier.backbone)):
+        faces = FaceModule(build_backbone("iresnet_tiny", 8), kind(20, 8), SGD)
+        faces.start_from(tmp_path / file)
+        assert isinstance(faces.classifier, kind) and faces.classifier.momentum_encoder is not None
+        for name, value in faces.classifier.momentum_encoder.state_dict().items():
+            assert torch.equal(value, network.state_dict()[name])
+    # And the other way: what a pool has trained, under centres that start anew.
+    torch.save({"state_dict": faces.state_dict()}, tmp_path / "pool.ckpt")
+    centres = FaceModule(build_backbone("iresnet_tiny", 8), ChunkedClassifier(9, 8), SGD)
+    centres.start_from(tmp_path / "pool.ckpt")
+    assert torch.equal(centres.backbone.conv1.weight, faces.backbone.conv1.weight)

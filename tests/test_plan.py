@@ -19,6 +19,7 @@ from fastface_lightning.plan import (
     peak,
     plan_backbone,
     plan_classifier,
+    together,
 )
 from fastface_lightning.sgd import SGD
 
@@ -38,15 +39,24 @@ from fastface_lightning.sgd import SGD
 case = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 
+def loss_of(head, net, batch, num_classes):
+    if isinstance(head, classifiers.MomentumClassifier):
+        labels = {name: part[1] for name, part in head.sample_batch(batch).items()}
+        images = {name: empty(len(part)) for name, part in labels.items()}
+        seen = {name: (normalise(flip_some(images[name])), labels[name]) for name in labels}
+        return head.training_loss(net, seen)
+    return head(net(normalise(flip_some(empty(batch)))), torch.arange(batch) % num_classes)
+
+def empty(count):
+    return torch.zeros(count, 3, 112, 112, dtype=torch.uint8)
+
 def train(batch, num_classes):
     net = build_backbone(case["backbone"])
     head = getattr(classifiers, case["classifier"])(num_classes, **case["options"])
     parameters = [*net.parameters(), *head.parameters()]
     optimizer = SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
     for number in range(3 * case["accumulate"]):
-        images = torch.zeros(batch, 3, 112, 112, dtype=torch.uint8)
-        labels = torch.arange(batch) % num_classes
-        loss = head(net(normalise(flip_some(images))), labels)
+        loss = loss_of(head, net, batch, num_classes)
         if number % case["accumulate"] == 0:
             optimizer.zero_grad()
         loss.backward()
@@ -57,7 +67,7 @@ def memory(what):
     # What getrusage tells may be the parent's.
     return int(re.search(what + r":\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-train(4, 10)  # libraries load, and kernels compile
+train(4, 20)  # libraries load, and kernels compile
 before = memory("VmRSS")
 train(case["batch"], case["num_classes"])
 print(memory("VmHWM") - before)
@@ -73,7 +83,7 @@ def planned(case: dict[str, Any]) -> int:
     net = functools.partial(build_backbone, case["backbone"])
     backbone = plan_backbone(net, SGD_OF_THE_PAPER, case["batch"], "32-true")
     head = plan_classifier(build, SGD_OF_THE_PAPER, case["batch"], 512, case["num_classes"])
-    return peak(backbone, head, case["accumulate"])
+    return peak(*together(backbone, head), case["accumulate"])
 
 
 CASES = [
@@ -83,6 +93,8 @@ CASES = [
     ("iresnet_tiny", "FullClassifier", {}, 64, 100_000, 1),
     ("iresnet_tiny", "PartialClassifier", {"rate": 0.1, "chunk": 2048}, 64, 300_000, 1),
     ("iresnet18", "FullClassifier", {}, 16, 10_000, 1),
+    ("iresnet_tiny", "DynamicClassPool", {"pool_size": 0.3}, 32, 200_000, 1),
+    ("iresnet_tiny", "AttentionClassifier", {"queue_size": 0.4}, 64, 200_000, 1),
 ]
 
 

@@ -135,9 +135,10 @@ def slots_of(name: str, value: float, num_classes: int) -> int:
     Raises:
         ValueError: neither, none at all, or more than there are classes.
     """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     share = isinstance(value, float) and 0 < value <= 1
     slots = int(value * num_classes) if share else value
-    if isinstance(value, bool) or slots < 1 or slots != int(slots):
+    if not number or slots < 1 or slots != int(slots):
         raise ValueError(
             f"{name} must be a number of slots, at least 1, or a share of the {num_classes} "
             f"identities in (0, 1] that makes one, got {value}"
