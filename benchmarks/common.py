@@ -35,21 +35,35 @@ def medians(sides: dict[str, Callable[[], None]], repeats: int = 7) -> dict[str,
 
 def report(name: str, title: str, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Print ``rows`` as a table and write them to ``benchmarks/results/<name>.json``."""
+    show(title, rows, **facts)
+    write(name, title=title, rows=rows, **facts)
+
+
+def show(title: str, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Print ``rows``, of the same columns, as a table, and what there is to say of them."""
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(*map(_shown, row.values()))
     console = Console(width=120)
     console.print(table)
     for fact, value in facts.items():
         console.print(f"{fact}: {value}")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(name: str, **content: Any) -> None:
+    """Write ``benchmarks/results/<name>.json``: the content, and the machine it is from."""
     RESULTS.mkdir(exist_ok=True)
     packages = ("torch", "lightning", "numpy")
     written = {
-        "title": title,
-        "rows": rows,
-        **facts,
+        **content,
         "processor": processor_name(),
         "logical_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -59,6 +62,7 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
 
         @functools.wraps(task)
         def main() -> None:
+            find_recipes(config_path)
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback of its own
             run = hydra.main(str(config_path), config_name, version_base="1.3")
             try:
@@ -71,6 +75,24 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
         return main
 
     return decorate
+
+
+class Recipes(SearchPathPlugin):
+    """Puts ``folder`` on Hydra's search path: its folders are groups, ``+paper=f2c_ms1m``.
+
+    ``hydra.searchpath`` will not do: a config that includes another may not inherit it.
+    """
+
+    folder: Path
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("recipes", str(self.folder))
+
+
+def find_recipes(config_path: Path) -> None:
+    """Let commands name the recipes that lie beside a folder of configs, wherever one works."""
+    Recipes.folder = config_path.parent / "recipes"
+    Plugins.instance().register(Recipes)
 
 
 def check_numbers(config: DictConfig, *keys: str) -> None:

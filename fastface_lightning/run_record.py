@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -209,7 +210,7 @@ class RunRecord(Callback):
         if outputs:
             self._losses.append(outputs["loss"].float() * trainer.accumulate_grad_batches)
         lr = trainer.optimizers[0].param_groups[0]["lr"]
-        if self._lr is not None and lr != self._lr:
+        if self._lr and lr != self._lr:  # from 0 there is no factor
             self._lr_changes.append(Change(trainer.global_step - 1, lr / self._lr, lr))
         self._lr = lr
         if trainer._logger_connector.should_update_logs:
@@ -376,9 +377,14 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: most allocated on a GPU so far; on a CPU the process's largest resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # what getrusage tells may be the parent's
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
     import resource  # not there on Windows
 
-    # Linux counts kilobytes, macOS bytes.
+    # macOS counts bytes, others kilobytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..margins import Margin
@@ -73,6 +72,8 @@ class MomentumClassifier(Classifier, ABC):
     def follow(self, probe: nn.Module) -> None:
         """Make the momentum encoder, or make it anew: a copy of ``probe`` without gradients."""
         self.momentum_encoder = copy.deepcopy(probe).requires_grad_(False)
+        if getattr(probe, "_compiled_call_impl", None) is not None:  # a copy of it is not compiled
+            self.momentum_encoder.compile()
 
     @torch.no_grad()
     def update_momentum_encoder(self, probe: nn.Module) -> None:
@@ -148,14 +149,17 @@ def slots_of(name: str, value: float, num_classes: int) -> int:
     return int(slots)
 
 
-def on_host(labels: Tensor) -> list[int]:
-    """The labels (N,); of a fake tensor, which has no values, different ones."""
-    return labels.tolist() if type(labels) is Tensor else list(range(len(labels)))
+def on_host(labels: Tensor, num_classes: int) -> list[int]:
+    """The labels (N,); of a fake tensor, which has no values, as different ones as there are."""
+    if type(labels) is Tensor:
+        return labels.tolist()
+    return [label % num_classes for label in range(len(labels))]
 
 
 def random_directions(*shape: int) -> Tensor:
     """Random unit vectors (..., D), on every rank and in every run the same."""
-    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+    directions = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return directions.div_(torch.linalg.vector_norm(directions, dim=-1, keepdim=True))
 
 
 def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,9 +114,9 @@ class DynamicClassPool(MomentumClassifier):
         self._check(embeddings, labels)
         features, written = of_all_ranks(unit(features)[0], written)
         self._check_room("pool_size", len(written))
-        placement = self.slots.place(on_host(written))
+        placement = self.slots.place(on_host(written, self.num_classes))
         before = self._write(placement, features[placement.writes])
-        slots = self.slots.find(on_host(labels), placement)
+        slots = self.slots.find(on_host(labels, self.num_classes), placement)
         labels = labels.to(embeddings.device, non_blocking=True)
         loss = differentiated(
             lambda x: self._pool_loss(x, labels, slots, placement.again), embeddings

@@ -1,0 +1,584 @@
+"""What a pool in the place of the class centres saves, and costs, in three parts.
+
+    python benchmarks/dynamic_pool.py layer                 the class layer: time and memory
+    python benchmarks/dynamic_pool.py slots                 the slots' bookkeeping beside a step
+    python benchmarks/dynamic_pool.py accuracy --lfw DIR    whole runs of train.py
+    python benchmarks/dynamic_pool.py report                tables, JSON and figure of what there is
+
+Every row is kept as soon as it is there: a part that was stopped goes on where it was. Delete
+``results/dynamic_pool.json`` to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+import torch
+from classifiers import resident
+from common import RESULTS, medians, show, write
+from torch import Tensor, nn
+
+from fastface_lightning import load_embedder
+from fastface_lightning.backbones import build_backbone
+from fastface_lightning.classifiers import (
+    AttentionClassifier,
+    ChunkedClassifier,
+    Classifier,
+    DynamicClassPool,
+    FullClassifier,
+    MomentumClassifier,
+    PartialClassifier,
+)
+from fastface_lightning.classifiers.slots import Slots
+from fastface_lightning.data import FaceDataset, IdentityFolder, open_faces, split_identities
+from fastface_lightning.evaluation import tar_at_far
+from fastface_lightning.plan import PartPlan, plan_classifier
+from fastface_lightning.run_record import memory_of
+from fastface_lightning.sgd import SGD
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = RESULTS / "dynamic_pool.json"
+Row = dict[str, Any]
+
+# The class layer: 126 images a step are 42 identities x 2 and 42 further images.
+IMAGES, IDENTITIES, SIZE = 126, 42, 512
+# 93,431 are MS1MV3's identities, 205,990 WebFace4M's, 617,970 and 2,059,906 those of 12M and 42M.
+CLASSES = [10_000, 30_000, 93_431, 205_990, 617_970, 2_059_906]
+MEASURED = CLASSES[-2:]  # where a process of its own tells the memory, too
+FIXED, SMALL = "DCP 10,000 slots", "DCP 1 %"
+HEADS: dict[str, Callable[[int], Classifier]] = {
+    "full": lambda n: FullClassifier(n, SIZE),
+    "chunked": lambda n: ChunkedClassifier(n, SIZE),
+    "partial 0.1": lambda n: PartialClassifier(n, SIZE),
+    "DCP 10 %": lambda n: DynamicClassPool(n, SIZE, pool_size=0.1),
+    SMALL: lambda n: DynamicClassPool(n, SIZE, pool_size=0.01),
+    FIXED: lambda n: DynamicClassPool(n, SIZE, pool_size=min(10_000, n)),
+    "AttFC 30 %": lambda n: AttentionClassifier(n, SIZE),
+}
+ROOM = 0.75  # share of the machine's memory that may be filled
+STRETCH = 0.3  # seconds that are timed at once, of steps that are shorter
+
+POOLS = [1_000, 20_599, 205_990]
+
+# Whole runs: 78 images a step are 26 identities x 2 and 26 further images; they write 39 at once.
+DRAWN, HELD_OUT, EACH = 4_000, 200, 6
+WAYS = {
+    "full": ["classifier=full", "data.batch_size=78"],
+    "partial 0.1": ["classifier=partial", "data.batch_size=78"],
+    "DCP 10 %": ["classifier=dcp", "classifier.pool_size=0.1", "data.batch_size=26"],
+    "DCP 1 %": ["classifier=dcp", "classifier.pool_size=0.01", "data.batch_size=26"],
+    # Of its own momentum, 0.999, a run of hundreds of steps would see random weights throughout.
+    "AttFC 30 %": ["classifier=attfc", "classifier.momentum=0.99", "data.batch_size=78"],
+}
+ALIKE = [
+    *("model=tiny", "schedule=cosine", "margin=cosface", "margin.m=0.3", "classifier.scale=16"),
+    *("data.num_workers=0", "trainer.max_epochs=-1", "trainer.enable_progress_bar=false"),
+    "verify.every_n_epochs=1000000",  # before and after
+]
+PILOT = 1_000  # the seed of the runs that choose a learning rate; those that count begin at 0
+
+
+def main() -> None:
+    """Run a part, or report on what has been run."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    layer = parts.add_parser("layer", help="time and memory of the class layer alone")
+    layer.add_argument("--classes", type=int, nargs="+", default=CLASSES, metavar="C")
+    layer.add_argument("--repeats", type=int, default=5)
+    layer.add_argument("--memory", nargs=2, metavar=("WAY", "CLASSES"), help=argparse.SUPPRESS)
+    slots = parts.add_parser("slots", help="the slots' bookkeeping beside a training step")
+    slots.add_argument("--repeats", type=int, default=7)
+    accuracy = parts.add_parser("accuracy", help="runs of train.py, verified on unseen people")
+    accuracy.add_argument("--lfw", type=Path, metavar="DIR", help="LFW View 1, aligned")
+    accuracy.add_argument("--no-drawn", action="store_true", help="leave the drawn faces out")
+    accuracy.add_argument("--steps", type=int, default=200, help="optimizer steps of a run")
+    accuracy.add_argument("--seeds", type=int, default=3, help="runs of each way")
+    accuracy.add_argument(
+        *("--rates", "--lr"),
+        type=float,
+        nargs="+",
+        default=[0.02, 0.05, 0.1],
+        help="learning rates; of several a pilot run of each way takes the best",
+    )
+    accuracy.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
+    parts.add_parser("report", help="tables, JSON and figure of the rows that are kept")
+    asked = parser.parse_args()
+    if asked.part == "layer" and asked.memory:
+        print_memory(asked.memory[0], int(asked.memory[1]))
+    elif asked.part == "layer":
+        run_layer(asked.classes, asked.repeats)
+    elif asked.part == "slots":
+        run_slots(asked.repeats)
+    elif asked.part == "accuracy":
+        run_accuracy(asked)
+    else:
+        tell()
+
+
+def kept() -> dict[str, Any]:
+    """What has been written so far."""
+    return json.loads(FILE.read_text()) if FILE.is_file() else {}
+
+
+def rows_of(part: str) -> list[Row]:
+    """The rows of a part that are there."""
+    return kept().get(part, [])
+
+
+def keep(part: str, row: Row) -> None:
+    """Write a row to the others of its part."""
+    print(part, row, flush=True)
+    write("dynamic_pool", **{**kept(), part: [*rows_of(part), row]})
+
+
+# ------------------------------------------------------------------------------------- layer
+
+
+def run_layer(classes: Iterable[int], repeats: int) -> None:
+    """Seconds a step and memory of every way and size that has no row yet."""
+    room = ROOM * memory_of(torch.device("cpu"))
+    for num_classes in classes:
+        done = {row["way"] for row in rows_of("layer") if row["identities"] == num_classes}
+        plans = {way: planned(way, num_classes) for way in HEADS if way not in done}
+        fitting = [way for way, plan in plans.items() if held(plan) + above(plan) <= room]
+        for way in plans.keys() - fitting:
+            keep("layer", layer_row(way, num_classes, plans[way], None, None))
+        for ways in groups({way: plans[way] for way in fitting}, room):
+            taken = seconds_a_step(ways, num_classes, repeats)
+            for way in ways:
+                measured = measure_memory(way, num_classes) if num_classes in MEASURED else None
+                keep("layer", layer_row(way, num_classes, plans[way], taken[way], measured))
+
+
+def layer_row(
+    way: str, num_classes: int, plan: PartPlan, seconds: float | None, measured: int | None
+) -> Row:
+    """A way at a size; no seconds where it does not fit this machine."""
+    return {
+        "identities": num_classes,
+        "way": way,
+        "s/step": seconds,
+        "GB held": held(plan) / 1e9,
+        "GB above": above(plan) / 1e9,
+        "GB measured": None if measured is None else measured / 1e9,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def groups(plans: dict[str, PartPlan], room: float) -> list[list[str]]:
+    """The ways that take turns: all of them, or if memory would not hold them one at a time."""
+    if not plans:
+        return []
+    most = sum(map(held, plans.values())) + max(map(above, plans.values()))
+    return [list(plans)] if most <= room else [[way] for way in plans]
+
+
+def planned(way: str, num_classes: int) -> PartPlan:
+    """What a way holds, computed."""
+    build = functools.partial(HEADS[way], num_classes)
+    batch = IDENTITIES if way.startswith("DCP") else IMAGES
+    return plan_classifier(build, make_optimizer, batch, SIZE, num_classes)
+
+
+def held(plan: PartPlan) -> int:
+    """Bytes of weights or pool, gradient and momentum."""
+    return plan.weights + plan.gradients + plan.states
+
+
+def above(plan: PartPlan) -> int:
+    """Bytes above these at the peak."""
+    return max(plan.work, plan.update)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter]) -> SGD:
+    """Every part's optimizer."""
+    return SGD(parameters, lr=0.02, momentum=0.9, weight_decay=5e-4)
+
+
+def step_of(way: str, num_classes: int) -> Callable[[], None]:
+    """Forward, backward and update of one way, ready to run: other identities at every step."""
+    torch.manual_seed(0)
+    head = HEADS[way](num_classes)
+    if isinstance(head, MomentumClassifier):
+        return momentum_step(head)
+    optimizer = make_optimizer(head.parameters())
+    embeddings = torch.randn(IMAGES, SIZE, requires_grad=True)
+
+    def run() -> None:
+        head(embeddings, torch.randint(num_classes, (IMAGES,))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        embeddings.grad = None
+
+    return run
+
+
+def momentum_step(head: MomentumClassifier) -> Callable[[], None]:
+    """A step without networks: embeddings come in the images' place, and stay as they are."""
+    if isinstance(head, DynamicClassPool):
+        fill(head.slots)
+    sample = head.sample_batch(IDENTITIES if head.batches == "dual" else IMAGES)
+    embeddings = {
+        name: torch.randn(len(labels), SIZE, requires_grad=True)
+        for name, (_, labels) in sample.items()
+    }
+
+    def run() -> None:
+        drawn = torch.randint(head.num_classes, (IMAGES,))
+        batch = {name: (x, drawn[sample[name][1]]) for name, x in embeddings.items()}
+        head.training_loss(nn.Identity(), batch).backward()
+        for x in embeddings.values():
+            x.grad = None
+
+    return run
+
+
+def fill(slots: Slots) -> None:
+    """Give every slot to an identity, as it is for nearly all of a run."""
+    slots.keep(slots.place(range(slots.size)))
+
+
+def seconds_a_step(ways: list[str], num_classes: int, repeats: int) -> dict[str, float]:
+    """Median seconds of a step of each way; the ways take turns of some steps each."""
+    steps = {way: step_of(way, num_classes) for way in ways}
+    counts = {}
+    for way, step in steps.items():
+        step()
+        start = time.perf_counter()
+        step()
+        counts[way] = max(1, round(STRETCH / (time.perf_counter() - start)))
+
+    def turn(way: str) -> None:
+        for _ in range(counts[way]):
+            steps[way]()
+
+    taken = medians({way: functools.partial(turn, way) for way in ways}, repeats)
+    return {way: taken[way] / counts[way] for way in ways}
+
+
+def measure_memory(way: str, num_classes: int) -> int:
+    """Bytes at most during steps, in a process of its own."""
+    command = [sys.executable, __file__, "layer", "--memory", way, str(num_classes)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_memory(way: str, num_classes: int) -> None:
+    """What ``measure_memory`` asks of its process."""
+    for _ in range(2):
+        step_of(way, 7_000)()  # libraries load
+    before = resident("VmRSS")
+    run = step_of(way, num_classes)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of making it, is forgotten
+    for _ in range(3):
+        run()
+    print(resident("VmHWM") - before)
+
+
+# ------------------------------------------------------------------------------------- slots
+
+
+def run_slots(repeats: int) -> None:
+    """Microseconds of the bookkeeping of a step beside the step itself, of a tenth in the pool."""
+    for size in POOLS:
+        if any(row["slots"] == size for row in rows_of("slots")):
+            continue
+        small, large = (1e6 * bookkeeping(size, batch) for batch in (IDENTITIES, 128))
+        step = medians({"step": network_step(size)}, repeats)["step"]
+        row = {
+            "slots": size,
+            "us, 63 writes": small,
+            "us, 192 writes": large,
+            "s/step, 63 writes": step,
+            "% of it, 63 writes": small / step / 1e4,
+            "% of it, 192 writes": large / step / 1e4,
+            "threads": torch.get_num_threads(),
+        }
+        keep("slots", row)
+
+
+def bookkeeping(size: int, batch: int) -> float:
+    """Median seconds of what both halves of a step of ``batch`` identities do to the slots."""
+    slots = Slots(size)
+    fill(slots)
+    times = []
+    for _ in range(200):
+        pairs, *others = torch.randint(10 * size, (2 * batch,)).split([batch, *2 * [batch // 2]])
+        x, y = (torch.cat([pairs, other]).tolist() for other in others)
+        start = time.perf_counter()
+        slots.find(x, slots.place(y))
+        placement = slots.place(x)
+        slots.find(y, placement)
+        slots.keep(placement)
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def network_step(size: int) -> Callable[[], None]:
+    """A training step of a small network, its gallery net and a pool of ``size`` slots."""
+    torch.manual_seed(0)
+    probe = build_backbone("iresnet_tiny", 128, channels_last=True).train()
+    pool = DynamicClassPool(10 * size, 128, pool_size=size)
+    fill(pool.slots)
+    optimizer = make_optimizer(probe.parameters())
+    images = {"identity": torch.randn(2 * IDENTITIES, 3, 112, 112)}
+    images["instance"] = torch.randn(IDENTITIES, 3, 112, 112)
+
+    def run() -> None:
+        drawn = torch.randint(pool.num_classes, (2 * IDENTITIES,))
+        pairs, others = drawn[:IDENTITIES].repeat_interleave(2), drawn[IDENTITIES:]
+        pool.update_momentum_encoder(probe)
+        batch = {
+            "identity": (images["identity"], pairs),
+            "instance": (images["instance"], others),
+        }
+        pool.training_loss(probe, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+# ---------------------------------------------------------------------------------- accuracy
+
+
+class Faces(NamedTuple):
+    """Faces to train on, and those of other people.
+
+    Attributes:
+        name: of the data.
+        overrides: by which train.py takes them.
+        images: (N, 3, 112, 112) uint8, of people who are not trained on.
+        labels: (N,) int64, who they are.
+    """
+
+    name: str
+    overrides: list[str]
+    images: Tensor
+    labels: Tensor
+
+
+class Run(NamedTuple):
+    """A run of train.py, by what its row begins with."""
+
+    data: str
+    way: str
+    steps: int
+    lr: float
+    seed: int
+
+
+def run_accuracy(asked: argparse.Namespace) -> None:
+    """The runs that have no row yet: those that choose a learning rate, then those that count."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = [] if asked.no_drawn else [drawn_faces(folder)]
+        if asked.lfw is not None:
+            data.append(lfw(asked.lfw.resolve()))
+        for faces in data:
+            pilots = [Run(faces.name, *x, PILOT) for x in product(WAYS, [asked.steps], asked.rates)]
+            if len(asked.rates) > 1:
+                run_all(pilots, faces, folder, asked.jobs)
+            runs = [
+                Run(faces.name, way, asked.steps, best_rate(pilots, way), seed)
+                for seed, way in product(range(asked.seeds), WAYS)
+            ]
+            run_all(runs, faces, folder, asked.jobs)
+
+
+def best_rate(pilots: list[Run], way: str) -> float:
+    """The learning rate of the pilot run of a way that knew most people again; or the only one."""
+    mine = {run: 0.0 for run in pilots if run.way == way}
+    for row in rows_of("accuracy"):
+        run = run_of(row)
+        if run in mine:
+            mine[run] = row["TAR"]
+    return max(mine, key=lambda run: mine[run]).lr
+
+
+def run_of(row: Row) -> Run:
+    """The run that a row is of."""
+    return Run(*(row[key] for key in Run._fields))
+
+
+def drawn_faces(folder: Path) -> Faces:
+    """Drawn faces, packed, as drawing them in every run would take longer than training."""
+    print("drawing faces", flush=True)
+    pack = folder / "faces.rec"
+    people = DRAWN + HELD_OUT
+    overrides = [f"data.num_identities={people}", f"data.images_per_identity={EACH}"]
+    wanted = ["data=synthetic", *overrides, f"target={pack}", f"hydra.run.dir={folder / 'pack'}"]
+    python("recipes/pack.py", *wanted, "data.num_workers=2")
+    share = HELD_OUT / people
+    faces = open_faces(pack)
+    others = faces.restricted(split_identities(faces.identities, share)[1])
+    training = ["data=record", f"data.root={pack}", f"data.held_out={share}"]
+    return Faces("drawn", [*training, "data.verify_pairs=1000"], *pictures(others))
+
+
+def lfw(root: Path) -> Faces:
+    """LFW View 1: its development people to train on, its test people as the others."""
+    _, *lines = (root / "peopleDevTest.txt").read_text(encoding="utf-8").splitlines()
+    others = IdentityFolder(root / "images", identities=[line.split()[0] for line in lines])
+    return Faces("lfw", ["data=lfw", f"data.root={root}"], *pictures(others))
+
+
+def pictures(faces: FaceDataset) -> tuple[Tensor, Tensor]:
+    """All images (N, 3, 112, 112) and labels (N,) of a data set."""
+    images = torch.stack([faces[i][0] for i in range(len(faces))])
+    return images, torch.from_numpy(faces.labels).long()
+
+
+def run_all(runs: list[Run], faces: Faces, folder: Path, jobs: int) -> None:
+    """Run those that have no row, so many at a time."""
+    done = {run_of(row) for row in rows_of("accuracy")}
+    todo = [run for run in runs if run not in done]
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for row in as_completed(pool.submit(accuracy_row, run, faces, folder) for run in todo):
+            keep("accuracy", row.result())
+    finally:
+        pool.shutdown(cancel_futures=True)  # else after an error the others would still be run
+
+
+def accuracy_row(run: Run, faces: Faces, folder: Path) -> Row:
+    """Train, and recognise people who were not trained on."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        own = [f"optimizer.lr={run.lr}", f"trainer.max_steps={run.steps}", f"seed={run.seed}"]
+        overrides = [*faces.overrides, *WAYS[run.way], *ALIKE, *own]
+        python("train.py", *overrides, f"hydra.run.dir={name}")
+        results = json.loads((Path(name) / "results.json").read_text())
+        embeddings = load_embedder(Path(name) / "checkpoints" / "last.ckpt")(faces.images)
+    (verified,) = results["verification"].values()
+    return {
+        **run._asdict(),
+        "accuracy": verified["accuracy"],
+        "TAR": tar_of_all_pairs(embeddings, faces.labels),
+        "untrained accuracy": verified["untrained_accuracy"],
+        "loss": results["final_loss"],
+        "s/step": results["images"] / results["images_per_second"] / results["steps"],
+        "GB": results["peak_memory_bytes"] / 1e9,
+        "threads": 1,
+    }
+
+
+def tar_of_all_pairs(embeddings: Tensor, labels: Tensor) -> float:
+    """TAR at FAR 1e-2 over all pairs of unit embeddings (N, D)."""
+    i, j = torch.triu_indices(len(labels), len(labels), 1)
+    return tar_at_far((embeddings @ embeddings.T)[i, j], labels[i] == labels[j], 1e-2)
+
+
+def python(program: str, *overrides: str) -> None:
+    """Run a program of the project on one thread.
+
+    Raises:
+        RuntimeError: it fails; the end of what it said is in the message.
+    """
+    # A program that this process itself starts would count this one's memory as its own peak.
+    shell = ["sh", "-c", '"$@"; exit $?', "sh"]
+    done = subprocess.run(
+        [*shell, sys.executable, str(ROOT / program), *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{program} {' '.join(overrides)}: {done.stderr[-2000:]}")
+
+
+# ------------------------------------------------------------------------------------ report
+
+
+def tell() -> None:
+    """Print what is kept as tables, write what follows from it, draw the figure."""
+    layer, slots, accuracy = map(rows_of, ("layer", "slots", "accuracy"))
+    facts: dict[str, Any] = {}
+    if layer:
+        facts["layer_facts"] = layer_facts(layer)
+        title = f"Class layer and its update, {IMAGES} images, D = {SIZE}, float32"
+        show(title, layer, **facts["layer_facts"])
+        plot(layer, RESULTS / "dynamic_pool.png")
+    if slots:
+        facts["largest_share_of_slots_percent"] = max(row["% of it, 192 writes"] for row in slots)
+        show("The slots' bookkeeping beside a step of iresnet_tiny, 126 images", slots)
+    if accuracy:
+        facts["accuracy_of_ways"] = summary(accuracy)
+        if facts["accuracy_of_ways"]:
+            title = "People not trained on, 78 images a step; TAR at FAR 1e-2, all pairs of images"
+            show(title, facts["accuracy_of_ways"])
+    write("dynamic_pool", **{**kept(), **facts})
+
+
+def layer_facts(rows: list[Row]) -> dict[str, float]:
+    """What the class layer was to show, of the sizes that are there."""
+    most = max(row["identities"] for row in rows if row["way"] == SMALL)
+    held_there = {row["way"]: row["GB held"] for row in rows if row["identities"] == most}
+    fixed = [row["s/step"] for row in rows if row["way"] == FIXED]
+    return {
+        "identities": most,
+        "held_by_dcp_1_percent_of_full": held_there[SMALL] / held_there["full"],
+        "fixed_pool_slowest_to_fastest": max(fixed) / min(fixed),
+    }
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """Mean and range over the seeds, of every way; without the runs that chose learning rates."""
+    found: dict[Run, list[Row]] = {}
+    for row in rows:
+        if row["seed"] != PILOT:
+            found.setdefault(run_of(row)._replace(seed=0), []).append(row)
+    table = []
+    ways = list(WAYS)
+    for run in sorted(found, key=lambda run: (run.data, run.steps, ways.index(run.way))):
+        seeds = found[run]
+        line: Row = {"data": run.data, "way": run.way, "steps": run.steps, "lr": run.lr}
+        line["seeds"] = len(seeds)
+        for key in ("accuracy", "TAR"):
+            values = [row[key] for row in seeds]
+            line |= {key: mean(values), f"{key} range": f"{min(values):.3f}-{max(values):.3f}"}
+        table.append(line | {key: mean(row[key] for row in seeds) for key in ("s/step", "GB")})
+    return table
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """Time and memory over the number of identities, all axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    time_axis, memory_axis = figure.subplots(1, 2)
+    for way in HEADS:
+        mine = sorted((r for r in rows if r["way"] == way), key=lambda row: row["identities"])
+        timed = [row for row in mine if row["s/step"] is not None]
+        time_axis.loglog(
+            [r["identities"] for r in timed], [r["s/step"] for r in timed], "o-", label=way
+        )
+        memory = [row["GB held"] + row["GB above"] for row in mine]
+        memory_axis.loglog([r["identities"] for r in mine], memory, "o-", label=way)
+    time_axis.set_ylabel("seconds a step")
+    memory_axis.set_ylabel("GB held and above it at the peak")
+    for axis in (time_axis, memory_axis):
+        axis.set_xlabel("identities")
+        axis.grid(alpha=0.3, which="both")
+    time_axis.legend(frameon=False)
+    figure.suptitle(f"Class layer and its update, {IMAGES} images a step, D = {SIZE}, float32")
+    figure.savefig(file, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
