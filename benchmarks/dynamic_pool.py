@@ -86,6 +86,7 @@ WAYS = {
 ALIKE = [
     *("model=tiny", "schedule=cosine", "margin=cosface", "margin.m=0.3", "classifier.scale=16"),
     *("data.num_workers=0", "trainer.max_epochs=-1", "trainer.enable_progress_bar=false"),
+    "model.channels_last=true",  # faster on processors, too
     "verify.every_n_epochs=1000000",  # before and after
 ]
 PILOT = 1_000  # the seed of the runs that choose a learning rate; those that count begin at 0
@@ -490,10 +491,8 @@ def python(program: str, *overrides: str) -> None:
     Raises:
         RuntimeError: it fails; the end of what it said is in the message.
     """
-    # A program that this process itself starts would count this one's memory as its own peak.
-    shell = ["sh", "-c", '"$@"; exit $?', "sh"]
     done = subprocess.run(
-        [*shell, sys.executable, str(ROOT / program), *overrides],
+        [sys.executable, str(ROOT / program), *overrides],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -218,7 +218,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     for name, head in plan["heads"].items():
         label = f"classifier={name}" + (f", chunk {head['chunk']:,}" if head["chunk"] else "")
         if head["encoded"]:
-            label += f", of {head['images']:,} images, {head['encoded']:,} by the second encoder"
+            label += f", {head['images']:,} + {head['encoded']:,} images"
         fits.add_row(label, _size(head["peak"]), "fits" if head["fits"] else "does not fit")
     console.print(held, fits)
     petaflop = plan["flops"] / 1e15
@@ -231,6 +231,11 @@ def print_plan(plan: dict[str, Any]) -> None:
             f"{_size(plan['reserve'])} for the card's own libraries"
         )
     console.print(text + ".", soft_wrap=True)
+    if any(head["encoded"] for head in plan["heads"].values()):
+        console.print(
+            "  a + b images: of a batch, a are seen by the network and b by its second encoder.",
+            soft_wrap=True,
+        )
     if not plan["heads"][this]["fits"]:
         console.print(f"  {_advice(plan['heads'])}", soft_wrap=True)
 
