@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fastface_lightning import FastFaceCallback
-from fastface_lightning.classifiers import AttentionClassifier, Classifier, chunk_that_fits
+from fastface_lightning.classifiers import Classifier, MomentumClassifier, chunk_that_fits
 from fastface_lightning.data import FaceDataModule, sheet_of
 from fastface_lightning.data.names import write_names
 from fastface_lightning.module import FaceModule, check_sparse, moves_rows
@@ -142,10 +142,10 @@ def build_module(
 
 def feed(data: FaceDataModule, classifier: nn.Module) -> None:
     """Let the data come in the batches that a classifier trains on."""
-    assert isinstance(classifier, Classifier)
-    data.batches = classifier.batches
-    if isinstance(classifier, AttentionClassifier):
-        data.keys = classifier.keys
+    data.batches = getattr(classifier, "batches", "images")
+    if isinstance(classifier, MomentumClassifier):
+        classifier.check_room(data.batch_size)  # at least: of one rank
+        data.keys = getattr(classifier, "keys", data.keys)
 
 
 def build_classifier(
@@ -196,9 +196,10 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
         build = functools.partial(build_classifier, cfg, num_classes, classifier)
         try:
             heads[kind] = plan_classifier(build, make, batch, cfg.model.embedding_size, num_classes)
-        except ValueError:  # of so few identities, or so large a batch, it cannot be
+        except ValueError as error:  # too few identities, or too large a batch
             if not heads:
                 raise
+            log.info("classifier=%s cannot be planned: %s", kind, error)
     this = next(iter(heads))
     own = heads[this].images
     backbone = plan_backbone(lambda: instantiate(model), make, own, cfg.trainer.precision)

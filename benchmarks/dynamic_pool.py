@@ -2,7 +2,7 @@
 
     python benchmarks/dynamic_pool.py layer                 the class layer: time and memory
     python benchmarks/dynamic_pool.py slots                 the slots' bookkeeping beside a step
-    python benchmarks/dynamic_pool.py accuracy --lfw DIR    whole runs of train.py
+    python benchmarks/dynamic_pool.py accuracy [--lfw DIR]  training runs at 32 pixels
     python benchmarks/dynamic_pool.py report                tables, JSON and figure of what there is
 
 Every row is kept as soon as it is there: a part that was stopped goes on where it was. Delete
@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -29,10 +29,14 @@ from typing import Any, NamedTuple
 import torch
 from classifiers import resident
 from common import RESULTS, medians, show, write
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
 
-from fastface_lightning import load_embedder
 from fastface_lightning.backbones import build_backbone
+from fastface_lightning.backbones.iresnet import iresnet_tiny
 from fastface_lightning.classifiers import (
     AttentionClassifier,
     ChunkedClassifier,
@@ -43,8 +47,17 @@ from fastface_lightning.classifiers import (
     PartialClassifier,
 )
 from fastface_lightning.classifiers.slots import Slots
-from fastface_lightning.data import FaceDataset, IdentityFolder, open_faces, split_identities
+from fastface_lightning.data import (
+    EpochSampler,
+    FaceLoader,
+    GroupSampler,
+    IdentityFolder,
+    SyntheticFaces,
+)
+from fastface_lightning.data.dataset import Batch
 from fastface_lightning.evaluation import tar_at_far
+from fastface_lightning.margins import CosFace
+from fastface_lightning.module import FaceModule
 from fastface_lightning.plan import PartPlan, plan_classifier
 from fastface_lightning.run_record import memory_of
 from fastface_lightning.sgd import SGD
@@ -73,22 +86,18 @@ STRETCH = 0.3  # seconds that are timed at once, of steps that are shorter
 
 POOLS = [1_000, 20_599, 205_990]
 
-# Whole runs: 78 images a step are 26 identities x 2 and 26 further images; they write 39 at once.
+# Training: 78 images a step are 26 identities x 2 and 26 further images; they write 39 at once.
+PIXELS, WIDTH = 32, 128
 DRAWN, HELD_OUT, EACH = 4_000, 200, 6
-WAYS = {
-    "full": ["classifier=full", "data.batch_size=78"],
-    "partial 0.1": ["classifier=partial", "data.batch_size=78"],
-    "DCP 10 %": ["classifier=dcp", "classifier.pool_size=0.1", "data.batch_size=26"],
-    "DCP 1 %": ["classifier=dcp", "classifier.pool_size=0.01", "data.batch_size=26"],
-    # Of its own momentum, 0.999, a run of hundreds of steps would see random weights throughout.
-    "AttFC 30 %": ["classifier=attfc", "classifier.momentum=0.99", "data.batch_size=78"],
+MARGIN: dict[str, Any] = {"margin": CosFace(0.3), "scale": 32.0}
+WAYS: dict[str, tuple[Callable[[int], Classifier], int]] = {
+    "full": (lambda n: FullClassifier(n, WIDTH, **MARGIN), 78),
+    "partial 0.1": (lambda n: PartialClassifier(n, WIDTH, **MARGIN), 78),
+    "DCP 10 %": (lambda n: DynamicClassPool(n, WIDTH, **MARGIN, pool_size=0.1), 26),
+    "DCP 1 %": (lambda n: DynamicClassPool(n, WIDTH, **MARGIN, pool_size=0.01), 26),
+    # Its own momentum, 0.999, leaves a run of 2,000 steps too much of the first, random weights.
+    "AttFC 30 %": (lambda n: AttentionClassifier(n, WIDTH, **MARGIN, momentum=0.99), 78),
 }
-ALIKE = [
-    *("model=tiny", "schedule=cosine", "margin=cosface", "margin.m=0.3", "classifier.scale=16"),
-    *("data.num_workers=0", "trainer.max_epochs=-1", "trainer.enable_progress_bar=false"),
-    "model.channels_last=true",  # faster on processors, too
-    "verify.every_n_epochs=1000000",  # before and after
-]
 PILOT = 1_000  # the seed of the runs that choose a learning rate; those that count begin at 0
 
 
@@ -105,16 +114,17 @@ def main() -> None:
     layer.add_argument("--memory", nargs=2, metavar=("WAY", "CLASSES"), help=argparse.SUPPRESS)
     slots = parts.add_parser("slots", help="the slots' bookkeeping beside a training step")
     slots.add_argument("--repeats", type=int, default=7)
-    accuracy = parts.add_parser("accuracy", help="runs of train.py, verified on unseen people")
-    accuracy.add_argument("--lfw", type=Path, metavar="DIR", help="LFW View 1, aligned")
-    accuracy.add_argument("--no-drawn", action="store_true", help="leave the drawn faces out")
-    accuracy.add_argument("--steps", type=int, default=200, help="optimizer steps of a run")
+    accuracy = parts.add_parser("accuracy", help="training runs, judged on people not trained on")
+    accuracy.add_argument(
+        "--lfw", type=Path, metavar="DIR", help="LFW View 1, aligned; without it, drawn faces"
+    )
+    accuracy.add_argument("--steps", type=int, default=1200, help="optimizer steps of a run")
     accuracy.add_argument("--seeds", type=int, default=3, help="runs of each way")
     accuracy.add_argument(
         *("--rates", "--lr"),
         type=float,
         nargs="+",
-        default=[0.02, 0.05, 0.1],
+        default=[0.006, 0.02, 0.06],
         help="learning rates; of several a pilot run of each way takes the best",
     )
     accuracy.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
@@ -358,24 +368,39 @@ def network_step(size: int) -> Callable[[], None]:
 # ---------------------------------------------------------------------------------- accuracy
 
 
-class Faces(NamedTuple):
-    """Faces to train on, and those of other people.
+class Faces(Dataset[Any]):
+    """Faces in memory, in the place of a data set on disk: a run then takes minutes.
 
-    Attributes:
-        name: of the data.
-        overrides: by which train.py takes them.
-        images: (N, 3, 112, 112) uint8, of people who are not trained on.
+    Args:
+        images: (N, 3, 32, 32) uint8.
         labels: (N,) int64, who they are.
     """
 
-    name: str
-    overrides: list[str]
-    images: Tensor
-    labels: Tensor
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels.numpy()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return Batch(self.images[indices], torch.from_numpy(self.labels[indices]))
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+
+class Data(NamedTuple):
+    """Faces to train on, and those of other people: some to choose by, the rest to report on."""
+
+    training: Faces
+    choosing: Faces
+    others: Faces
 
 
 class Run(NamedTuple):
-    """A run of train.py, by what its row begins with."""
+    """A training run, by what its row begins with."""
 
     data: str
     way: str
@@ -386,21 +411,19 @@ class Run(NamedTuple):
 
 def run_accuracy(asked: argparse.Namespace) -> None:
     """The runs that have no row yet: those that choose a learning rate, then those that count."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data = [] if asked.no_drawn else [drawn_faces(folder)]
-        if asked.lfw is not None:
-            data.append(lfw(asked.lfw.resolve()))
-        for faces in data:
-            pilots = [Run(faces.name, *x, PILOT) for x in product(WAYS, [asked.steps], asked.rates)]
-            if len(asked.rates) > 1:
-                run_all(pilots, faces, folder, asked.jobs)
-            runs = [
-                Run(faces.name, way, asked.steps, best_rate(pilots, way), seed)
-                for seed, way in product(range(asked.seeds), WAYS)
-            ]
-            run_all(runs, faces, folder, asked.jobs)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "faces.pt"
+        data = drawn_faces() if asked.lfw is None else lfw(asked.lfw.resolve())
+        name = "drawn" if asked.lfw is None else "lfw"
+        torch.save([(part.images, torch.from_numpy(part.labels)) for part in data], file)
+        # A third of the steps will do to choose by.
+        pilots = [Run(name, *x, PILOT) for x in product(WAYS, [asked.steps // 3], asked.rates)]
+        run_all(pilots if len(asked.rates) > 1 else [], file, asked.jobs)
+        runs = [
+            Run(name, way, asked.steps, best_rate(pilots, way), seed)
+            for seed, way in product(range(asked.seeds), WAYS)
+        ]
+        run_all(runs, file, asked.jobs)
 
 
 def best_rate(pilots: list[Run], way: str) -> float:
@@ -409,7 +432,7 @@ def best_rate(pilots: list[Run], way: str) -> float:
     for row in rows_of("accuracy"):
         run = run_of(row)
         if run in mine:
-            mine[run] = row["TAR"]
+            mine[run] = row["TAR, choosing"]
     return max(mine, key=lambda run: mine[run]).lr
 
 
@@ -418,87 +441,109 @@ def run_of(row: Row) -> Run:
     return Run(*(row[key] for key in Run._fields))
 
 
-def drawn_faces(folder: Path) -> Faces:
-    """Drawn faces, packed, as drawing them in every run would take longer than training."""
+def drawn_faces() -> Data:
+    """Drawn faces of 4,000 people, six of each."""
     print("drawing faces", flush=True)
-    pack = folder / "faces.rec"
-    people = DRAWN + HELD_OUT
-    overrides = [f"data.num_identities={people}", f"data.images_per_identity={EACH}"]
-    wanted = ["data=synthetic", *overrides, f"target={pack}", f"hydra.run.dir={folder / 'pack'}"]
-    python("recipes/pack.py", *wanted, "data.num_workers=2")
-    share = HELD_OUT / people
-    faces = open_faces(pack)
-    others = faces.restricted(split_identities(faces.identities, share)[1])
-    training = ["data=record", f"data.root={pack}", f"data.held_out={share}"]
-    return Faces("drawn", [*training, "data.verify_pairs=1000"], *pictures(others))
+    drawn = SyntheticFaces(DRAWN + 2 * HELD_OUT, EACH)
+    faces = shrunk(drawn)
+    bounds = [DRAWN, HELD_OUT, HELD_OUT]
+    parts = zip(faces.images.split([EACH * n for n in bounds]), bounds, strict=True)
+    return Data(*(Faces(part, torch.arange(n).repeat_interleave(EACH)) for part, n in parts))
 
 
-def lfw(root: Path) -> Faces:
-    """LFW View 1: its development people to train on, its test people as the others."""
-    _, *lines = (root / "peopleDevTest.txt").read_text(encoding="utf-8").splitlines()
-    others = IdentityFolder(root / "images", identities=[line.split()[0] for line in lines])
-    return Faces("lfw", ["data=lfw", f"data.root={root}"], *pictures(others))
+def lfw(root: Path) -> Data:
+    """LFW View 1: its development people to train on; of its test people every other to choose."""
+
+    def people(file: str) -> list[str]:
+        _, *lines = (root / file).read_text(encoding="utf-8").splitlines()
+        return [line.split()[0] for line in lines]
+
+    test = people("peopleDevTest.txt")
+    parts = (people("peopleDevTrain.txt"), test[0::2], test[1::2])
+    return Data(*(shrunk(IdentityFolder(root / "images", identities=part)) for part in parts))
 
 
-def pictures(faces: FaceDataset) -> tuple[Tensor, Tensor]:
-    """All images (N, 3, 112, 112) and labels (N,) of a data set."""
+def shrunk(faces: Any) -> Faces:
+    """All images of a data set, each pixel the mean of those that it stands for."""
     images = torch.stack([faces[i][0] for i in range(len(faces))])
-    return images, torch.from_numpy(faces.labels).long()
+    labels = torch.tensor([faces[i][1] for i in range(len(faces))])
+    small = [
+        F.interpolate(part.float(), (PIXELS, PIXELS), mode="area") for part in images.split(500)
+    ]
+    return Faces(torch.cat(small).round().byte(), labels)
 
 
-def run_all(runs: list[Run], faces: Faces, folder: Path, jobs: int) -> None:
+def run_all(runs: list[Run], file: Path, jobs: int) -> None:
     """Run those that have no row, so many at a time."""
     done = {run_of(row) for row in rows_of("accuracy")}
     todo = [run for run in runs if run not in done]
-    pool = ThreadPoolExecutor(jobs)
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
     try:
-        for row in as_completed(pool.submit(accuracy_row, run, faces, folder) for run in todo):
+        for row in as_completed(pool.submit(accuracy_row, run, file) for run in todo):
             keep("accuracy", row.result())
     finally:
         pool.shutdown(cancel_futures=True)  # else after an error the others would still be run
 
 
-def accuracy_row(run: Run, faces: Faces, folder: Path) -> Row:
-    """Train, and recognise people who were not trained on."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        own = [f"optimizer.lr={run.lr}", f"trainer.max_steps={run.steps}", f"seed={run.seed}"]
-        overrides = [*faces.overrides, *WAYS[run.way], *ALIKE, *own]
-        python("train.py", *overrides, f"hydra.run.dir={name}")
-        results = json.loads((Path(name) / "results.json").read_text())
-        embeddings = load_embedder(Path(name) / "checkpoints" / "last.ckpt")(faces.images)
-    (verified,) = results["verification"].values()
+def accuracy_row(run: Run, file: Path) -> Row:
+    """Train on one thread, and recognise people who were not trained on."""
+    torch.set_num_threads(1)
+    data = Data(*(Faces(*part) for part in torch.load(file)))
+    seed_everything(run.seed, verbose=False)
+    build, batch_size = WAYS[run.way]
+    head = build(data.training.num_classes)
+    net = iresnet_tiny(num_classes=WIDTH, stem_stride=1, img_size=PIXELS)
+    module = FaceModule(
+        net.to(memory_format=torch.channels_last),
+        head,
+        functools.partial(SGD, lr=run.lr, momentum=0.9, weight_decay=5e-4),
+        torch.optim.lr_scheduler.CosineAnnealingLR,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=run.steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, loader(data.training, head, batch_size, run.seed))
+    seconds = time.perf_counter() - start
+    choosing, others = (tar_of_all_pairs(module.eval(), part) for part in data[1:])
     return {
         **run._asdict(),
-        "accuracy": verified["accuracy"],
-        "TAR": tar_of_all_pairs(embeddings, faces.labels),
-        "untrained accuracy": verified["untrained_accuracy"],
-        "loss": results["final_loss"],
-        "s/step": results["images"] / results["images_per_second"] / results["steps"],
-        "GB": results["peak_memory_bytes"] / 1e9,
+        "TAR, choosing": choosing,
+        "TAR": others,
+        "loss": trainer.callback_metrics["train/loss"].item(),
+        "s/step": seconds / run.steps,
         "threads": 1,
     }
 
 
-def tar_of_all_pairs(embeddings: Tensor, labels: Tensor) -> float:
-    """TAR at FAR 1e-2 over all pairs of unit embeddings (N, D)."""
+def loader(faces: Any, head: Classifier, batch_size: int, seed: int) -> Any:
+    """Batches as :class:`fastface_lightning.data.FaceDataModule` makes them."""
+    images = FaceLoader(faces, batch_size, EpochSampler(faces, seed))
+    if head.batches == "images":
+        return images
+    if isinstance(head, AttentionClassifier):
+        groups = GroupSampler(faces, 1 + head.keys, "images", seed)
+        loaders = {"identity": FaceLoader(faces, groups.size * batch_size, groups)}
+    else:
+        groups = GroupSampler(faces, 2, "identities", seed)
+        pairs = FaceLoader(faces, groups.size * batch_size, groups)
+        loaders = {"instance": images, "identity": pairs}
+    return CombinedLoader(loaders, "min_size")
+
+
+@torch.no_grad()
+def tar_of_all_pairs(module: FaceModule, faces: Faces) -> float:
+    """TAR at FAR 1e-2 over all pairs of images."""
+    embeddings = torch.cat([module.embed(part) for part in faces.images.split(500)])
+    labels = torch.from_numpy(faces.labels)
     i, j = torch.triu_indices(len(labels), len(labels), 1)
     return tar_at_far((embeddings @ embeddings.T)[i, j], labels[i] == labels[j], 1e-2)
-
-
-def python(program: str, *overrides: str) -> None:
-    """Run a program of the project on one thread.
-
-    Raises:
-        RuntimeError: it fails; the end of what it said is in the message.
-    """
-    done = subprocess.run(
-        [sys.executable, str(ROOT / program), *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{program} {' '.join(overrides)}: {done.stderr[-2000:]}")
 
 
 # ------------------------------------------------------------------------------------ report
@@ -548,10 +593,9 @@ def summary(rows: list[Row]) -> list[Row]:
         seeds = found[run]
         line: Row = {"data": run.data, "way": run.way, "steps": run.steps, "lr": run.lr}
         line["seeds"] = len(seeds)
-        for key in ("accuracy", "TAR"):
-            values = [row[key] for row in seeds]
-            line |= {key: mean(values), f"{key} range": f"{min(values):.3f}-{max(values):.3f}"}
-        table.append(line | {key: mean(row[key] for row in seeds) for key in ("s/step", "GB")})
+        values = [row["TAR"] for row in seeds]
+        line |= {"TAR": mean(values), "TAR range": f"{min(values):.3f}-{max(values):.3f}"}
+        table.append(line | {"s/step": mean(row["s/step"] for row in seeds)})
     return table
 
 

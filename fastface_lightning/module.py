@@ -24,6 +24,7 @@ from .evaluation import ROC, ROCCurve, VerificationAccuracy
 from .sgd import SGD, like_weights
 
 log = logging.getLogger(__name__)
+MOST_LEFT = 0.1  # share of a momentum encoder's first weights that a run should not leave
 
 
 class FaceModule(LightningModule):
@@ -75,8 +76,9 @@ class FaceModule(LightningModule):
                     f"classifier_lr must be null where no centres are learned, got {classifier_lr}"
                 )
             classifier.follow(backbone)
-            # It is the same on every rank already; DDP would send it around at every step.
-            self._ddp_params_and_buffers_to_ignore = ["classifier.queue"]
+            # They are the same on every rank already; DDP would send them around at every step.
+            own = [f"classifier.{name}" for name, _ in classifier.named_buffers(recurse=False)]
+            self._ddp_params_and_buffers_to_ignore = own
         self._followed_step: int | None = None
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -100,21 +102,27 @@ class FaceModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if isinstance(self.classifier, MomentumClassifier):
             loss = self._momentum_loss(self.classifier, batch)
+        elif isinstance(batch, dict):
+            raise ValueError(
+                f"{type(self.classifier).__name__} trains on images and labels, got a dict of "
+                f"{', '.join(batch)}"
+            )
         else:
             images, labels = batch
             loss = self.classifier(self(self.augment(images)), labels)
         self.log("train/loss", loss, batch_size=images_in(batch), sync_dist=self._reduce_loss)
+        if isinstance(self.classifier, DynamicClassPool):
+            share = torch.tensor(self.classifier.in_pool)  # not on the device: it would wait
+            self.log("train/in_pool", share, batch_size=images_in(batch))
         if batch_idx % max(self.trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
             # The progress bar reads what it shows at every step: on the device it would wait.
             self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
-            if isinstance(self.classifier, DynamicClassPool):
-                share = torch.tensor(self.classifier.in_pool)
-                self.log("train/in_pool", share, batch_size=images_in(batch))
         return loss
 
     def _momentum_loss(
         self, classifier: MomentumClassifier, batch: dict[str, tuple[Tensor, Tensor]]
     ) -> Tensor:
+        classifier.check_batch(batch)
         if self._followed_step != self.trainer.global_step:  # once, however many batches it takes
             self._followed_step = self.trainer.global_step
             classifier.update_momentum_encoder(self.backbone)
@@ -196,6 +204,8 @@ class FaceModule(LightningModule):
     def build_optimizer(self) -> Optimizer:
         """The optimizer of all parameters, the classifier's in a group apart if it has its lr."""
         if isinstance(self.classifier, MomentumClassifier):
+            if not any(p.requires_grad for p in self.backbone.parameters()):
+                raise ValueError("a frozen network and no class centres leave nothing to learn")
             return self.optimizer(self.backbone.parameters())
         if self.classifier_lr is None:
             return self.optimizer(self.parameters())
@@ -269,6 +279,7 @@ class FaceModule(LightningModule):
         self._resumed_from = checkpoint.get("torch_schedulers")
 
     def on_fit_start(self) -> None:
+        self._followed_step = None
         # Lightning would fill one scheduler with another's state, or with none, and say nothing.
         wrote, now = self._resumed_from, self._scheduler_names()
         if wrote is not None and wrote != now:
@@ -279,6 +290,15 @@ class FaceModule(LightningModule):
             )
 
     def on_train_start(self) -> None:
+        steps = self.trainer.estimated_stepping_batches
+        if isinstance(self.classifier, MomentumClassifier):
+            left = self.classifier.momentum**steps
+            if left > MOST_LEFT:
+                log.warning(
+                    "after %d steps %.0f %% of the momentum encoder will still be what it began "
+                    "with, at momentum %s: so short a run wants a smaller one",
+                    *(steps, 100 * left, self.classifier.momentum),
+                )
         for optimizer in self.trainer.optimizers:
             for p, state in optimizer.state.items():
                 like_weights(state, p)

@@ -233,7 +233,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     console.print(text + ".", soft_wrap=True)
     if any(head["encoded"] for head in plan["heads"].values()):
         console.print(
-            "  a + b images: of a batch, a are seen by the network and b by its second encoder.",
+            "  a + b images: in a step a go through the network, and b through its second encoder.",
             soft_wrap=True,
         )
     if not plan["heads"][this]["fits"]:

@@ -371,3 +371,72 @@ def test_a_momentum_encoder_starts_from_the_weights_of_a_file(
     centres = FaceModule(build_backbone("iresnet_tiny", 8), ChunkedClassifier(9, 8), SGD)
     centres.start_from(tmp_path / "pool.ckpt")
     assert torch.equal(centres.backbone.conv1.weight, faces.backbone.conv1.weight)
+
+
+def test_batches_of_another_kind_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a dict of instance and identity, .*'dual' gives, got"):
+        fit(tmp_path, momentum_module(DynamicClassPool(10, 5, pool_size=6)))
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"FullClassifier trains on images and labels, got a dict"):
+        trainer.fit(module(), DataLoader(Pairs(), batch_size=None))
+
+
+def test_a_frozen_network_without_centres_has_nothing_to_learn() -> None:
+    faces = momentum_module(DynamicClassPool(10, 5, pool_size=6))
+    faces.backbone.requires_grad_(False)
+    with pytest.raises(ValueError, match="leave nothing to learn"):
+        faces.build_optimizer()
+
+
+def test_the_same_module_goes_on_as_a_new_one_would(tmp_path: Path) -> None:
+    """The momentum encoder moves at a fit's first step, whatever step the last one ended at."""
+
+    def trainer(steps: int) -> Trainer:
+        return Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+
+    def encoder(faces: FaceModule) -> torch.Tensor:
+        torch.manual_seed(7)
+        trainer(4).fit(faces, DataLoader(Pairs(), batch_size=None), ckpt_path=tmp_path / "3.ckpt")
+        return faces.classifier.momentum_encoder[1].weight
+
+    pool = partial(DynamicClassPool, 10, 5, pool_size=6, momentum=0.5)
+    first = momentum_module(pool())
+    first.augment = nn.Identity()
+    began = trainer(3)
+    began.fit(first, DataLoader(Pairs(), batch_size=None))
+    began.save_checkpoint(tmp_path / "3.ckpt")
+    again = momentum_module(pool())
+    again.augment = nn.Identity()
+    assert torch.equal(encoder(first), encoder(again))
+
+
+def test_a_run_too_short_for_its_momentum_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for momentum in (0.5, 0.999):
+        caplog.clear()
+        faces = momentum_module(DynamicClassPool(10, 5, pool_size=6, momentum=momentum))
+        trainer = Trainer(
+            max_steps=6,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(faces, DataLoader(Pairs(), batch_size=None))
+        told = [r.getMessage() for r in caplog.records if "momentum encoder" in r.getMessage()]
+        assert len(told) == (momentum > 0.9)
+    assert told == [
+        "after 6 steps 99 % of the momentum encoder will still be what it began with, at momentum "
+        "0.999: so short a run wants a smaller one"
+    ]

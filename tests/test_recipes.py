@@ -55,7 +55,7 @@ def test_f2c(paper: str) -> None:
     assert cfg.classifier._target_.endswith(".DynamicClassPool")
     assert (cfg.classifier.momentum, cfg.classifier.scale) == (0.99, 32)
     assert cfg.classifier.pool_size == (0.01 if glint else 0.1)
-    assert (cfg.margin._target_.rpartition(".")[2], cfg.margin.m) == ("CosFace", 0.4)
+    assert (cfg.margin._target_.rpartition(".")[2], cfg.margin.m) == ("CosFace", 0.5)
     assert cfg.optimizer == {
         "_target_": "fastface_lightning.sgd.SGD",
         "_partial_": True,
@@ -64,8 +64,8 @@ def test_f2c(paper: str) -> None:
         "weight_decay": 1e-4,
         "nesterov": True,
     }
-    assert cfg.trainer.gradient_clip_val == 0 and cfg.trainer.accumulate_grad_batches == 1
-    assert 4 * cfg.data.batch_size == 512
+    assert cfg.trainer.gradient_clip_val == 0
+    assert cfg.trainer.accumulate_grad_batches * cfg.data.batch_size == 512
     if "fastface" in paper:
         assert cfg.trainer.max_epochs == 5
         assert cfg.schedule == composed("schedule=fastface").schedule

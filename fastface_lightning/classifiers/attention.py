@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +15,9 @@ from .momentum import (
     MomentumClassifier,
     differentiated,
     of_all_ranks,
+    on_device,
     random_directions,
+    ranks,
     slots_of,
 )
 
@@ -72,7 +76,7 @@ class AttentionClassifier(MomentumClassifier):
         momentum: float = 0.999,
     ) -> None:
         super().__init__(num_classes, embedding_size, margin, scale, interclass_filter, momentum)
-        if keys < 1:
+        if not isinstance(keys, int) or keys < 1:
             raise ValueError(f"keys must be at least 1 image, got {keys}")
         self.queue_size = slots_of("queue_size", queue_size, num_classes)
         self.keys = keys
@@ -81,19 +85,29 @@ class AttentionClassifier(MomentumClassifier):
         self.register_buffer("position", torch.tensor(0))
 
     def training_loss(self, probe: nn.Module, batch: Batch) -> Tensor:
-        self._check_batch(batch, "identity")
+        self.check_batch(batch)
         images, labels = (part.unflatten(0, (-1, self.keys + 1)) for part in batch["identity"])
+        self.check_room(len(labels) * ranks())
         features = self.encode(probe, images[:, 1:].flatten(0, 1)).unflatten(0, (-1, self.keys))
-        embeddings = probe(images[:, 0])
-        labels = labels.to(embeddings.device, non_blocking=True)
+        # Contiguous: of a view, all images would be held for the backward.
+        embeddings = self._promoted(probe(images[:, 0].contiguous()))
+        labels = on_device(labels, embeddings.device)
         own = labels[:, 0]
         self._check(embeddings, own)
         centres = self.centres(embeddings.detach(), features, labels[:, 1:] == own[:, None])
-        written, written_labels = of_all_ranks(centres, own)
-        self._check_room("queue_size", len(written))
         loss = differentiated(lambda x: self._queue_loss(x, own, centres), embeddings)
-        self._enqueue(written, written_labels)
+        self._enqueue(of_all_ranks(centres), of_all_ranks(own.contiguous()))
         return loss
+
+    def check_batch(self, batch: Any) -> None:
+        self._check_names(batch, "identity")
+
+    def check_room(self, batch_size: int) -> None:
+        if self.queue_size < batch_size:
+            raise ValueError(
+                f"queue_size must be at least the {batch_size} centres of a batch, got "
+                f"{self.queue_size}: a larger queue_size or a smaller batch"
+            )
 
     def sample_batch(self, batch_size: int) -> Batch:
         labels = torch.arange(batch_size) % self.num_classes
@@ -112,7 +126,7 @@ class AttentionClassifier(MomentumClassifier):
         return unit((cos.softmax(1)[:, :, None] * features).sum(1))[0]
 
     def _queue_loss(self, embeddings: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
-        x, norm = unit(embeddings.to(torch.promote_types(self.queue.dtype, torch.float32)))
+        x, norm = unit(embeddings)
         cos_y = (x * centres).sum(1)
         cos_y_prime = self.margin(cos_y, norm, labels)
         cos = x @ self.queue.to(x.dtype).T

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -28,11 +29,12 @@ class MomentumClassifier(Classifier, ABC):
 
     where :math:`\theta_P` are parameters and batch norm statistics of the network that is trained
     (the probe net), :math:`\theta_G` those of the momentum encoder and m the momentum. The encoder
-    normalises by the statistics of its batch, as the probe net does; the averaged ones serve where
-    it is used alone.
+    normalises by the statistics of its batch, as the probe net does, and counts them among its
+    running ones, which matter only where it is used alone.
 
     Under torch.distributed every rank writes the features of all ranks, so that what they write
-    to is the same everywhere and a checkpoint of one rank is a checkpoint of all.
+    to is the same everywhere and a checkpoint of one rank is a checkpoint of all. For that their
+    labels are gathered, and waited for, at the start of a step.
 
     Args:
         num_classes, embedding_size, margin, scale, interclass_filter: as :class:`Classifier`; the
@@ -58,8 +60,8 @@ class MomentumClassifier(Classifier, ABC):
         momentum: float,
     ) -> None:
         super().__init__(num_classes, embedding_size, margin, scale, interclass_filter)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
+            raise ValueError(f"momentum must be a number in [0, 1), got {momentum}")
         if any(True for _ in self.margin.parameters()):
             raise ValueError(
                 f"{type(self).__name__} takes a margin with nothing to learn (Softmax, ArcFace, "
@@ -91,7 +93,7 @@ class MomentumClassifier(Classifier, ABC):
         Args:
             probe: the network that is trained, images to embeddings (N, D).
             batch: what the loaders of ``batches`` give, the images as ``probe`` takes them. Labels
-                are looked at on the host; where they lie there no step waits for a GPU.
+                may be looked at on the host: where they lie there, no step waits for a GPU.
 
         Returns:
             Scalar loss, float32 (float64 for a float64 ``queue``). Its gradient has been computed
@@ -105,6 +107,22 @@ class MomentumClassifier(Classifier, ABC):
     def sample_batch(self, batch_size: int) -> Batch:
         """A batch without content, of different identities, as the loaders of ``batches`` give."""
 
+    @abstractmethod
+    def check_room(self, batch_size: int) -> None:
+        """Refuse loaders' batches, of all ranks together, that write more than there is room for.
+
+        Raises:
+            ValueError: they do.
+        """
+
+    @abstractmethod
+    def check_batch(self, batch: Any) -> None:
+        """Refuse what is no batch of the loaders of ``batches``.
+
+        Raises:
+            ValueError: it is none.
+        """
+
     @torch.no_grad()
     def encode(self, probe: nn.Module, images: Tensor) -> Tensor:
         """Embeddings (N, D) by the momentum encoder, in ``queue``'s dtype; no gradient."""
@@ -113,21 +131,17 @@ class MomentumClassifier(Classifier, ABC):
         assert self.momentum_encoder is not None
         return self.momentum_encoder(images).to(self.queue.dtype)
 
-    def _check_batch(self, batch: Any, *names: str) -> None:
+    def _check_names(self, batch: Any, *names: str) -> None:
         if not isinstance(batch, Mapping) or set(batch) != set(names):
             got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(
-                f"{type(self).__name__} trains on a dict of {' and '.join(names)}, which "
-                f"data.batches={self.batches} gives, got {got}"
+                f"{type(self).__name__} trains on a dict of {' and '.join(names)}, which a data "
+                f"module with batches={self.batches!r} gives, got {got}"
             )
 
-    def _check_room(self, name: str, written: int) -> None:
-        room = self.queue.shape[-2]
-        if room < min(written, self.num_classes):
-            raise ValueError(
-                f"{name} must be at least the {min(written, self.num_classes)} identities that a "
-                f"batch may write, got {room}: a larger {name} or a smaller batch"
-            )
+    def _promoted(self, embeddings: Tensor) -> Tensor:
+        """At least float32, so that no gradient is rounded before a loss scaler has scaled it."""
+        return embeddings.to(torch.promote_types(self.queue.dtype, torch.float32))
 
 
 def slots_of(name: str, value: float, num_classes: int) -> int:
@@ -138,8 +152,8 @@ def slots_of(name: str, value: float, num_classes: int) -> int:
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     share = isinstance(value, float) and 0 < value <= 1
-    slots = int(value * num_classes) if share else value
-    if not number or slots < 1 or slots != int(slots):
+    slots = int(value * num_classes + 1e-6) if share else value  # 0.29 of 100 are 29
+    if not number or not 1 <= slots < float("inf") or slots != int(slots):
         raise ValueError(
             f"{name} must be a number of slots, at least 1, or a share of the {num_classes} "
             f"identities in (0, 1] that makes one, got {value}"
@@ -150,27 +164,36 @@ def slots_of(name: str, value: float, num_classes: int) -> int:
 
 
 def on_host(labels: Tensor, num_classes: int) -> list[int]:
-    """The labels (N,); of a fake tensor, which has no values, as different ones as there are."""
-    if type(labels) is Tensor:
-        return labels.tolist()
-    return [label % num_classes for label in range(len(labels))]
+    """The labels (N,); of a fake tensor, which has no values, any, as different as can be."""
+    if isinstance(labels, FakeTensor):
+        return [label % num_classes for label in range(len(labels))]
+    return labels.tolist()
+
+
+def on_device(numbers: Tensor | list[int] | list[list[int]], device: torch.device) -> Tensor:
+    """Numbers of the host as int64 on a device, for which the host does not wait."""
+    tensor = torch.as_tensor(numbers, dtype=torch.int64)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # a copy from other memory is waited for
+    return tensor.to(device, non_blocking=True)
 
 
 def random_directions(*shape: int) -> Tensor:
     """Random unit vectors (..., D), on every rank and in every run the same."""
-    directions = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    directions = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     return directions.div_(torch.linalg.vector_norm(directions, dim=-1, keepdim=True))
 
 
-def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and labels (N,), those of all ranks one after the other."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return features, labels
-    return _gather(features), _gather(labels.to(features.device))
+def ranks() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather(tensor: Tensor) -> Tensor:
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+def of_all_ranks(tensor: Tensor) -> Tensor:
+    """The tensors (N, ...) of all ranks, one after the other."""
+    if ranks() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(ranks())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,8 +15,10 @@ from .momentum import (
     MomentumClassifier,
     differentiated,
     of_all_ranks,
+    on_device,
     on_host,
     random_directions,
+    ranks,
     slots_of,
 )
 from .slots import Placement, Slots
@@ -57,7 +61,7 @@ class DynamicClassPool(MomentumClassifier):
 
     Attributes:
         queue: (2, Q, D) the two rows of unit features; random directions at first.
-        in_pool: share of the images of the last step whose identity was in the pool.
+        in_pool: share of the images of the last step, and rank, whose identity was in the pool.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -89,13 +93,29 @@ class DynamicClassPool(MomentumClassifier):
         self.in_pool = 0.0
 
     def training_loss(self, probe: nn.Module, batch: Batch) -> Tensor:
-        self._check_batch(batch, "instance", "identity")
+        self.check_batch(batch)
         (x, x_labels), (y, y_labels) = halves(batch)
+        written_y, written_x = (self._written(labels) for labels in (y_labels, x_labels))
         # The gallery net first: nothing of the probe net's is held for its backward yet.
         of_y, of_x = self.encode(probe, y), self.encode(probe, x)
-        first = self._half(probe(x), x_labels, of_y, y_labels, keep=False)
-        second = self._half(probe(y), y_labels, of_x, x_labels, keep=True)
+        self.in_pool = 0.0
+        first = self._half(probe(x), x_labels, of_y, written_y, keep=False)
+        second = self._half(probe(y), y_labels, of_x, written_x, keep=True)
         return first + second
+
+    def check_batch(self, batch: Any) -> None:
+        self._check_names(batch, "instance", "identity")
+
+    def check_room(self, batch_size: int) -> None:
+        self._check_written(batch_size + (batch_size + 1) // 2)
+
+    def _check_written(self, count: int) -> None:
+        most = min(count, self.num_classes)
+        if self.pool_size < most:
+            raise ValueError(
+                f"pool_size must be at least the {most} identities that a batch may write, got "
+                f"{self.pool_size}: a larger pool_size or a smaller batch"
+            )
 
     def sample_batch(self, batch_size: int) -> Batch:
         labels = torch.arange(2 * batch_size) % self.num_classes
@@ -106,20 +126,26 @@ class DynamicClassPool(MomentumClassifier):
             "instance": (images[:batch_size], labels[batch_size:]),
         }
 
+    def _written(self, labels: Tensor) -> list[int]:
+        """The identities that all ranks write in a half, (N,) of them by this one."""
+        written = of_all_ranks(labels.to(self.queue.device)) if ranks() > 1 else labels
+        self._check_written(len(written))
+        return on_host(written, self.num_classes)
+
     def _half(
-        self, embeddings: Tensor, labels: Tensor, features: Tensor, written: Tensor, keep: bool
+        self, embeddings: Tensor, labels: Tensor, features: Tensor, written: list[int], keep: bool
     ) -> Tensor:
-        """Loss of embeddings (N, D) with the features (M, D) of M images written to the pool; they
-        stay there if ``keep``."""
+        """Loss of embeddings (N, D) with the features (M, D) of M images written to the pool, as
+        those of the identities ``written`` of all ranks; they stay there if ``keep``."""
         self._check(embeddings, labels)
-        features, written = of_all_ranks(unit(features)[0], written)
-        self._check_room("pool_size", len(written))
-        placement = self.slots.place(on_host(written, self.num_classes))
-        before = self._write(placement, features[placement.writes])
+        features = of_all_ranks(unit(features)[0])
+        placement = self.slots.place(written)
         slots = self.slots.find(on_host(labels, self.num_classes), placement)
-        labels = labels.to(embeddings.device, non_blocking=True)
+        before = self._write(placement, features[on_device(placement.writes, features.device)])
+        labels = on_device(labels, embeddings.device)
         loss = differentiated(
-            lambda x: self._pool_loss(x, labels, slots, placement.again), embeddings
+            lambda x: self._pool_loss(x, labels, slots, placement.again),
+            self._promoted(embeddings),
         )
         if keep:
             self.slots.keep(placement)
@@ -129,34 +155,33 @@ class DynamicClassPool(MomentumClassifier):
 
     def _write(self, placement: Placement, features: Tensor) -> Tensor:
         """Write features (W, D) to the placement's W places; returns what was there."""
-        places = torch.tensor([placement.rows, placement.slots]).to(self.queue.device).unbind()
+        places = on_device([placement.rows, placement.slots], self.queue.device).unbind()
         before = self.queue[places]
         self.queue[places] = features
         return before
 
-    def _pool_loss(
-        self, embeddings: Tensor, labels: Tensor, slots: list[int], again: list[int]
-    ) -> Tensor:
-        """The loss of a half against both rows, the features already written."""
-        x, norm = unit(embeddings.to(torch.promote_types(self.queue.dtype, torch.float32)))
+    def _pool_loss(self, x: Tensor, labels: Tensor, slots: list[int], again: list[int]) -> Tensor:
+        """The loss of a half's embeddings (N, D) against both rows, the features written."""
+        x, norm = unit(x)
         cos = x @ self.queue[0].to(x.dtype).T
-        repeated = torch.tensor(again, dtype=torch.int64, device=x.device)
+        repeated = on_device(again, x.device)
         second = cos.index_copy(1, repeated, x @ self.queue[1, repeated].to(x.dtype).T)
         found = [i for i, slot in enumerate(slots) if slot >= 0]
         absent = [i for i, slot in enumerate(slots) if slot < 0]
-        self.in_pool = len(found) / len(slots)
+        self.in_pool += len(found) / len(slots) / 2
         loss = x.new_zeros(())
         if found:
-            own = torch.tensor([slots[i] for i in found], device=x.device)
-            rows = torch.tensor(found, device=x.device)
+            rows, own = on_device([found, [slots[i] for i in found]], x.device).unbind()
             both = torch.cat([cos[rows], second[rows]])
             loss += self._softmax_loss(
                 both, *(t.repeat(2) for t in (norm[rows], labels[rows], own))
             )
         if absent:
-            rows = torch.tensor(absent, device=x.device)
-            hard = torch.cat([cos[rows], second[rows]]).topk(self.hardest).values
-            loss += hard.clamp(min=0).mean()
+            rows = on_device(absent, x.device)
+            both = torch.cat([cos[rows], second[rows]])
+            if self.interclass_filter is not None:
+                both = both.masked_fill(both > self.interclass_filter, 0)
+            loss += both.topk(self.hardest).values.clamp(min=0).mean()
         return 2 * loss  # a mean over both rows so far, and it is their sum
 
     def _softmax_loss(self, cos: Tensor, norm: Tensor, labels: Tensor, own: Tensor) -> Tensor:

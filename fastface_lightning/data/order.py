@@ -262,7 +262,7 @@ class FaceLoader(DataLoader[Any]):
         """
         if state_dict["batches"] % state_dict["batches_per_epoch"]:
             for name, own in self._units().items():
-                if state_dict[name] != own:
+                if state_dict.get(name, "1 of images") != own:
                     raise ValueError(
                         f"{name} must be {state_dict[name]}, as in the run whose checkpoint lies"
                         f" within an epoch, got {own}"

@@ -199,7 +199,9 @@ def test_two_ranks_hold_the_same_queue(tmp_path: Path) -> None:
         ),
         (lambda: AttentionClassifier(9, D, queue_size=0.1), r"in \(0, 1\] that makes one, got 0.1"),
         (lambda: AttentionClassifier(9, D, keys=0), "keys must be at least 1 image, got 0"),
-        (lambda: AttentionClassifier(9, D, momentum=-0.1), r"lie in \[0, 1\), got -0.1"),
+        (lambda: AttentionClassifier(9, D, momentum=-0.1), r"number in \[0, 1\), got -0.1"),
+        (lambda: AttentionClassifier(9, D, keys=2.5), r"keys must be at least 1 image, got 2.5"),
+        (lambda: AttentionClassifier(9, D, keys="two"), r"keys must be at least 1 image, got two"),
     ],
 )
 def test_bad_arguments(make: Callable[[], Any], message: str) -> None:
@@ -209,7 +211,11 @@ def test_bad_arguments(make: Callable[[], Any], message: str) -> None:
 
 def test_bad_batches() -> None:
     attfc, generator = AttentionClassifier(40, D, queue_size=5).double(), torch.Generator()
-    with pytest.raises(ValueError, match=r"queue_size must be at least the 6 identities .* got 5"):
+    with pytest.raises(
+        ValueError, match=r"queue_size must be at least the 6 centres of a batch, got 5"
+    ):
         attfc.training_loss(network().double(), make_batch(40, 2, generator))
-    with pytest.raises(ValueError, match=r"a dict of identity, which data.batches=keys gives"):
+    with pytest.raises(
+        ValueError, match=r"a dict of identity, which a data module with batches=.keys. gives"
+    ):
         attfc.training_loss(network().double(), (torch.zeros(2, PIXELS), torch.zeros(2)))

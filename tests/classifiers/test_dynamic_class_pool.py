@@ -264,6 +264,63 @@ def test_the_loss_is_float32_under_autocast() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in probe.parameters())
 
 
+def test_a_scaled_gradient_of_half_precision_embeddings_is_not_lost() -> None:
+    """A loss scaler's factor comes before the rounding to float16, not after."""
+    torch.manual_seed(0)
+    pool = DynamicClassPool(60, D, Softmax(), scale=16.0, pool_size=23)
+    ids = torch.arange(4).repeat_interleave(2)
+    features = F.one_hot(ids, D).float() + 0.02 * torch.randn(8, D)  # well fitted: a small loss
+    grads = []
+    for dtype in (torch.float16, torch.float32):
+        x = features.half().to(dtype).requires_grad_()
+        batch = {"identity": (x, ids), "instance": (x[:2], ids[:2])}
+        (65536 * copy.deepcopy(pool).training_loss(nn.Identity(), batch)).backward()
+        assert x.grad is not None
+        grads.append(x.grad.float())
+    assert (grads[0] == 0).float().mean() < 0.1
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-2 * grads[1].abs().max().item())
+
+
+def test_labels_of_any_tensor_class_are_looked_at() -> None:
+    class Labels(Tensor):
+        pass
+
+    generator = torch.Generator().manual_seed(0)
+    batch = make_batch(faces(60, 4, generator), 6, generator)
+    own = {name: (images, labels.as_subclass(Labels)) for name, (images, labels) in batch.items()}
+    pools = [DynamicClassPool(60, D, pool_size=23).double() for _ in range(2)]
+    probe = network().double()
+    losses = [pool.training_loss(probe, b) for pool, b in zip(pools, (batch, own), strict=True)]
+    assert losses[0].item() == losses[1].item()
+    assert torch.equal(pools[0].slots.to_tensor(), pools[1].slots.to_tensor())
+
+
+def test_the_filter_holds_outside_the_pool_too() -> None:
+    """A stranger much like somebody in the pool, perhaps the same person, is left alone."""
+    ids, strangers = torch.tensor([0, 0]), torch.tensor([50, 51])
+    images = torch.eye(D)[[0, 0]]
+    x = (torch.eye(D)[[0, 0]] + 0.5 * torch.eye(D)[[1, 2]]).requires_grad_()  # cosine 0.89
+    batch = {"identity": (images, ids), "instance": (x, strangers)}
+    towards = []
+    for threshold in (None, 0.4):
+        pool = DynamicClassPool(60, D, pool_size=23, interclass_filter=threshold)
+        x.grad = None
+        pool.training_loss(nn.Identity(), batch).backward()
+        assert x.grad is not None and pool.in_pool == 0.5
+        towards.append(x.grad[:, 0])
+    assert (towards[0] > 0.02).all()  # away from the person in the pool
+    assert (towards[1] < towards[0] / 2).all()
+
+
+def test_the_share_in_the_pool_is_that_of_both_halves() -> None:
+    pool = DynamicClassPool(60, D, pool_size=23)
+    ids = torch.arange(4).repeat_interleave(2)
+    x = torch.randn(8, D, requires_grad=True)
+    batch = {"identity": (x, ids), "instance": (x, torch.tensor([30, 31, 32, 33, 0, 1, 2, 3]))}
+    pool.training_loss(nn.Identity(), batch)
+    assert pool.in_pool == pytest.approx((4 / 8 + 8 / 8) / 2)
+
+
 def test_two_ranks_write_the_same_pool(tmp_path: Path) -> None:
     def check(rank: int) -> None:
         generator = torch.Generator().manual_seed(rank)
@@ -324,7 +381,10 @@ class Learned(CosFace):
         (lambda: DynamicClassPool(9, D, pool_size=2.5), r"number of slots, .* got 2.5"),
         (lambda: DynamicClassPool(9, D, pool_size=-0.5), r"number of slots, .* got -0.5"),
         (lambda: DynamicClassPool(9, D, pool_size=True), r"number of slots, .* got True"),
-        (lambda: DynamicClassPool(9, D, momentum=1.0), r"momentum must lie in \[0, 1\), got 1.0"),
+        (lambda: DynamicClassPool(9, D, momentum=1.0), r"a number in \[0, 1\), got 1.0"),
+        (lambda: DynamicClassPool(9, D, momentum="no"), r"a number in \[0, 1\), got no"),
+        (lambda: DynamicClassPool(9, D, pool_size=float("inf")), r"number of slots, .* got inf"),
+        (lambda: DynamicClassPool(9, D, pool_size=float("nan")), r"number of slots, .* got nan"),
         (lambda: DynamicClassPool(9, D, Learned()), r"nothing to learn \(Softmax, ArcFace, .*Curr"),
     ],
 )
