@@ -85,9 +85,9 @@ def main(cfg: DictConfig) -> float | None:
         module.start_from(cfg.weights, cfg.classifier.reinit)
     resume_step = check_checkpoint(checkpoint, module) if checkpoint else 0
     data.train_dataloader()  # refuses a batch that is too large before anything slow
+    settings_before = settings_of(folder)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-        OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
+        save_settings(folder, OmegaConf.to_yaml(cfg, resolve=True), OmegaConf.to_yaml(overrides))
         write_names(folder / "identities.txt", data.train_set.identities)
         if checkpoint is None:
             sheet_of(data.train_set).save(folder / "samples.png")
@@ -100,7 +100,12 @@ def main(cfg: DictConfig) -> float | None:
         log.info("verifying the untrained network")
         trainer.validate(module, data, verbose=False)
         record.untrained = dict(record.accuracy)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except Exception:
+        if checkpoint and trainer.global_step <= resume_step:  # refused: the run stays as it was
+            save_settings(folder, *settings_before)
+        raise
     if data.verify_names and record.verified_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
     results = record.write(trainer)
@@ -108,6 +113,21 @@ def main(cfg: DictConfig) -> float | None:
         print_summary(results, folder)
     accuracies = [found["accuracy"] for found in results["verification"].values()]
     return sum(accuracies) / len(accuracies) if accuracies else None
+
+
+SETTINGS = ("config.yaml", "overrides.yaml")
+
+
+def settings_of(folder: Path) -> list[str]:
+    """What a run was composed of, and the overrides that it was started with, as text."""
+    return [(folder / name).read_text() if (folder / name).is_file() else "" for name in SETTINGS]
+
+
+@rank_zero_only
+def save_settings(folder: Path, *texts: str) -> None:
+    """Write what :func:`settings_of` reads."""
+    for name, text in zip(SETTINGS, texts, strict=True):
+        (folder / name).write_text(text)
 
 
 def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, list[str]]:
@@ -145,6 +165,7 @@ def feed(data: FaceDataModule, classifier: nn.Module) -> None:
     data.batches = getattr(classifier, "batches", "images")
     if isinstance(classifier, MomentumClassifier):
         classifier.check_room(data.batch_size)  # at least: of one rank
+        log.info("%d identities: %s", data.num_classes, classifier.extra_repr())
         data.keys = getattr(classifier, "keys", data.keys)
 
 

@@ -217,8 +217,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     fits.add_column(f"of {_size(plan['capacity'])}")
     for name, head in plan["heads"].items():
         label = f"classifier={name}" + (f", chunk {head['chunk']:,}" if head["chunk"] else "")
-        if head["encoded"]:
-            label += f", {head['images']:,} + {head['encoded']:,} images"
+        encoded = f" + {head['encoded']:,}" if head["encoded"] else ""
+        label += f", {head['images']:,}{encoded} images"
         fits.add_row(label, _size(head["peak"]), "fits" if head["fits"] else "does not fit")
     console.print(held, fits)
     petaflop = plan["flops"] / 1e15

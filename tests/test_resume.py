@@ -115,8 +115,11 @@ def test_going_on_within_an_epoch_needs_the_same_batches(faces: Path, tmp_path: 
     folder = tmp_path / "run"
     case = "in the main process"
     assert train(folder, *settings(faces, folder, case), "trainer.max_steps=8") == 0
+    settings_of_run = (folder / "overrides.yaml").read_text()
     with pytest.raises(AssertionError, match="batch_size must be 8, as in the run whose"):
         train(folder, "resume=auto", "data.batch_size=4", "trainer.max_steps=20")
+    assert (folder / "overrides.yaml").read_text() == settings_of_run  # and it can still go on
+    assert train(folder, "resume=auto", "trainer.max_steps=9") == 0
 
 
 def test_batch_seeds_differ() -> None:

@@ -114,7 +114,7 @@ class DynamicClassPool(MomentumClassifier):
         if self.pool_size < most:
             raise ValueError(
                 f"pool_size must be at least the {most} identities that a batch may write, got "
-                f"{self.pool_size}: a larger pool_size or a smaller batch"
+                f"{self.pool_size}: a larger pool_size, null for a fitting one, or a smaller batch"
             )
 
     def sample_batch(self, batch_size: int) -> Batch:
