@@ -165,7 +165,7 @@ def feed(data: FaceDataModule, classifier: nn.Module) -> None:
     data.batches = getattr(classifier, "batches", "images")
     if isinstance(classifier, MomentumClassifier):
         classifier.check_room(data.batch_size)  # at least: of one rank
-        log.info("%d identities: %s", data.num_classes, classifier.extra_repr())
+        log.info("%s of %s", type(classifier).__name__, classifier.extra_repr())
         data.keys = getattr(classifier, "keys", data.keys)
 
 

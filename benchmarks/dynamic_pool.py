@@ -124,7 +124,7 @@ def main() -> None:
         *("--rates", "--lr"),
         type=float,
         nargs="+",
-        default=[0.002, 0.006, 0.02],
+        default=[0.0005, 0.002, 0.006, 0.02],
         help="learning rates; of several a pilot run of each way takes the best",
     )
     accuracy.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")

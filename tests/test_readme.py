@@ -41,7 +41,7 @@ SMALL = {
     "data=webface12m": "data.root=DIR data.batch_size=4 data.num_workers=0",
     "+paper=f2c": "data.batch_size=4 data.num_workers=0 classifier.pool_size=12",
     "+paper=attfc": "data.batch_size=4 data.num_workers=0 classifier.queue_size=12",
-    "data=synthetic": "data.num_identities=8 data.images_per_identity=4 data.verify_identities=6 "
+    "data=synthetic": "data.num_identities=32 data.images_per_identity=4 data.verify_identities=6 "
     "data.verify_pairs=20 data.batch_size=8",
 }
 LARGE = re.compile(r"model=r\d+|\+paper=")
