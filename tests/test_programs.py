@@ -341,7 +341,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("omegaconf.OmegaConf.save", broken)
+    monkeypatch.setattr("fastface_lightning.data.FaceDataModule.setup", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run(*small("trainer.max_steps=1"))
 
