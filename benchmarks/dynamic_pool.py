@@ -31,9 +31,7 @@ from classifiers import resident
 from common import RESULTS, medians, show, write
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch import nn
 
 from fastface_lightning.backbones import build_backbone
 from fastface_lightning.backbones.iresnet import iresnet_tiny
@@ -54,8 +52,9 @@ from fastface_lightning.data import (
     IdentityFolder,
     SyntheticFaces,
 )
-from fastface_lightning.data.dataset import Batch
-from fastface_lightning.evaluation import tar_at_far
+from fastface_lightning.data.datamodule import read_people
+from fastface_lightning.data.memory import MemoryFaces, shrunk
+from fastface_lightning.evaluation import all_pairs, tar_at_far
 from fastface_lightning.margins import CosFace
 from fastface_lightning.module import FaceModule
 from fastface_lightning.plan import PartPlan, plan_classifier
@@ -368,35 +367,12 @@ def network_step(size: int) -> Callable[[], None]:
 # ---------------------------------------------------------------------------------- accuracy
 
 
-class Faces(Dataset[Any]):
-    """Faces in memory, in the place of a data set on disk: a run then takes minutes.
-
-    Args:
-        images: (N, 3, 32, 32) uint8.
-        labels: (N,) int64, who they are.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels.numpy()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        return Batch(self.images[indices], torch.from_numpy(self.labels[indices]))
-
-    @property
-    def num_classes(self) -> int:
-        return int(self.labels.max()) + 1
-
-
 class Data(NamedTuple):
     """Faces to train on, and those of other people: some to choose by, the rest to report on."""
 
-    training: Faces
-    choosing: Faces
-    others: Faces
+    training: MemoryFaces
+    choosing: MemoryFaces
+    others: MemoryFaces
 
 
 class Run(NamedTuple):
@@ -445,32 +421,18 @@ def drawn_faces() -> Data:
     """Drawn faces of 4,000 people, six of each."""
     print("drawing faces", flush=True)
     drawn = SyntheticFaces(DRAWN + 2 * HELD_OUT, EACH)
-    faces = shrunk(drawn)
+    faces = shrunk(drawn, PIXELS)
     bounds = [DRAWN, HELD_OUT, HELD_OUT]
     parts = zip(faces.images.split([EACH * n for n in bounds]), bounds, strict=True)
-    return Data(*(Faces(part, torch.arange(n).repeat_interleave(EACH)) for part, n in parts))
+    return Data(*(MemoryFaces(part, torch.arange(n).repeat_interleave(EACH)) for part, n in parts))
 
 
 def lfw(root: Path) -> Data:
     """LFW View 1: its development people to train on; of its test people every other to choose."""
-
-    def people(file: str) -> list[str]:
-        _, *lines = (root / file).read_text(encoding="utf-8").splitlines()
-        return [line.split()[0] for line in lines]
-
-    test = people("peopleDevTest.txt")
-    parts = (people("peopleDevTrain.txt"), test[0::2], test[1::2])
-    return Data(*(shrunk(IdentityFolder(root / "images", identities=part)) for part in parts))
-
-
-def shrunk(faces: Any) -> Faces:
-    """All images of a data set, each pixel the mean of those that it stands for."""
-    images = torch.stack([faces[i][0] for i in range(len(faces))])
-    labels = torch.tensor([faces[i][1] for i in range(len(faces))])
-    small = [
-        F.interpolate(part.float(), (PIXELS, PIXELS), mode="area") for part in images.split(500)
-    ]
-    return Faces(torch.cat(small).round().byte(), labels)
+    test = list(read_people(root / "peopleDevTest.txt"))
+    parts = (list(read_people(root / "peopleDevTrain.txt")), test[0::2], test[1::2])
+    folders = (IdentityFolder(root / "images", identities=part) for part in parts)
+    return Data(*(shrunk(faces, PIXELS) for faces in folders))
 
 
 def run_all(runs: list[Run], file: Path, jobs: int) -> None:
@@ -488,7 +450,7 @@ def run_all(runs: list[Run], file: Path, jobs: int) -> None:
 def accuracy_row(run: Run, file: Path) -> Row:
     """Train on one thread, and recognise people who were not trained on."""
     torch.set_num_threads(1)
-    data = Data(*(Faces(*part) for part in torch.load(file)))
+    data = Data(*(MemoryFaces(*part) for part in torch.load(file)))
     seed_everything(run.seed, verbose=False)
     build, batch_size = WAYS[run.way]
     head = build(data.training.num_classes)
@@ -538,12 +500,11 @@ def loader(faces: Any, head: Classifier, batch_size: int, seed: int) -> Any:
 
 
 @torch.no_grad()
-def tar_of_all_pairs(module: FaceModule, faces: Faces) -> float:
+def tar_of_all_pairs(module: FaceModule, faces: MemoryFaces) -> float:
     """TAR at FAR 1e-2 over all pairs of images."""
     embeddings = torch.cat([module.embed(part) for part in faces.images.split(500)])
-    labels = torch.from_numpy(faces.labels)
-    i, j = torch.triu_indices(len(labels), len(labels), 1)
-    return tar_at_far((embeddings @ embeddings.T)[i, j], labels[i] == labels[j], 1e-2)
+    scores, same = all_pairs(embeddings, torch.from_numpy(faces.labels))
+    return tar_at_far(scores, same, 1e-2)
 
 
 # ------------------------------------------------------------------------------------ report

@@ -1,49 +1,193 @@
-"""The recipes of papers say what the papers say, and train."""
+"""The recipes of papers say what the papers say, cost what their heads say, and train."""
 
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from models import noise
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from programs import ROOT, Run, load
 from test_conf import composed
-from test_readme import small
 
-PAPERS = sorted(file.stem for file in (ROOT / "recipes" / "paper").rglob("*.yaml"))
+RECIPES = ROOT / "recipes"
+PAPERS = sorted(file.stem for file in (RECIPES / "paper").rglob("*.yaml"))
 F2C = [paper for paper in PAPERS if paper.startswith("f2c_")]
+MHLR = [paper for paper in PAPERS if paper.endswith("_mhlr")]
+BASELINES = [paper for paper in PAPERS if paper.endswith(("_polynomial", "_multistep"))]
 MS1MV2, MS1MV3, GLINT360K = (85_742, 5_822_653), (93_431, 5_179_510), (360_232, 17_091_657)
+WEBFACE12M, WEBFACE42M = (617_970, 12_720_066), (2_059_906, 42_474_557)
+SIZES = {"ms1mv3": MS1MV3, "webface12m": WEBFACE12M}
+
+
+class Row(NamedTuple):
+    """A row of results of arXiv 2404.11118; without accuracies where the paper has none."""
+
+    identities: int
+    images: int
+    margin: tuple[str, float]
+    lfw_cfp_agedb_ijbb_ijbc: tuple[str, ...] = ()
+
+
+ARCFACE, COSFACE = ("ArcFace", 0.5), ("CosFace", 0.4)
+FASTFACE = {
+    "ms1mv3_r100": Row(*MS1MV3, ARCFACE, ("99.80", "98.53", "98.12", "95.03", "96.41")),
+    "ms1mv2_r100": Row(*MS1MV2, ARCFACE),
+    "webface4m_r100": Row(
+        205_990, 4_235_242, COSFACE, ("99.65", "98.63", "97.57", "94.36", "96.18")
+    ),
+    "webface8m_r100": Row(
+        411_980, 8_465_386, COSFACE, ("99.85", "99.24", "97.90", "95.58", "97.09")
+    ),
+    "webface12m_r50": Row(*WEBFACE12M, COSFACE, ("99.80", "99.09", "97.92", "95.25", "96.85")),
+    "webface12m_r100": Row(*WEBFACE12M, COSFACE, ("99.83", "99.17", "98.02", "95.68", "97.20")),
+    "webface42m_r100": Row(*WEBFACE42M, COSFACE),
+}
 
 
 def test_the_recipes_are_those_promised() -> None:
-    assert len(PAPERS) == 5 and len(F2C) == 4
+    assert len(PAPERS) == 18
+    assert (len(FASTFACE), len(MHLR), len(BASELINES), len(F2C)) == (7, 2, 4, 4)
+    assert {*FASTFACE, *MHLR, *BASELINES, *F2C, "attfc_ms1mv3"} == set(PAPERS)
 
 
-def head_of(paper: str) -> list[str]:
-    """The comments that a recipe opens with, from its second line on."""
-    first, *lines = (ROOT / "recipes" / "paper" / f"{paper}.yaml").read_text().splitlines()
-    assert first == "# @package _global_"
-    return lines[: lines.index("defaults:")]
+# --------------------------------------------------------------------------------------- heads
+
+
+def head_of(paper: str) -> dict[str, str]:
+    """The comments that a recipe opens with, by what they tell of."""
+    first, *lines = (RECIPES / "paper" / f"{paper}.yaml").read_text().splitlines()
+    head = lines[: lines.index("defaults:")]
+    assert first == "# @package _global_" and all(line.startswith("# ") for line in head)
+    parts = re.split(r"\n# (?=[A-Z]\w+: |  python )", "\n" + "\n".join(head)[2:])
+    title, command, *others = (" ".join(part.replace("\n#", " ").split()) for part in parts)
+    assert title.endswith(".")
+    return {"command": command, **dict(other.split(": ", 1) for other in others)}
 
 
 def command_of(paper: str) -> list[str]:
-    (command,) = (line for line in head_of(paper) if line.startswith("#   python "))
-    return shlex.split(command[1:])
+    return shlex.split(head_of(paper)["command"])
 
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_recipe_opens_with_what_one_needs_to_know(paper: str) -> None:
     head = head_of(paper)
-    assert re.findall(r"^# (Data|Batch|Paper): ", "\n".join(head), re.MULTILINE) == [
-        *("Data", "Batch", "Paper"),
-    ]
-    assert head[-1] == "# No accuracy is promised: none was measured here."
+    assert list(head) == ["command", "Data", "Batch", "Paper", "Accuracy", "Hours", "Memory"]
     assert command_of(paper) == ["python", "train.py", f"+paper={paper}", "data.root=DIR"]
     cfg = composed(*command_of(paper)[2:])
-    assert cfg.data.root == "DIR" and cfg.model.name == "iresnet50"
+    assert cfg.data.root == "DIR"
+    assert cfg.model.name == ("iresnet100" if "_r100" in paper else "iresnet50")
+    assert cfg.model.embedding_size == 512
+    size = f", {cfg.data.num_identities:,} identities, {cfg.data.num_images:,} images (docs/"
+    name = head["Data"].partition(size)[0]
+    assert name.lower() == cfg.data.name and size in head["Data"]
+    batch = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
+    assert str(batch) in re.findall(r"\d+", head["Batch"])
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_recipe_promises_what_the_paper_published(paper: str) -> None:
+    head = head_of(paper)
+    row = FASTFACE[paper].lfw_cfp_agedb_ijbb_ijbc if paper in FASTFACE else ()
+    if row:
+        told = "LFW {}, CFP-FP {}, AgeDB-30 {}; IJB-B {}, IJB-C {} (TAR at FAR 1e-4)"
+        assert head["Accuracy"] == f"{told.format(*row)}: the paper's row, not repeated here."
+    else:
+        assert head["Accuracy"].startswith("none promised: none was measured here")
+    assert ("30 on one RTX 4090" in head["Hours"]) == (paper == "webface12m_r100")
+
+
+# ------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("paper", [*FASTFACE, *MHLR, *BASELINES])
+def test_one_gpu_settings(paper: str) -> None:
+    """The numbers of arXiv 2404.11118, which are arcface_torch's for one GPU."""
+    cfg = composed(f"+paper={paper}")
+    assert cfg.classifier._target_.endswith(".ChunkedClassifier")  # the full softmax, exact
+    assert (cfg.classifier.scale, cfg.classifier.interclass_filter) == (64, None)
+    assert cfg.data.batch_size == 128 and cfg.trainer.accumulate_grad_batches == 1
+    assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (0.02, 0.9)
+    assert (cfg.optimizer.weight_decay, cfg.optimizer.nesterov) == (5e-4, False)
+    assert cfg.trainer.gradient_clip_val == 5
+    assert cfg.data.held_out == 0  # all people are trained on
+    assert cfg.augment == {
+        "_target_": "fastface_lightning.data.Augment",
+        "flip": 0.5,
+        "crop": 0.0,
+        "low_resolution": 0.0,
+        "photometric": 0.0,
+    }
+    assert cfg.trainer.max_epochs == (20 if paper in BASELINES else 5)
+    if paper not in FASTFACE:
+        data = paper.partition("_")[0]
+        assert (cfg.data.num_identities, cfg.data.num_images) == SIZES[data]
+        assert margin_of(cfg) == (ARCFACE if data == "ms1mv3" else COSFACE)
+
+
+def margin_of(cfg: DictConfig) -> tuple[str, float]:
+    return cfg.margin._target_.rpartition(".")[2], cfg.margin.m
+
+
+def steps_of(cfg: DictConfig) -> int:
+    """Optimizer steps; the last one of an epoch may hold fewer batches."""
+    batches = cfg.data.num_images // cfg.data.batch_size
+    return -(-batches // cfg.trainer.accumulate_grad_batches) * cfg.trainer.max_epochs
+
+
+@pytest.mark.parametrize("paper", FASTFACE)
+def test_fastface(paper: str) -> None:
+    """The table of results and the rule's numbers, whatever the length of the run."""
+    cfg, row = composed(f"+paper={paper}"), FASTFACE[paper]
+    assert (cfg.data.num_identities, cfg.data.num_images) == (row.identities, row.images)
+    assert margin_of(cfg) == row.margin
+    total = steps_of(cfg)
+    bound = instantiate(cfg.schedule).bind(total)
+    assert bound.literal and (bound.ema_window, bound.haar_window) == (1000, 1000)
+    assert (bound.threshold, bound.threshold_mode) == (5e-5, "abs")
+    assert bound.patience == int(0.05 * total) and bound.arm_after == 0
+    assert (bound.factor, bound.max_decays, bound.restart_after) == (0.5, 8, None)
+
+
+def test_mhlr() -> None:
+    """The authors' logged run has windows of 4000 steps, their others 1.5 % of the run."""
+    log, other = (composed(f"+paper={data}_r100_mhlr") for data in ("ms1mv3", "webface12m"))
+    assert steps_of(log) == 202_320 and steps_of(other) == 496_875
+    for cfg, window in ((log, 4000), (other, 7452)):  # even, next to int(0.015 T) = 7453
+        bound = instantiate(cfg.schedule).bind(steps_of(cfg))
+        assert (bound.haar_window, bound.patience) == (window, 2 * window)
+        assert (bound.threshold, bound.threshold_mode, bound.max_decays) == (0.06, "abs", None)
+        assert (bound.factor, bound.restart_after, bound.restart_factor) == (0.5, 4, 4.0)
+
+
+@pytest.mark.parametrize("data", ["ms1mv3", "webface12m"])
+def test_baselines(data: str) -> None:
+    """arcface_torch's polynomial without warm-up, and InsightFace's drops of 20 epochs."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.02)
+    train = load(ROOT / "train.py")
+    polynomial = train.torch_schedule(composed(f"+paper={data}_r100_polynomial"), optimizer, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        polynomial.step()
+    assert rates == pytest.approx([0.02 * (1 - t / 10) ** 2 for t in range(10)])
+    assert_drops(composed(f"+paper={data}_r100_multistep"), after=[8, 12, 15, 18])
+
+
+def assert_drops(cfg: DictConfig, after: list[int]) -> None:
+    """Tenfold ones after these epochs, to the step, however many steps an epoch has."""
+    train, epochs = load(ROOT / "train.py"), cfg.trainer.max_epochs
+    for epoch in (1, 7, 11_372, 45_489, 133_528, 10_000_000):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=cfg.optimizer.lr)
+        scheduler = train.torch_schedule(cfg, optimizer, epochs * epoch)
+        assert sorted(scheduler.milestones.elements()) == [count * epoch for count in after]
+        assert scheduler.gamma == 0.1
 
 
 @pytest.mark.parametrize("paper", F2C)
@@ -55,7 +199,7 @@ def test_f2c(paper: str) -> None:
     assert cfg.classifier._target_.endswith(".DynamicClassPool")
     assert (cfg.classifier.momentum, cfg.classifier.scale) == (0.99, 32)
     assert cfg.classifier.pool_size == (0.01 if glint else 0.1)
-    assert (cfg.margin._target_.rpartition(".")[2], cfg.margin.m) == ("CosFace", 0.5)
+    assert margin_of(cfg) == ("CosFace", 0.5)
     assert cfg.optimizer == {
         "_target_": "fastface_lightning.sgd.SGD",
         "_partial_": True,
@@ -71,17 +215,7 @@ def test_f2c(paper: str) -> None:
         assert cfg.schedule == composed("schedule=fastface").schedule
     else:
         assert cfg.trainer.max_epochs == 19
-        assert_drops_after_epochs_8_14_17(cfg)
-
-
-def assert_drops_after_epochs_8_14_17(cfg: DictConfig) -> None:
-    """To the step, however many steps an epoch has."""
-    train = load(ROOT / "train.py")
-    for epoch in (1, 7, 11_372, 45_489, 133_528, 10_000_000):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=cfg.optimizer.lr)
-        scheduler = train.torch_schedule(cfg, optimizer, 19 * epoch)
-        assert sorted(scheduler.milestones.elements()) == [8 * epoch, 14 * epoch, 17 * epoch]
-        assert scheduler.gamma == 0.1
+        assert_drops(cfg, after=[8, 14, 17])
 
 
 def test_attfc() -> None:
@@ -91,7 +225,7 @@ def test_attfc() -> None:
     assert cfg.classifier._target_.endswith(".AttentionClassifier")
     assert (cfg.classifier["keys"], cfg.classifier.queue_size) == (2, 0.3)
     assert (cfg.classifier.momentum, cfg.classifier.scale) == (0.999, 64)
-    assert (cfg.margin._target_.rpartition(".")[2], cfg.margin.m) == ("ArcFace", 0.5)
+    assert margin_of(cfg) == ARCFACE
     assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (0.1, 0.9)
     assert (cfg.optimizer.weight_decay, cfg.optimizer.nesterov) == (5e-4, False)
     assert (cfg.data.batch_size, cfg.trainer.max_epochs) == (384, 5)
@@ -103,6 +237,74 @@ def test_what_a_command_says_outdoes_a_recipe() -> None:
     cfg = composed("+paper=f2c_ms1m", "margin=arcface", "model=r100", "trainer.max_epochs=2")
     assert cfg.margin == composed("margin=arcface").margin
     assert (cfg.model.name, cfg.trainer.max_epochs) == ("iresnet100", 2)
+    cfg = composed("+paper=webface12m_r100", "data=glint360k", "schedule.literal=false")
+    assert (cfg.data.name, cfg.schedule.literal) == ("glint360k", False)
+
+
+# ---------------------------------------------------------------------------- what they cost
+
+
+def table_rows() -> dict[str, list[str]]:
+    """The cells of recipes/README.md's rows, by the command that a row opens with."""
+    rows = re.findall(r"^\| `python (.+?)` \| (.*) \|$", (RECIPES / "README.md").read_text(), re.M)
+    assert len(dict(rows)) == len(rows)
+    return {command: cells.split(" | ") for command, cells in rows}
+
+
+def test_every_recipe_has_its_row() -> None:
+    """And every row's recipe exists."""
+    named = {
+        re.sub(r"^(recipes/\w+\.py|train\.py.* \+\w+=\w+).*", r"\1", row) for row in table_rows()
+    }
+    papers = {f"train.py +paper={paper}" for paper in PAPERS}
+    sweeps = {f"train.py -m +sweep={file.stem}" for file in (RECIPES / "sweep").rglob("*.yaml")}
+    assert named == papers | sweeps | {f"recipes/{file.name}" for file in RECIPES.glob("*.py")}
+    for paper in PAPERS:
+        assert shlex.join(command_of(paper)[1:]) in table_rows()
+
+
+@pytest.fixture(scope="module")
+def planned() -> dict[str, Any]:
+    """The plans made so far; recipes that differ in schedule and length share one."""
+    return {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paper", PAPERS)
+def test_head_and_row_say_what_the_plan_computes(
+    paper: str, run: Run, planned: dict[str, Any]
+) -> None:
+    """Memory to the digit, and hours; everything by one batch of the plan."""
+    cfg = composed(f"+paper={paper}")
+    held = OmegaConf.to_yaml(
+        OmegaConf.masked_copy(cfg, ["model", "data", "classifier", "optimizer"])
+    )
+    if held not in planned:
+        ended = run(*command_of(paper)[2:], "plan=24")
+        assert ended.code == 0, ended.err
+        planned[held] = json.loads((ended.folder / "plan.json").read_text())
+    plan = planned[held]
+    batches = cfg.data.num_images // cfg.data.batch_size * cfg.trainer.max_epochs
+    petaflop = plan["flops"] / plan["batches"] * batches / 1e15
+    hours = f"{petaflop * 1e15 / 43e12 / 3600:.3g}"
+    own = plan["heads"][plan["classifier"]]
+    peak = f"{own['peak'] / 2**30:.2f}"
+    assert own["fits"]
+    head = head_of(paper)
+    fits = f"{peak} GiB with classifier={plan['classifier']}, which fits a card of 24 (planned)"
+    assert head["Memory"].startswith(fits)
+    for figure, kind in re.findall(r"([\d.]+) with classifier=(\w+)", head["Memory"]):
+        assert figure == f"{plan['heads'][kind]['peak'] / 2**30:.2f}"
+    assert head["Hours"].startswith(f"{hours} (planned)")
+    cells = table_rows()[shlex.join(command_of(paper)[1:])]
+    assert cells[1].lower() == cfg.data.name
+    assert cells[2:] == [
+        *(f"{cfg.trainer.max_epochs}", f"{steps_of(cfg):,}", f"{petaflop:,.0f}", hours),
+        f"{peak} `{plan['classifier']}`",
+    ]
+
+
+# ------------------------------------------------------------------------------------ training
 
 
 @pytest.fixture
@@ -114,23 +316,53 @@ def faces(tmp_path: Path) -> None:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number % 2}.jpg")
 
 
+def two_steps(paper: str) -> list[str]:
+    """A recipe's command on the people of DIR, two steps long."""
+    small = {"dcp": "classifier.pool_size=12", "attfc": "classifier.queue_size=12"}
+    kind = "dcp" if paper in F2C else paper.partition("_")[0]
+    return [
+        *command_of(paper)[2:],
+        *("data.batch_size=4", "data.num_workers=0", *([small[kind]] if kind in small else [])),
+        *("trainer.max_steps=2", "trainer.log_every_n_steps=1"),
+        "trainer.enable_progress_bar=false",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("faces")
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_recipe_trains(paper: str, run: Run) -> None:
     """Two steps, of a small network, from another folder than the program's."""
-    ended = run(*small(command_of(paper)[1:])[1:])
+    ended = run(*two_steps(paper), "model.name=iresnet_tiny")
     assert ended.code == 0, ended.err
-    config = OmegaConf.load(ended.folder / "config.yaml")
-    assert config.classifier._target_ == composed(f"+paper={paper}").classifier._target_
-    assert steps_done(ended.folder) == 2
+    assert_followed(paper, ended.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("faces")
+def test_a_recipe_trains_its_own_network(run: Run) -> None:
+    """Two steps of the ResNet-50."""
+    ended = run(*two_steps("webface12m_r50"))
+    assert ended.code == 0, ended.err
+    assert_followed("webface12m_r50", ended.folder)
+    weights = torch.load(ended.folder / "checkpoints" / "last.ckpt", weights_only=True)[
+        "state_dict"
+    ]
+    assert sum("layer3" in name and "conv1" in name for name in weights) == 14
+
+
+def assert_followed(paper: str, folder: Path) -> None:
+    config, told = OmegaConf.load(folder / "config.yaml"), composed(f"+paper={paper}")
+    assert config.classifier._target_ == told.classifier._target_
+    assert config.schedule._target_ == told.schedule._target_
+    assert steps_done(folder) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("faces")
 def test_a_recipe_resumes(run: Run) -> None:
     """With resume=auto alone: the recipe is found again."""
-    run(*small(command_of("f2c_ms1m")[1:])[1:])
+    run(*two_steps("f2c_ms1m"), "model.name=iresnet_tiny")
     ended = run("resume=auto", "trainer.max_steps=3")
     assert ended.code == 0, ended.err
     assert steps_done(ended.folder) == 3

@@ -347,7 +347,7 @@ class LFWData(FaceDataModule):
 
     def faces(self) -> FaceDataset:
         """The development people, whose numbers are compared with their list's."""
-        images, people = self._part("images"), _read_people(self._part("peopleDevTrain.txt"))
+        images, people = self._part("images"), read_people(self._part("peopleDevTrain.txt"))
         faces = IdentityFolder(
             images, identities=people, max_bad=self.max_bad, reindex=self.reindex
         )
@@ -407,7 +407,7 @@ def _compare(name: str, root: Path, expected: str, found: str) -> None:
         logger.warning("%s: expected %s in %s, got %s", name, expected, root, found)
 
 
-def _read_people(file: Path) -> dict[str, int]:
+def read_people(file: Path) -> dict[str, int]:
     """How many images each person in an LFW people file has.
 
     Its lines are the number of people, then ``name number_of_images`` for each.

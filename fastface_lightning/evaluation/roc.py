@@ -115,6 +115,25 @@ def tar_at_far(scores: Tensor, same: Tensor, far: float | Sequence[float]) -> fl
     return tar[0] if isinstance(far, float | int) else tar
 
 
+def all_pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Every image against every other: scores and sameness of the n (n - 1) / 2 pairs.
+
+    Args:
+        embeddings: (n, D) float, of length 1.
+        labels: (n,) int64, who is shown.
+
+    Returns:
+        The cosines, of the embeddings' dtype, and whether a pair shows one person, bool.
+
+    Example:
+        >>> scores, same = all_pairs(torch.eye(3), torch.tensor([7, 7, 8]))
+        >>> scores.tolist(), same.tolist()
+        ([0.0, 0.0, 0.0], [True, False, False])
+    """
+    i, j = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
+    return (embeddings @ embeddings.T)[i, j], labels[i] == labels[j]
+
+
 def equal_error_rate(scores: Tensor, same: Tensor) -> float:
     r"""The error rate where as many impostors are accepted as right persons rejected.
 
