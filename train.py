@@ -33,9 +33,15 @@ from fastface_lightning.plan import (
     plan_classifier,
     together,
 )
-from fastface_lightning.program import check_numbers, program
-from fastface_lightning.report import print_plan, print_summary
-from fastface_lightning.run_record import ResumableCSVLogger, RunRecord, device_name, memory_of
+from fastface_lightning.program import check_numbers, program, torch_schedule
+from fastface_lightning.report import print_plan, print_summary, write_whole
+from fastface_lightning.run_record import (
+    OneRun,
+    ResumableCSVLogger,
+    RunRecord,
+    device_name,
+    memory_of,
+)
 from fastface_lightning.schedule import PlateauSchedule
 from fastface_lightning.seeding import SeededBatches
 
@@ -49,15 +55,6 @@ NUMBERS = (
     *("checkpoint.every_n_steps", "verify.every_n_steps", "verify.every_n_epochs"),
     *("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches"),
 )
-
-
-def steps(share: float, *, _root_: Any) -> int | str:
-    """`${steps:0.5}` in a config: half of the run, in optimizer steps, once its length is known."""
-    known = _root_.total_steps
-    return f"{share} of the run" if known is None else int(share * known)
-
-
-OmegaConf.register_new_resolver("steps", steps, replace=True)
 
 
 @program(config_path=HERE / "conf", config_name="train")
@@ -125,9 +122,9 @@ def settings_of(folder: Path) -> list[str]:
 
 @rank_zero_only
 def save_settings(folder: Path, *texts: str) -> None:
-    """Write what :func:`settings_of` reads."""
+    """Write what :func:`settings_of` reads, and at a resume other ranks do, at any moment."""
     for name, text in zip(SETTINGS, texts, strict=True):
-        (folder / name).write_text(text)
+        write_whole(folder / name, text)
 
 
 def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, list[str]]:
@@ -181,15 +178,6 @@ def build_classifier(
         embedding_size=cfg.model.embedding_size,
         margin=instantiate(cfg.margin),
     )
-
-
-def torch_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """One of torch's own schedulers, its milestones resolved for a run of ``total_steps``."""
-    cfg.total_steps = total_steps
-    own = {}
-    if "max_lr" in cfg.schedule:  # OneCycleLR would give every group the same
-        own["max_lr"] = [group["lr"] for group in optimizer.param_groups]
-    return instantiate(cfg.schedule)(optimizer, **own)
 
 
 def plan_run(cfg: DictConfig, folder: Path) -> None:
@@ -326,7 +314,7 @@ def build_trainer(
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     return instantiate(
         cfg.trainer,
-        callbacks=[SeededBatches(cfg.seed), *callbacks, record],
+        callbacks=[OneRun(folder, resume_step), SeededBatches(cfg.seed), *callbacks, record],
         logger=loggers or False,
         default_root_dir=str(folder),
         **verify,

@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from .curves import thin_curve
@@ -157,6 +159,32 @@ class LastAndBest(Checkpoint):
         if self._best_is_due:
             self._best_is_due = False
             trainer.save_checkpoint(self.folder / "best.ckpt")
+
+
+class OneRun(Callback):
+    """Refuses ranks that are not of one run: each of them finds its folder and checkpoint itself.
+
+    Args:
+        folder: the run folder.
+        resume_step: optimizer step that the run goes on from; 0 for a new one.
+
+    Raises:
+        MisconfigurationException: on every rank, when the ranks have not the same.
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        self.place = f"{folder} at step {resume_step}"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size == 1:
+            return
+        places = [""] * trainer.world_size
+        dist.all_gather_object(places, self.place)
+        if len(set(places)) > 1:
+            raise MisconfigurationException(
+                f"all ranks must have one run folder and go on from one checkpoint, got "
+                f"{' and '.join(sorted(set(places)))}: give hydra.run.dir, on a disk they share"
+            )
 
 
 class RunRecord(Callback):

@@ -26,8 +26,8 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 @program(config_path=CONF, config_name="replay")
-def main(cfg: DictConfig) -> int:
-    """Print the changes, write replay.json and replay.png; returns the number of changes."""
+def main(cfg: DictConfig) -> None:
+    """Print the changes, write replay.json and replay.png."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.schedule.get("_partial_"):
         raise ValueError(
@@ -57,7 +57,6 @@ def main(cfg: DictConfig) -> int:
     (folder / "replay.json").write_text(json.dumps(found, indent=2) + "\n")
     draw(folder / "replay.png", losses, logged, schedule, changes, lr)
     Console().print(f"replay.json and replay.png are in {folder}")
-    return len(changes)
 
 
 def changes_in(lrs: list[float]) -> list[Change]:
