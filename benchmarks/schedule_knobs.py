@@ -1,0 +1,440 @@
+"""What each knob of the schedules does to a recorded loss: ``schedule_knobs.py training.log.gz``.
+
+Draws the pictures of docs/schedules.md and writes the numbers that stand there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common import show, write
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fastface_lightning import MHLR, FastFace, replay
+from fastface_lightning.report import thin
+from fastface_lightning.schedule import Change, PlateauSchedule, PlateauState, read_losses, states
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+Panel = dict[str, PlateauSchedule]
+
+
+def vary(base: PlateauSchedule, knobs: str, values: dict[str, Any]) -> Panel:
+    """``base`` with each of the values, by its label, for a knob or for several at once."""
+    return {
+        label: replace(base, **dict.fromkeys(knobs.split(), value))
+        for label, value in values.items()
+    }
+
+
+FASTFACE, AUTHORS = FastFace(), MHLR(haar_window=4000)
+FASTFACE_KNOBS: dict[str, Panel] = {
+    "ema_window = haar_window": vary(
+        FASTFACE,
+        "ema_window haar_window",
+        {"250": 250, "1000": 1000, "default 2015": None, "8000": 8000},
+    ),
+    "ema_window alone": vary(
+        FASTFACE, "ema_window", {"250": 250, "1000": 1000, "default 2015": None, "8000": 8000}
+    ),
+    "threshold, loss a step": vary(
+        FASTFACE, "threshold", {"2.5e-5": 2.5e-5, "5e-5": 5e-5, "default": None, "2e-4": 2e-4}
+    ),
+    "patience, share of the run": vary(
+        FASTFACE, "patience", {"0.01": 0.01, "0.025": 0.025, "default 0.05": 0.05, "0.1": 0.1}
+    ),
+    "factor": vary(FASTFACE, "factor", {"0.1": 0.1, "0.3": 0.3, "default 0.5": 0.5, "0.7": 0.7}),
+    "max_decays": vary(FASTFACE, "max_decays", {"2": 2, "4": 4, "default 8": 8}),
+    "restart_after": vary(FASTFACE, "restart_after", {"3": 3, "4": 4, "default: never": None}),
+    "variant": {
+        "default": FASTFACE,
+        "literal": FastFace(literal=True),
+        "released": FastFace(released=True),
+    },
+}
+MHLR_KNOBS: dict[str, Panel] = {
+    "haar_window, patience two windows": vary(
+        AUTHORS,
+        "haar_window",
+        {"2000": 2000, "default 3034": None, "the log's 4000": 4000, "8000": 8000},
+    ),
+    "threshold, loss": vary(
+        AUTHORS,
+        "threshold",
+        {"0.015": 0.015, "0.03": 0.03, "default 0.06": 0.06, "0.24": 0.24},
+    ),
+    "patience, steps": vary(
+        AUTHORS, "patience", {"4000": 4000, "default 8000": None, "16000": 16_000}
+    ),
+    "restart_after": vary(AUTHORS, "restart_after", {"never": None, "3": 3, "default 4": 4}),
+    "restart_factor": vary(
+        AUTHORS, "restart_factor", {"1": 1.0, "2": 2.0, "default 4": 4.0, "8": 8.0}
+    ),
+    "max_decays": vary(AUTHORS, "max_decays", {"4": 4, "default: no limit": None}),
+}
+WINDOWS = (100, 250, 500, 1000, 2015, 4000, 8000, 16_000)
+BLUES, ORANGES = ("#2171b5", "#6baed6", "#bdd7e7"), ("#d94801", "#fd8d3c", "#fdd0a2")
+FLAT = slice(180_000, 202_000)
+"""Where the recorded loss hardly moves, so that a response is noise."""
+
+
+# Numbers --------------------------------------------------------------------------------------
+
+
+def sigma(losses: Sequence[float], every: int = 10) -> float:
+    """Noise of a step's loss, from a log whose rows average ``every`` steps."""
+    rows = losses[::every]
+    return statistics.stdev(a - b for a, b in itertools.pairwise(rows)) * math.sqrt(every / 2)
+
+
+def changes_of(schedule: PlateauSchedule, losses: Sequence[float], lr: float = 1.0) -> list[Change]:
+    return replay(losses, schedule, len(losses), lr)
+
+
+def first(schedule: PlateauSchedule, losses: Sequence[float]) -> int | None:
+    """Step of the first change."""
+    return next((change.step for change in changes_of(schedule, losses)), None)
+
+
+def trace(schedule: PlateauSchedule, losses: Sequence[float]) -> list[PlateauState]:
+    return list(states(losses, schedule.bind(len(losses))))
+
+
+def held(losses: list[float]) -> list[float]:
+    """The loss as if nothing had divided its learning rate at 54,271: it stays where it was.
+
+    It goes on at its level before step 54,000, with the noise of the log's flat end.
+    """
+    flat = losses[FLAT]
+    up = statistics.fmean(losses[50_000:54_000]) - statistics.fmean(flat)
+    noise = itertools.cycle(loss + up for loss in flat)
+    return losses[:54_000] + list(itertools.islice(noise, len(losses) - 54_000))
+
+
+def rising(losses: list[float], rise: int, start: float = 35.0) -> list[float]:
+    """The loss after a straight rise of ``rise`` steps to it, cut to the same length."""
+    slope = (losses[0] - start) / rise
+    return ([start + slope * step for step in range(rise)] + losses)[: len(losses)]
+
+
+def knob_rows(name: str, knobs: dict[str, Panel], losses: list[float], lr: float) -> list[Any]:
+    """Every line of a picture: what was set, and the changes that came of it."""
+    return [
+        {"picture": name, "knob": knob, "value": value, "changes": len(made)}
+        | {"first at": made[0].step if made else None}
+        | {"steps": [change.step for change in made], "lr": [change.lr for change in made]}
+        for knob, panel in knobs.items()
+        for value, schedule in panel.items()
+        for made in [changes_of(schedule, losses, lr)]
+    ]
+
+
+def window_rows(losses: list[float]) -> list[dict[str, Any]]:
+    """Noise of the response on the flat end, predicted and found, and when the run is divided."""
+    noise, flat = sigma(losses[FLAT]), held(losses)
+    rows = []
+    for window in WINDOWS:
+        schedule = FastFace(ema_window=window, haar_window=window)
+        seen = trace(schedule, losses)
+        response = [state.response for state in seen[FLAT]]
+        threshold = schedule.bind(len(losses)).threshold_at(seen[-1])
+        rows.append(
+            {
+                "window": window,
+                "predicted noise": noise / (2 * window**1.5),
+                "noise found": statistics.pstdev(response),
+                "threshold": threshold,
+                "above it on the flat end": sum(r >= threshold for r in response) / len(response),
+                "first change": first(schedule, losses),
+                "first, patience 0": first(replace(schedule, patience=0), losses),
+                "first, held flat": first(schedule, flat),
+            }
+        )
+    return rows
+
+
+def mhlr_rows(losses: list[float]) -> list[dict[str, Any]]:
+    """The same for MHLR, its patience held at the log's 8,000 steps."""
+    noise, flat = sigma(losses[FLAT]), held(losses)
+    rows = []
+    for window in (250, 500, 1000, 2000, 4000, 8000):
+        schedule = MHLR(haar_window=window, patience=8000)
+        rows.append(
+            {
+                "haar_window": window,
+                "predicted noise": noise / math.sqrt(6 * window),
+                "noise found": statistics.pstdev(s.response for s in trace(schedule, losses)[FLAT]),
+                "slope at threshold 0.06": 4 * 0.06 / window,
+                "first change": first(schedule, losses),
+                "first, patience two windows": first(MHLR(haar_window=window), losses),
+                "first, held flat": first(schedule, flat),
+            }
+        )
+    return rows
+
+
+def run_rows() -> list[dict[str, Any]]:
+    """What the defaults make of a run's length."""
+    rows = []
+    for steps in (1000, 6240, 20_000, 50_000, 100_000, 202_320, 500_000):
+        fastface, mhlr = FastFace().bind(steps), MHLR().bind(steps)
+        assert fastface.ema_window and fastface.threshold and mhlr.haar_window
+        rows.append(
+            {
+                "run, steps": steps,
+                "window": fastface.ema_window,
+                "patience": fastface.patience,
+                "threshold / highest loss": fastface.threshold,
+                "noise / threshold at 2 %": 0.02
+                / (2 * fastface.ema_window**1.5)
+                / fastface.threshold,
+                "MHLR's window": mhlr.haar_window,
+                "MHLR's patience": mhlr.patience,
+                "slope at threshold 0.06": 4 * 0.06 / mhlr.haar_window,
+            }
+        )
+    return rows
+
+
+def scale_rows(losses: list[float]) -> list[dict[str, Any]]:
+    """The same loss in other units."""
+    schedules = {
+        "FastFace()": FASTFACE,
+        "FastFace(literal=True)": FastFace(literal=True),
+        "MHLR(haar_window=4000)": AUTHORS,
+        "MHLR(haar_window=4000, threshold=0.0013, threshold_mode='peak')": replace(
+            AUTHORS, threshold=0.0013, threshold_mode="peak"
+        ),
+    }
+    return [
+        {"schedule": name, "loss x": unit, "changes": len(made)}
+        | {"steps": [change.step for change in made]}
+        for name, schedule in schedules.items()
+        for unit in (0.1, 1, 10)
+        for made in [changes_of(schedule, [unit * loss for loss in losses])]
+    ]
+
+
+def rise_rows(losses: list[float]) -> list[dict[str, Any]]:
+    """First change on a loss that rises at first and then stays flat (see held)."""
+    return [
+        {
+            "rise, steps": rise,
+            "default": first(FASTFACE, risen),
+            "default, arm_after=0": first(replace(FASTFACE, arm_after=0), risen),
+            "literal": first(FastFace(literal=True), risen),
+            "released": first(FastFace(released=True), risen),
+            "MHLR, m = 4000": first(AUTHORS, risen),
+        }
+        for rise in (5000, 10_000, 15_000, 20_000, 40_000, 60_000)
+        for risen in [rising(held(losses), rise)]
+    ]
+
+
+def first_loss_rows(losses: list[float]) -> list[dict[str, Any]]:
+    """A first loss below the second: flat steps counted at once, and the first change.
+
+    On the run, and on one of a tenth of its length, a step of which is a row of the log.
+    """
+    rows = []
+    for run, below in itertools.product((losses, losses[::10]), (0.0, 0.5, 1.0, 3.0, 5.0)):
+        lowered = [run[0] - below, *run[1:]]
+        row: dict[str, Any] = {"run, steps": len(run), "first loss lower by": below}
+        for name, schedule in FASTFACE_KNOBS["variant"].items():
+            early = trace(schedule, lowered)[: len(run) // 7]
+            row[f"{name}: flat steps"] = max(state.plateau_steps for state in early)
+            row[f"{name}: first change"] = first(schedule, lowered)
+        rows.append(row)
+    return rows
+
+
+def nan_facts(losses: list[float]) -> dict[str, Any]:
+    """One NaN in a thousand losses: how far the first change moves, and on a loss held flat."""
+
+    def holed(losses: list[float]) -> list[float]:
+        return [math.nan if step % 1000 == 500 else loss for step, loss in enumerate(losses)]
+
+    flat = held(losses)
+    return {
+        "NaN losses": sum(map(math.isnan, holed(losses))),
+        "first change": first(FASTFACE, holed(losses)),
+        "first, held flat": first(FASTFACE, holed(flat)),
+        "first, held flat, none NaN": first(FASTFACE, flat),
+    }
+
+
+def close_call(losses: list[float]) -> dict[str, Any]:
+    """The plateau that the recorded run ended by its own first division: how long it counts."""
+    seen = trace(replace(FASTFACE, patience=len(losses) // 2), losses)[:60_000]
+    longest = max(seen, key=lambda state: state.plateau_steps)
+    return {"flat steps": longest.plateau_steps, "last of them": longest.step - 1}
+
+
+# Pictures -------------------------------------------------------------------------------------
+
+
+def draw_knobs(
+    path: Path,
+    knobs: dict[str, Panel],
+    base: PlateauSchedule,
+    losses: list[float],
+    lrs: list[float],
+) -> None:
+    """A panel a knob: the loss in grey, over it the learning rate at each of the knob's values."""
+    rows = len(knobs) // 2
+    figure = Figure(figsize=(8, 2.2 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, 2, sharex=True)
+    recorded = [step / 1000 for step, (a, b) in enumerate(itertools.pairwise(lrs)) if a != b]
+    for axis, (knob, panel) in zip(axes.flat, knobs.items(), strict=True):
+        behind(axis, losses)
+        place = list(panel.values()).index(base)
+        for number, (value, schedule) in enumerate(panel.items()):
+            draw_rate(axis, schedule, losses, value, lrs[0], number - place)
+        foot = axis.get_xaxis_transform()
+        axis.plot(recorded, [0.03] * len(recorded), "^", color="0.35", markersize=4, transform=foot)
+        head(axis, knob)
+    for axis in axes[-1]:
+        axis.set_xlabel("optimizer step, thousands", fontsize=9)
+    save(figure, path)
+
+
+def draw_rate(
+    axis: Axes, schedule: PlateauSchedule, losses: list[float], label: str, lr: float, side: int
+) -> None:
+    """A staircase: black for the base (side 0), blue for values before it, orange after it."""
+    made = changes_of(schedule, losses, lr)
+    steps = [0, *(change.step for change in made), len(losses)]
+    rates = [lr, *(change.lr for change in made)]
+    shades = BLUES if side < 0 else ORANGES
+    style = {"color": shades[abs(side) - 1], "linewidth": 2.4} if side else {"color": "black"}
+    x, y = [step / 1000 for step in steps], [*rates, rates[-1]]
+    axis.step(x, y, where="post", label=label, zorder=2 if side else 3, **style)
+    axis.set_yscale("log")
+    axis.set_ylabel("learning rate", fontsize=9)
+
+
+def behind(axis: Axes, losses: Sequence[float]) -> None:
+    """The loss as a grey shape behind a panel, from 0 at its foot."""
+    scale = axis.twinx()
+    steps, values = thin(range(len(losses)), losses)
+    scale.fill_between(steps / 1000, values, color="0.9", linewidth=0)
+    scale.set_ylim(0, 1.05 * max(losses))
+    scale.set_yticks([])
+    axis.set_zorder(scale.get_zorder() + 1)
+    axis.patch.set_visible(False)
+
+
+def draw_limits(path: Path, losses: list[float], lr: float) -> None:
+    """Four ways to go wrong: a short window, another unit, a rising loss, a first loss."""
+    figure = Figure(figsize=(8, 5.8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    (short, unit), (rise, start) = axes
+
+    span = slice(40_000, 60_000)
+    for window, color in ((250, BLUES[1]), (500, BLUES[0]), (2015, "black")):
+        schedule = FastFace(ema_window=window, haar_window=window)
+        draw_response(short, trace(schedule, losses), span, 1e4, str(window), color)
+    threshold = FASTFACE.bind(len(losses)).threshold_at(trace(FASTFACE, losses)[-1])
+    short.axhline(threshold * 1e4, color="tab:red", linestyle="--", label="threshold")
+    short.set(ylabel="response, 1e-4 loss a step")
+    short.set_ylim(-5, 9)
+
+    literal = FastFace(literal=True)
+    behind(unit, losses)
+    draw_rate(unit, FASTFACE, losses, "default, both", lr, 0)
+    draw_rate(unit, literal, losses, "literal, loss", lr, 1)
+    draw_rate(unit, literal, [loss / 10 for loss in losses], "literal, loss / 10", lr, -1)
+
+    risen = rising(held(losses), 15_000)
+    behind(rise, risen)
+    draw_rate(rise, FASTFACE, risen, "default", lr, 0)
+    draw_rate(rise, literal, risen, "literal", lr, 1)
+
+    lowered = [losses[0] - 5, *losses[1:]]
+    for name, color in (("default", "black"), ("literal", ORANGES[0]), ("released", BLUES[0])):
+        seen = trace(FASTFACE_KNOBS["variant"][name], lowered)
+        draw_response(start, seen, slice(1, 20_000), 1, name, color)
+    start.axhline(5e-5, color="tab:red", linestyle="--", label="threshold")
+    start.set_yscale("symlog", linthresh=1e-4)
+    start.set(ylabel="response, loss a step")
+    start.set_yticks([-1, -1e-2, -1e-4, 1e-4, 1e-2])
+
+    titles = (
+        "windows: noise resets the count",
+        "a fixed threshold and another unit",
+        "a loss that rises for 15,000 steps",
+        "a first loss 5 below the second",
+    )
+    for axis, title in zip(axes.flat, titles, strict=True):
+        head(axis, title)
+        axis.yaxis.label.set_fontsize(9)
+        axis.set_xlabel("optimizer step, thousands", fontsize=9)
+    save(figure, path)
+
+
+def draw_response(
+    axis: Axes, seen: list[PlateauState], span: slice, unit: float, label: str, color: str
+) -> None:
+    steps, values = thin(range(len(seen))[span], [state.response for state in seen[span]])
+    axis.plot(steps / 1000, values * unit, color=color, linewidth=1.2, label=label)
+
+
+def head(axis: Axes, title: str) -> None:
+    """The title, and the legend in one line below it, where no curve is."""
+    axis.set_title(title, fontsize=10, loc="left", pad=19)
+    axis.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=4,
+        fontsize=8.5,
+        frameon=False,
+        borderaxespad=0,
+        handlelength=1.2,
+        handletextpad=0.4,
+        columnspacing=1,
+    )
+
+
+def save(figure: Figure, path: Path) -> None:
+    for axis in figure.axes:
+        axis.tick_params(labelsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Print the tables, draw the pictures and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("log", type=Path, help="the authors' training.log of MS1MV3, may be .gz")
+    log = parser.parse_args().log
+    losses, lrs = read_losses(log)
+    rows = knob_rows("fastface", FASTFACE_KNOBS, losses, lrs[0])
+    rows += knob_rows("mhlr", MHLR_KNOBS, losses, lrs[0])
+    found = {
+        "windows": window_rows(losses),
+        "mhlr_windows": mhlr_rows(losses),
+        "runs": run_rows(),
+        "scale": scale_rows(losses),
+        "rise": rise_rows(losses),
+        "first_loss": first_loss_rows(losses),
+    }
+    brief = [{k: v for k, v in row.items() if k not in ("steps", "lr")} for row in rows]
+    facts = {"steps": len(losses), "sigma": sigma(losses[FLAT]), "nan": nan_facts(losses)}
+    facts["first plateau, default windows"] = close_call(losses)
+    show("Changes of the learning rate on the recorded loss", brief, **facts)
+    for name, table in found.items():
+        show(name, table)
+    write("schedule_knobs", log=log.name, **facts, knobs=rows, **found)
+    draw_knobs(DOCS / "fastface_knobs.png", FASTFACE_KNOBS, FASTFACE, losses, lrs)
+    draw_knobs(DOCS / "mhlr_knobs.png", MHLR_KNOBS, AUTHORS, losses, lrs)
+    draw_limits(DOCS / "schedule_limits.png", losses, lrs[0])
+
+
+if __name__ == "__main__":
+    main()
