@@ -1,5 +1,6 @@
 """What README, cards and recipes show runs: Python blocks as they are, commands on stand-ins."""
 
+import gzip
 import json
 import logging
 import re
@@ -22,9 +23,14 @@ from fastface_lightning.embedding import TorchEmbedder, load_embedder
 from fastface_lightning.export import export
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "memory.md"]
+PAGES = [
+    ROOT / "README.md",
+    *(p for part in ("docs", "recipes") for p in sorted((ROOT / part).glob("*.md"))),
+]
 BLOCKS = {
-    page.name: re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    page.relative_to(ROOT).as_posix(): re.findall(
+        r"^```(\w+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+    )
     for page in PAGES
 }
 # .ci/run runs the two blocks that set a machine up, as they stand there.
@@ -40,10 +46,16 @@ SMALL = {
     "data=lfw": "data.batch_size=4 data.num_workers=0",
     "data=webface12m": "data.root=DIR data.batch_size=4 data.num_workers=0",
     "+paper=f2c": "data.batch_size=4 data.num_workers=0 classifier.pool_size=12",
+    "+paper=ms1mv3": "data.batch_size=4 data.num_workers=0",
+    "+paper=webface": "data.batch_size=4 data.num_workers=0",
     "+paper=attfc": "data.batch_size=4 data.num_workers=0 classifier.queue_size=12",
     "data=synthetic": "data.num_identities=32 data.images_per_identity=4 data.verify_identities=6 "
     "data.verify_pairs=20 data.batch_size=8",
 }
+COMPARED = shlex.split(
+    "epochs=1 batch_size=8 seeds=1 jobs=1 rates=[0.1] only=[fastface,linear] "
+    "drawn.identities=8 drawn.images=3 drawn.unseen=4"
+)
 LARGE = re.compile(r"model=r\d+|\+paper=")
 # The lightest command with a network of the published size: it alone trains the one it names.
 FULL_SIZE = shlex.split("train.py model=r100 data=webface12m")
@@ -64,7 +76,7 @@ def test_python_blocks_run(
 
 
 def test_every_command_is_known() -> None:
-    assert len(COMMANDS) == 62
+    assert len(COMMANDS) == 74
     assert sum(shlex.split(command)[1:] == FULL_SIZE for command in COMMANDS) == 1
     for command in COMMANDS:
         assert re.match(r"python (train|recipes/\w+)\.py ", command), command
@@ -94,8 +106,9 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{person}_{number:04d}.jpg")
     train, test = people[:12], people[12:]
-    lines = [str(len(train)), *(f"{name}\t2" for name in train)]
-    (home / "LFW" / "peopleDevTrain.txt").write_text("\n".join(lines) + "\n")
+    for file, names in {"peopleDevTrain.txt": train, "peopleDevTest.txt": test}.items():
+        lines = [str(len(names)), *(f"{name}\t2" for name in names)]
+        (home / "LFW" / file).write_text("\n".join(lines) + "\n")
     same = [f"{name}\t1\t2" for name in test]
     other = [f"{a}\t1\t{b}\t2" for a, b in zip(test, test[1:] + test[:1], strict=True)]
     (home / "LFW" / "pairsDevTest.txt").write_text("\n".join(["12", *same, *other]) + "\n")
@@ -155,6 +168,9 @@ def test_commands_run(
     (finished / "checkpoints").mkdir(parents=True, exist_ok=True)
     if "recipes/replay.py" in words:
         (finished / "metrics.csv").write_text("step,train/loss\n0,5\n300,2\n")
+        row = "Loss {} LearningRate 0.02 Epoch: 0 Global Step: {}\n"
+        rows = "".join(row.format(5 - step / 100, step) for step in range(20, 301, 10))
+        (stand_in / "training.log.gz").write_bytes(gzip.compress(rows.encode()))
     if "=RUN/checkpoints" in command:
         for name in ("best.ckpt", "last.ckpt"):
             (finished / "checkpoints" / name).write_bytes(checkpoint)
@@ -168,7 +184,7 @@ def test_commands_run(
         monkeypatch.setattr(sys, "argv", small(words))
         load(stand_in / "train.py").main()
     else:
-        run(words, stand_in)
+        run([*words, *(COMPARED if "recipes/compare.py" in words else [])], stand_in)
     shutil.rmtree(finished)
 
 

@@ -117,7 +117,7 @@ def train(
         default_root_dir=folder,
         accelerator="cpu",
         devices=ranks,
-        strategy="ddp_fork" if ranks > 1 else "auto",
+        strategy="ddp_spawn" if ranks > 1 else "auto",
         max_epochs=EPOCHS,
         check_val_every_n_epoch=EPOCHS,
         accumulate_grad_batches=accumulate,
