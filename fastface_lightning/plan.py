@@ -56,6 +56,11 @@ class PartPlan(NamedTuple):
     encoded: int = 0
 
 
+# Updates in place that make nothing. They have no rule for fake tensors, and would be run on real
+# zeros of all weights, gradients and momenta.
+FUSED = ("aten::_fused_sgd_", "aten::_fused_adam_", "aten::_fused_adamw_")
+
+
 class MemoryMeter(TorchDispatchMode):
     """Bytes of all tensors made within the context that are alive, and the most there ever were.
 
@@ -72,6 +77,8 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func._schema.name in FUSED:
+            return None
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:

@@ -50,7 +50,8 @@ FARS = {"tar": 1e-2, "tar_1e-3": 1e-3}
 BASELINE, TIMES = "baseline", 4
 TUNING = 1_000  # the seed of the runs that choose a learning rate; those that count begin at 0
 TARS, LOSSES = 6, 42  # points of a curve in E epochs
-# Student's t: 95 % of the mean of n values lie within t[n] standard errors.
+# Student's t: the 95 % interval of a mean of n values is T95[n] standard errors to each side; of
+# more than ten it is taken as wide as of ten.
 T95 = [math.nan, math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 Row = dict[str, Any]
 
@@ -76,6 +77,9 @@ def main(cfg: DictConfig) -> None:
     check_numbers(
         cfg, "epochs", "batch_size", "seeds", "jobs", *[f"drawn.{key}" for key in cfg.drawn]
     )
+    ways = list(cfg.ways) if cfg.only is None else list(cfg.only)
+    if not set(ways) <= set(cfg.ways):
+        raise ValueError(f"only must name some of {', '.join(cfg.ways)}, got {', '.join(ways)}")
     folder = Path(HydraConfig.get().runtime.output_dir)
     kept = Kept(folder / "compare.json", cfg)
     with tempfile.TemporaryDirectory() as scratch:
@@ -83,13 +87,12 @@ def main(cfg: DictConfig) -> None:
         faces = drawn_faces(**cfg.drawn) if cfg.root is None else lfw(Path(cfg.root))
         torch.save([(part.images, torch.from_numpy(part.labels)) for part in faces], file)
         job = functools.partial(train, epochs=cfg.epochs, batch_size=cfg.batch_size, file=file)
-        ways = list(cfg.ways) if cfg.only is None else list(cfg.only)
         if len(cfg.rates) > 1:
             kept.add([Run(way, lr, TUNING) for way, lr in product(ways, cfg.rates)], job, cfg.jobs)
         rates = {way: kept.best_rate(way) if len(cfg.rates) > 1 else cfg.rates[0] for way in ways}
         runs = [Run(way, rates[way], seed) for seed, way in product(range(cfg.seeds), ways)]
         kept.add(runs, job, cfg.jobs)
-    report(kept.counted(), folder)
+    report(kept.counted(rates), folder)
 
 
 def drawn_faces(identities: int, images: int, unseen: int) -> Faces:
@@ -175,9 +178,11 @@ class Kept:
         mine = [row for row in self.rows if row["way"] == way and row["seed"] == TUNING]
         return max(mine, key=lambda row: row["tar"])["lr"]
 
-    def counted(self) -> dict[str, list[Row]]:
-        """The runs that count of each way, by seed."""
-        rows = sorted((row for row in self.rows if row["seed"] != TUNING), key=lambda r: r["seed"])
+    def counted(self, rates: dict[str, float]) -> dict[str, list[Row]]:
+        """The runs that count of each way, by seed: at its rate, where that is given."""
+        rows = [row for row in self.rows if row["seed"] != TUNING]
+        rows = [row for row in rows if row["lr"] == rates.get(row["way"], row["lr"])]
+        rows.sort(key=lambda row: row["seed"])
         return {way: mine for way in self.ways if (mine := [r for r in rows if r["way"] == way])}
 
 
@@ -276,18 +281,20 @@ def scores_of(module: Any, faces: MemoryFaces) -> tuple[Tensor, Tensor]:
 
 
 class Mean(NamedTuple):
-    """A mean over seeds, and how far its 95 % interval reaches to each side."""
+    """A mean over seeds, and how far its 95 % interval reaches to each side; None of one seed."""
 
     value: float
-    reach: float
+    reach: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
         n = len(values)
-        return cls(mean(values), T95[n] * stdev(values) / math.sqrt(n) if n > 1 else math.nan)
+        if n == 1:
+            return cls(values[0], None)
+        return cls(mean(values), T95[min(n, len(T95) - 1)] * stdev(values) / math.sqrt(n))
 
     def percent(self) -> str:
-        reach = "" if math.isnan(self.reach) else f" ± {100 * self.reach:.1f}"
+        reach = "" if self.reach is None else f" ± {100 * self.reach:.1f}"
         return f"{100 * self.value:.1f}{reach}"
 
 
@@ -327,13 +334,15 @@ def difference(rows: list[Row], others: list[Row]) -> Mean | None:
 
 
 def share_to_reach(rows: list[Row], baseline: list[Row]) -> float | None:
-    """Images until the mean TAR has come within a point of the baseline's, over the baseline's."""
+    """Images until the mean TAR has come within a point of the baseline's, over the baseline's;
+    None if it never does."""
     if not baseline:
         return None
     goal = mean(row["tar"] for row in baseline) - 0.01
     all_images = baseline[0]["tar_curve"][-1][0]
     reached = (images for images, tar in mean_curve(rows, "tar_curve") if tar >= goal)
-    return round(next(reached, math.nan) / all_images, 3)
+    images = next(reached, None)
+    return None if images is None else round(images / all_images, 3)
 
 
 def mean_curve(rows: list[Row], key: str) -> list[tuple[int, float]]:
@@ -360,8 +369,7 @@ def draw(found: dict[str, list[Row]], path: Path) -> None:
             )
         end = Mean.of([100 * row["tar"] for row in rows])
         ends.plot([100 * row["tar"] for row in rows], [place] * len(rows), ".", color="0.7")
-        reach = 0 if math.isnan(end.reach) else end.reach
-        ends.errorbar(end.value, place, xerr=reach, fmt="o", color=color, capsize=3)
+        ends.errorbar(end.value, place, xerr=end.reach, fmt="o", color=color, capsize=3)
     accuracy.set(xlabel="images seen, millions", ylabel="TAR at FAR 1e-2, %")
     loss.set(xlabel="images seen, millions", ylabel="training loss")
     accuracy.legend(frameon=False)
