@@ -4,7 +4,6 @@ import itertools
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,10 +29,6 @@ def composed(*overrides: str, config: str = "train") -> DictConfig:
     find_recipes(CONF)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(config, list(overrides))
-
-
-def steps_of(share: float, *, _root_: Any) -> int:
-    return int(share * _root_.total_steps)
 
 
 def test_the_options_are_those_promised() -> None:
@@ -185,7 +180,6 @@ def test_the_paper_run() -> None:
 
 @pytest.mark.parametrize("schedule", OPTIONS["schedule"])
 def test_every_schedule_builds_and_steps(schedule: str) -> None:
-    OmegaConf.register_new_resolver("steps", steps_of, replace=True)
     cfg = composed(f"schedule={schedule}", "total_steps=100", "optimizer.lr=0.1")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=cfg.optimizer.lr)
     if not cfg.schedule.get("_partial_"):
