@@ -121,12 +121,23 @@ class Plain:
 
 
 class Clock(Callback):
-    """Seconds from the start of an epoch to the end of its last batch."""
+    """Seconds to the end of the last batch.
+
+    Args:
+        loading: from before the trainer starts the loading processes; else from the epoch's start.
+    """
 
     seconds = 0.0
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def __init__(self, loading: bool) -> None:
+        self.loading = loading
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.loading:
+            self.start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -168,7 +179,7 @@ class Program:
         record = RunRecord(self.folder, {})
         schedule = instantiate(self.cfg.schedule)
         trainer = train.build_trainer(self.cfg, self.folder, schedule, record, 0)
-        clock = Clock()
+        clock = Clock(loading=batches is None)
         trainer.callbacks.append(clock)  # type: ignore[attr-defined]
         with contextlib.redirect_stdout(io.StringIO()):  # the progress bar
             if batches is None:
@@ -201,7 +212,7 @@ class Program:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lfw", type=Path, help="folder of <identity>/<image>; else drawn faces")
-    parser.add_argument("--images", type=int, default=128, help="images an epoch")
+    parser.add_argument("--images", type=int, default=640, help="images an epoch")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -226,7 +237,11 @@ def main() -> None:
             del programs
         facts |= trainer_overhead(make(100, ["model=tiny"]))
     cost = facts["trainer_ms_a_step"]
-    shares = {row["network"]: 100 * cost / row["ms a step"] for row in rows if row["way"] in WAYS}
+    shares = {
+        f"{row['network']}, {row['centres']:,} centres": 100 * cost / row["ms a step"]
+        for row in rows
+        if row["way"] == "train.py"
+    }
     report(
         "train_step",
         f"Training at batch {BATCH}, 112x112, {THREADS} threads, {WORKERS} loading processes",

@@ -73,10 +73,11 @@ def read_rows(sweep: Path) -> list[Row]:
 
 
 def add_row(sweep: Path, row: Row) -> None:
-    """Write a job into ``sweep.json``; a failure does not replace what the job once achieved."""
+    """Write a job into ``sweep.json``; a failure does not replace what the same job achieved."""
     rows = {old["folder"]: old for old in read_rows(sweep)}
     before = rows.get(row["folder"])
-    if before is None or before["error"] or not row["error"]:
+    achieved = before and not before["error"] and before["overrides"] == row["overrides"]
+    if not (achieved and row["error"]):
         rows[row["folder"]] = row
     write_whole(sweep / "sweep.json", json.dumps(list(rows.values()), indent=2) + "\n")
 
@@ -258,17 +259,18 @@ def plot_rows(path: Path, rows: Sequence[Row]) -> bool:
 
 
 def draw_map(axis: Axes, grid: Grid, values: NDArray[np.float64], form: str) -> None:
-    """One map; every cell says its value, that all its jobs failed, or that there was none."""
+    """One map; every cell says its value, how many of its jobs failed, or that there was none."""
     axis.imshow(np.ma.masked_invalid(values), origin="lower", aspect="auto")
     axis.set_facecolor("0.92")
     middle = (np.nanmin(values) + np.nanmax(values)) / 2  # dark below, where text is white
     for j, line in enumerate(grid.cells):
         for i, cell in enumerate(line):
-            value, failed = values[j, i], bool(cell) and all(row["error"] for row in cell)
-            text = "failed" if failed else "none" if cell else ""
-            colour = "tab:red" if failed else "black"
+            value, failed = values[j, i], sum(bool(row["error"]) for row in cell)
+            lost = failed > 0 and failed == len(cell)
+            text = "failed" if lost else "none" if cell else ""
+            colour = "tab:red" if lost else "black"
             if np.isfinite(value):
-                text = format(value, form)
+                text = format(value, form) + (f"\n{failed} failed" if failed else "")
                 colour = "white" if value <= middle else "black"
             axis.text(i, j, text, ha="center", va="center", color=colour, fontsize=8)
     axis.set_xticks(range(len(grid.xs)), grid.xs)

@@ -10,13 +10,14 @@ import functools
 import json
 import logging
 import math
+import signal
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -39,9 +40,10 @@ from fastface_lightning.data.memory import MemoryFaces, shrunk
 from fastface_lightning.evaluation import all_pairs, roc_auc, tar_at_far
 from fastface_lightning.margins import CosFace
 from fastface_lightning.module import FaceModule
-from fastface_lightning.program import check_numbers, program, torch_schedule
+from fastface_lightning.program import program, torch_schedule
 from fastface_lightning.report import write_whole
 from fastface_lightning.run_record import processor_name
+from fastface_lightning.schedule.plateau import check_count
 from fastface_lightning.sgd import SGD
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -74,12 +76,8 @@ class Faces(NamedTuple):
 @program(config_path=CONF, config_name="compare")
 def main(cfg: DictConfig) -> None:
     """Tune the learning rates, make the runs that count, and report."""
-    check_numbers(
-        cfg, "epochs", "batch_size", "seeds", "jobs", *[f"drawn.{key}" for key in cfg.drawn]
-    )
-    ways = list(cfg.ways) if cfg.only is None else list(cfg.only)
-    if not set(ways) <= set(cfg.ways):
-        raise ValueError(f"only must name some of {', '.join(cfg.ways)}, got {', '.join(ways)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends the workers too
+    ways, grid = check(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     kept = Kept(folder / "compare.json", cfg)
     with tempfile.TemporaryDirectory() as scratch:
@@ -87,21 +85,38 @@ def main(cfg: DictConfig) -> None:
         faces = drawn_faces(**cfg.drawn) if cfg.root is None else lfw(Path(cfg.root))
         torch.save([(part.images, torch.from_numpy(part.labels)) for part in faces], file)
         job = functools.partial(train, epochs=cfg.epochs, batch_size=cfg.batch_size, file=file)
-        if len(cfg.rates) > 1:
-            kept.add([Run(way, lr, TUNING) for way, lr in product(ways, cfg.rates)], job, cfg.jobs)
-        rates = {way: kept.best_rate(way) if len(cfg.rates) > 1 else cfg.rates[0] for way in ways}
+        if len(grid) > 1:
+            kept.add([Run(way, lr, TUNING) for way, lr in product(ways, grid)], job, cfg.jobs)
+        rates = {way: kept.best_rate(way, grid) for way in ways}
         runs = [Run(way, rates[way], seed) for seed, way in product(range(cfg.seeds), ways)]
         kept.add(runs, job, cfg.jobs)
     report(kept.counted(rates), folder)
 
 
+def check(cfg: DictConfig) -> tuple[list[str], list[float]]:
+    """The ways to compare, and the learning rates to choose from.
+
+    Raises:
+        ValueError: a setting is not what the program needs.
+    """
+    counts = ("epochs", "batch_size", "seeds", "jobs", *(f"drawn.{key}" for key in cfg.drawn))
+    for key in counts:
+        least = 2 if key == "drawn.unseen" else 1
+        check_count(key, OmegaConf.select(cfg, key), least, optional=False)
+    only = list(cfg.ways) if cfg.only is None else cfg.only
+    if isinstance(only, str) or not only or not set(only) <= set(cfg.ways):
+        raise ValueError(f"only must be a list of some of {', '.join(cfg.ways)}, got {only}")
+    rates = cfg.rates if isinstance(cfg.rates, ListConfig) else []
+    if not rates or not all(isinstance(lr, (int, float)) and lr > 0 for lr in rates):
+        raise ValueError(f"rates must be a list of learning rates above 0, got {cfg.rates}")
+    return list(only), list(rates)
+
+
 def drawn_faces(identities: int, images: int, unseen: int) -> Faces:
-    """Drawn faces; the last people are to be recognised."""
+    """Drawn faces; the last people are to be recognised, on six images each."""
     seen = SyntheticFaces(identities, images, size=PIXELS)
-    return Faces(
-        shrunk(seen, PIXELS),
-        shrunk(SyntheticFaces(unseen, images, first_identity=identities, size=PIXELS), PIXELS),
-    )
+    others = SyntheticFaces(unseen, 6, first_identity=identities, size=PIXELS)
+    return Faces(shrunk(seen, PIXELS), shrunk(others, PIXELS))
 
 
 def lfw(root: Path) -> Faces:
@@ -163,8 +178,12 @@ class Kept:
                     f"TAR {row['tar']:.1%}, loss {row['loss']:.3f}, {row['seconds']:.0f} s",
                     flush=True,
                 )
+        except BaseException:  # also Ctrl-C: what is under way is made anew by the same command
+            for worker in active_children():
+                worker.kill()
+            raise
         finally:
-            pool.shutdown(cancel_futures=True)  # else after an error the others would still be run
+            pool.shutdown(cancel_futures=True)
 
     def _keep(self, row: Row) -> None:
         self.rows.append(row)
@@ -173,17 +192,20 @@ class Kept:
         lines = ",\n".join(json.dumps(row) for row in self.rows)
         write_whole(self.file, f'{json.dumps(content)[:-1]}, "runs": [\n{lines}\n]}}\n')
 
-    def best_rate(self, way: str) -> float:
-        """The learning rate of the tuning run of a way that recognised most."""
-        mine = [row for row in self.rows if row["way"] == way and row["seed"] == TUNING]
-        return max(mine, key=lambda row: row["tar"])["lr"]
+    def best_rate(self, way: str, grid: Sequence[float]) -> float:
+        """The learning rate of a grid with which the tuning run of a way recognised most."""
+        if len(grid) == 1:
+            return grid[0]
+        tar = {r["lr"]: r["tar"] for r in self.rows if r["way"] == way and r["seed"] == TUNING}
+        return max(grid, key=lambda lr: tar[lr])
 
     def counted(self, rates: dict[str, float]) -> dict[str, list[Row]]:
-        """The runs that count of each way, by seed: at its rate, where that is given."""
-        rows = [row for row in self.rows if row["seed"] != TUNING]
-        rows = [row for row in rows if row["lr"] == rates.get(row["way"], row["lr"])]
-        rows.sort(key=lambda row: row["seed"])
-        return {way: mine for way in self.ways if (mine := [r for r in rows if r["way"] == way])}
+        """The runs that count, by seed: those of each of these ways at its rate."""
+        rows = sorted(self.rows, key=lambda row: row["seed"])
+        return {
+            way: [r for r in rows if r["way"] == way and r["lr"] == lr and r["seed"] != TUNING]
+            for way, lr in rates.items()
+        }
 
 
 def train(run: Run, schedule: dict[str, Any], epochs: int, batch_size: int, file: Path) -> Row:
@@ -204,7 +226,9 @@ def train(run: Run, schedule: dict[str, Any], epochs: int, batch_size: int, file
     sampler = EpochSampler(faces.seen, run.seed)
     loader = FaceLoader(faces.seen, batch_size, sampler)  # type: ignore[arg-type]
     curves = Curves(faces.unseen, len(loader) * epochs)
-    watching = [] if of_torch else [FastFaceCallback(instantiate(config.schedule))]
+    # A rate that is far too high ends with a network that recognises nobody, not with an error.
+    patient = {} if of_torch else {"max_nonfinite": len(loader) * epochs}
+    watching = [] if of_torch else [FastFaceCallback(instantiate(schedule, **patient))]
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs * (TIMES if run.way == BASELINE else 1),
@@ -269,11 +293,16 @@ class Curves(Callback):
 
 @torch.no_grad()
 def scores_of(module: Any, faces: MemoryFaces) -> tuple[Tensor, Tensor]:
-    """Scores and sameness of all pairs of images; the module goes on as it was."""
+    """Scores and sameness of all pairs of images; the module goes on as it was.
+
+    Of a network that diverged the scores are all 0: it recognises nobody.
+    """
     training = module.training
     module.eval()
     embeddings = torch.cat([module.embed(part) for part in faces.images.split(500)])
     module.train(training)
+    if not embeddings.isfinite().all():
+        embeddings = torch.zeros_like(embeddings)
     return all_pairs(embeddings, torch.from_numpy(faces.labels))
 
 
@@ -300,8 +329,6 @@ class Mean(NamedTuple):
 
 def report(found: dict[str, list[Row]], folder: Path) -> None:
     """Print what the runs show, keep it as ``summary.json``, draw ``compare.png``."""
-    if not found:
-        return
     lines = sorted((line_of(way, found) for way in found), key=lambda line: -line["tar"].value)
     table = Table(title="People not trained on, all pairs, mean over seeds and 95 % interval (%)")
     for column in lines[0]:
@@ -321,8 +348,10 @@ def line_of(way: str, found: dict[str, list[Row]]) -> Row:
     for rival in ("linear", BASELINE):
         line[f"tar - {rival}"] = difference(rows, found.get(rival, []))
     line["loss"] = round(mean(row["loss"] for row in rows), 3)
-    line["images to baseline - 1"] = share_to_reach(rows, found.get(BASELINE, []))
-    line["changes"] = " ".join(f"{step / rows[0]['steps']:.2f}" for step, _ in rows[0]["changes"])
+    line["share of images to baseline - 1"] = share_to_reach(rows, found.get(BASELINE, []))
+    line["divisions"] = " ".join(str(len(row["changes"])) for row in rows)
+    first = (f"{row['changes'][0][0] / row['steps']:.2f}" for row in rows if row["changes"])
+    line["first at"] = " ".join(first)
     return line
 
 
@@ -334,15 +363,16 @@ def difference(rows: list[Row], others: list[Row]) -> Mean | None:
 
 
 def share_to_reach(rows: list[Row], baseline: list[Row]) -> float | None:
-    """Images until the mean TAR has come within a point of the baseline's, over the baseline's;
-    None if it never does."""
+    """Images until the mean TAR is within a point of where the baseline's ends, and stays there,
+    over the baseline's images; None if it never is."""
     if not baseline:
         return None
     goal = mean(row["tar"] for row in baseline) - 0.01
     all_images = baseline[0]["tar_curve"][-1][0]
-    reached = (images for images, tar in mean_curve(rows, "tar_curve") if tar >= goal)
-    images = next(reached, None)
-    return None if images is None else round(images / all_images, 3)
+    curve = mean_curve(rows, "tar_curve")
+    short = [i for i, (_, tar) in enumerate(curve) if tar < goal]
+    first = short[-1] + 1 if short else 0
+    return None if first == len(curve) else round(curve[first][0] / all_images, 3)
 
 
 def mean_curve(rows: list[Row], key: str) -> list[tuple[int, float]]:

@@ -69,8 +69,12 @@ def test_ways_are_compared_seed_by_seed() -> None:
 )
 def test_images_until_a_point_below_the_baseline(tar: float, share: float | None) -> None:
     baseline = [row("baseline", seed, 0.81) for seed in range(2)]
-    found = compare.share_to_reach([row("fastface", seed, tar) for seed in range(2)], baseline)
+    rows = [row("fastface", seed, tar) for seed in range(2)]
+    found = compare.share_to_reach(rows, baseline)
     assert found == (share if share is None else pytest.approx(share, abs=1e-3))
+    for one in rows:
+        one["tar_curve"].append([1000, 0.1])  # what is lost again was not reached
+    assert compare.share_to_reach(rows, baseline) is None
 
 
 def test_a_way_has_the_rate_that_recognised_most(tmp_path: Path) -> None:
@@ -79,14 +83,15 @@ def test_a_way_has_the_rate_that_recognised_most(tmp_path: Path) -> None:
         kept._keep(row("linear", compare.TUNING, tar, lr))
         kept._keep(row("cosine", compare.TUNING, 1 - tar, lr))
     kept._keep(row("linear", 0, 0.9, 0.2))  # a run that counts chooses nothing
-    assert (kept.best_rate("linear"), kept.best_rate("cosine")) == (0.1, 0.05)
-    kept._keep(row("linear", 0, 0.5, 0.1))
+    grid = (0.05, 0.1, 0.2)
+    assert (kept.best_rate("linear", grid), kept.best_rate("cosine", grid)) == (0.1, 0.05)
+    assert kept.best_rate("linear", (0.05, 0.2)) == 0.2  # nor a rate that is not in the grid
+    assert kept.best_rate("linear", (0.3,)) == 0.3
+    kept._keep(row("linear", 3, 0.5, 0.1))
+    kept._keep(row("linear", 1, 0.4, 0.1))
     kept._keep(row("cosine", 1, 0.3, 0.2))
     found = kept.counted({"linear": 0.1})
-    assert {way: [r["lr"] for r in rows] for way, rows in found.items()} == {
-        "linear": [0.1],
-        "cosine": [0.2],
-    }
+    assert {way: [r["tar"] for r in rows] for way, rows in found.items()} == {"linear": [0.4, 0.5]}
 
 
 def composed_compare(*overrides: str) -> Any:
@@ -170,6 +175,11 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "here" / "compare.png").stat().st_size > 10_000
     ends = {(r["way"], r["seed"]): r for r in whole["runs"] if r["seed"] != compare.TUNING}
     assert ends["baseline", 0]["steps"] == 4 * ends["linear", 0]["steps"] == 12
+    for one in ends.values():
+        points = [steps * 8 for steps in range(1, one["steps"] + 1)]  # images, at every step
+        assert [images for images, _ in one["tar_curve"]] == points
+        assert [images for images, _ in one["loss_curve"]] == points
+        assert one["tar_curve"][-1][1] == pytest.approx(one["tar"], abs=1e-5)
 
     cut = {**whole, "runs": whole["runs"][:7]}
     file.write_text(json.dumps(cut))
@@ -186,11 +196,44 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("epochs=many", "epochs must be a number, got 'many'"),
-        ("only=[linear,mine]", "only must name some of baseline, fastface, "),
+        ("epochs=many", "epochs must be a whole number, got many"),
+        ("seeds=1.5", "seeds must be a whole number, got 1.5"),
+        ("jobs=0", "jobs must be at least 1, got 0"),
+        ("drawn.unseen=1", "drawn.unseen must be at least 2, got 1"),
+        ("only=[linear,mine]", "only must be a list of some of baseline, fastface, "),
+        ("only=linear", "only must be a list of some of baseline, fastface, "),
+        ("rates=0.1", "rates must be a list of learning rates above 0, got 0.1"),
+        ("rates=[]", "rates must be a list of learning rates above 0, got []"),
     ],
 )
 def test_a_wrong_word_gets_one_sentence(words: str, told: str, run: Run) -> None:
     ended = run(words, program="recipes/compare.py")
     assert ended.code == 2
     assert ended.err.startswith(f"error: {told}") and ended.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_network_that_diverged_recognises_nobody(tmp_path: Path) -> None:
+    from test_readme import run
+
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    words = [*TINY, "only=[linear,fastface]", "rates=[1e20]", "hydra.run.dir=here"]
+    run(["recipes/compare.py", *words], tmp_path)
+    rows = json.loads((tmp_path / "here" / "compare.json").read_text())["runs"]
+    assert [(r["tar"], r["auc"]) for r in rows] == [(0.0, 0.5)] * 4
+
+
+def test_the_curve_of_the_loss_is_a_mean_over_its_steps() -> None:
+    from types import SimpleNamespace
+
+    curves = compare.Curves(None, steps=84)  # two steps a point
+    for step in range(1, 14):
+        images = torch.zeros(8, 1)
+        curves.on_train_batch_end(
+            SimpleNamespace(global_step=step),
+            None,
+            {"loss": torch.tensor(float(step))},
+            (images, images),
+            step - 1,
+        )
+    assert curves.loss == [(16 * i, 2 * i - 0.5) for i in range(1, 7)]

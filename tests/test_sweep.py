@@ -244,6 +244,9 @@ def test_a_later_failure_does_not_replace_a_result(tmp_path: Path) -> None:
     add_row(tmp_path, row(1, result=0.8))
     add_row(tmp_path, row(0, result=0.7))
     assert read_rows(tmp_path) == [row(0, result=0.7), row(1, result=0.8)]
+    other = row(0, error="no such data", seed=7)  # of another sweep into the same folder
+    add_row(tmp_path, other)
+    assert read_rows(tmp_path) == [other, row(1, result=0.8)]
 
 
 # The table
