@@ -212,7 +212,7 @@ class Program:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lfw", type=Path, help="folder of <identity>/<image>; else drawn faces")
-    parser.add_argument("--images", type=int, default=640, help="images an epoch")
+    parser.add_argument("--images", type=int, default=320, help="images an epoch")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
