@@ -349,8 +349,8 @@ def line_of(way: str, found: dict[str, list[Row]]) -> Row:
         line[f"tar - {rival}"] = difference(rows, found.get(rival, []))
     line["loss"] = round(mean(row["loss"] for row in rows), 3)
     line["share of images to baseline - 1"] = share_to_reach(rows, found.get(BASELINE, []))
-    line["divisions"] = " ".join(str(len(row["changes"])) for row in rows)
-    first = (f"{row['changes'][0][0] / row['steps']:.2f}" for row in rows if row["changes"])
+    first = [f"{row['changes'][0][0] / row['steps']:.2f}" for row in rows if row["changes"]]
+    line["divisions"] = " ".join(str(len(row["changes"])) for row in rows) if first else ""
     line["first at"] = " ".join(first)
     return line
 
