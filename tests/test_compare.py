@@ -237,3 +237,40 @@ def test_the_curve_of_the_loss_is_a_mean_over_its_steps() -> None:
             step - 1,
         )
     assert curves.loss == [(16 * i, 2 * i - 0.5) for i in range(1, 7)]
+
+
+def told(line: dict[str, Any]) -> str:
+    """A line of summary.json as docs/evidence.md shows it."""
+
+    def percent(key: str) -> str:
+        return (
+            ""
+            if line[key] is None or key.endswith(line["way"])
+            else compare.Mean(*line[key]).percent()
+        )
+
+    share = line["share of images to baseline - 1"]
+    cells = [f"`{line['way']}`", f"{line['lr']:g}"]
+    cells += [percent(key) for key in ("tar", "tar_1e-3", "auc", "tar - linear", "tar - baseline")]
+    cells += ["-" if share is None else f"{share:.2f}", line["divisions"], line["first at"]]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("name", ["compare_lfw", "compare_drawn", "compare_short"])
+def test_the_evidence_is_what_the_runs_show(name: str) -> None:
+    folder = ROOT / "benchmarks" / "results" / name
+    rows = json.loads((folder / "compare.json").read_text())["runs"]
+    lines = json.loads((folder / "summary.json").read_text())
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    found = {
+        line["way"]: [
+            row
+            for row in rows
+            if (row["way"], row["lr"]) == (line["way"], line["lr"])
+            and row["seed"] != compare.TUNING
+        ]
+        for line in lines
+    }
+    for line in lines:
+        assert json.loads(json.dumps(compare.line_of(line["way"], found))) == line
+        assert told(line) in page
