@@ -403,7 +403,9 @@ def draw(found: dict[str, list[Row]], path: Path) -> None:
     accuracy.set(xlabel="images seen, millions", ylabel="TAR at FAR 1e-2, %")
     loss.set(xlabel="images seen, millions", ylabel="training loss")
     accuracy.legend(frameon=False)
+    reached = [100 * row["tar"] for rows in found.values() for row in rows]
     ends.set(yticks=range(len(order)), yticklabels=order, xlabel="TAR at the end, %")
+    ends.set_xlim(min(reached) - 5, max(reached) + 5)  # an interval of two seeds may be far wider
     for axis in (accuracy, loss, ends):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -45,8 +45,8 @@ def test_the_options_are_those_promised() -> None:
         *("adaface", "magface", "curricularface", "elasticface"),
     }
     assert set(OPTIONS["schedule"]) == {
-        *("fastface", "fastface_released", "mhlr", "polynomial", "multistep", "cosine"),
-        *("linear", "onecycle", "plateau", "constant"),
+        *("fastface", "fastface_plus", "fastface_released", "mhlr", "polynomial", "multistep"),
+        *("cosine", "linear", "onecycle", "plateau", "constant"),
     }
     assert set(OPTIONS["classifier"]) == {"full", "chunked", "partial", "dcp", "attfc"}
     assert set(OPTIONS["optimizer"]) == {"sgd", "adamw"}

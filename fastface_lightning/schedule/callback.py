@@ -44,7 +44,8 @@ class FastFaceCallback(Callback):
             on accelerators.
 
     Attributes:
-        changes: divisions and restarts so far, those before a resume included.
+        changes: divisions, restarts and the start of a line to zero so far, those before a resume
+            included.
         state: the schedule's state at the last reading.
 
     Raises:
@@ -226,6 +227,7 @@ class FastFaceCallback(Callback):
             rank_zero_info(
                 f"step {step}: loss flat for {self._at.bound.patience + 1} steps, "  # type: ignore[operator]
                 f"lr {made.lr / made.factor:.4g} -> {made.lr:.4g}"
+                + ("" if after.annealing_since is None else ", in a line to zero")
             )
 
     def _apply(self, trainer: Trainer) -> None:

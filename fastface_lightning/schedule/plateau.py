@@ -46,6 +46,8 @@ class PlateauState(NamedTuple):
     """Those of them that came last, in a row."""
     memory: tuple[Any, ...] = ()
     """What one detector keeps besides."""
+    annealing_since: int | None = None
+    """Step whose loss began the line to zero, if one has."""
 
 
 S = TypeVar("S", bound="PlateauSchedule")
@@ -63,7 +65,11 @@ class PlateauSchedule(ABC):
 
     and as soon as :math:`c_t` exceeds ``patience``, :math:`c_t = 0` and the learning rate is
     multiplied by ``factor`` -- or by ``restart_factor`` if this was plateau number
-    ``restart_after`` in a row.
+    ``restart_after`` in a row. With ``anneal_to`` nothing is divided: the first plateau, at step
+    :math:`p`, begins a line that would reach zero one step after ``anneal_to``, :math:`A`,
+
+    .. math::
+        \mathrm{scale}_t = \frac{\max(1, A + 1 - t)}{A + 1 - p}, \qquad t > p.
 
     The rule is *armed* once the smoothed loss has lost 5 % of its peak, at the latest after
     ``arm_after``: at the start of a run the loss of a margin softmax rises or stands still, and a
@@ -81,6 +87,8 @@ class PlateauSchedule(ABC):
         max_decays: most multiplications by ``factor``; None for no limit.
         restart_after: plateaus in a row that end in a restart; None for never.
         restart_factor: multiplies the learning rate at a restart, >= 1.
+        anneal_to: steps, or share of the run in (0, 1], at which the learning rate has fallen to
+            zero in a line that the first plateau begins; None to divide it.
         arm_after: steps after which the rule is armed in any case; 0 arms it from the start, None
             after a fifth of the run.
         warmup_steps: steps over which the scale grows linearly to 1; the detector sees none of
@@ -98,6 +106,7 @@ class PlateauSchedule(ABC):
     max_decays: int | None = None
     restart_after: int | None = None
     restart_factor: float = 4.0
+    anneal_to: int | float | None = None
     arm_after: int | float | None = None
     warmup_steps: int | float = 0
     max_nonfinite: int = 100
@@ -132,6 +141,22 @@ class PlateauSchedule(ABC):
                 f"{self.restart_factor}, factor={self.factor}, restart_after={self.restart_after}"
             )
         check_count("max_nonfinite", self.max_nonfinite, least=1, optional=False)
+        self._check_line()
+
+    def _check_line(self) -> None:
+        end = self.anneal_to
+        if end is None:
+            return
+        whole = isinstance(end, int) and not isinstance(end, bool) and end >= 1
+        if not whole and not (isinstance(end, float) and 0 < end <= 1):
+            raise ValueError(
+                f"anneal_to must be a whole number of steps or a share of the run, above 0 and up "
+                f"to 1, got {end}"
+            )
+        if self.restart_after is not None:
+            raise ValueError(
+                f"anneal_to leaves nothing to restart, got restart_after={self.restart_after}"
+            )
 
     def __repr__(self) -> str:
         given = (
@@ -162,6 +187,7 @@ class PlateauSchedule(ABC):
             patience=as_steps(bound.patience, total_steps),
             arm_after=as_steps(0.2 if bound.arm_after is None else bound.arm_after, total_steps),
             warmup_steps=as_steps(bound.warmup_steps, total_steps),
+            anneal_to=bound.anneal_to and max(1, as_steps(bound.anneal_to, total_steps)),
         )
 
     @abstractmethod
@@ -233,14 +259,16 @@ class PlateauSchedule(ABC):
         """Apply the rule to one response; ``window`` is what the smoothed loss averages over."""
         step, scale = state.step, state.scale
         plateau_steps, plateaus = state.plateau_steps, state.plateaus
-        decays, restarts = state.decays, state.restarts
+        decays, restarts, since = state.decays, state.restarts, state.annealing_since
         seen = step - self.warmup_steps
         peak = max(state.peak, level) if 2 * seen >= window else state.peak
         armed = state.armed or seen >= self.arm_after or peak - level >= ARM_DROP * abs(peak)  # type: ignore[operator]
-        if not (armed and response < self._threshold(level, peak)):
+        if since is not None or not (armed and response < self._threshold(level, peak)):
             plateau_steps = plateaus = 0
         elif plateau_steps < self.patience:  # type: ignore[operator]
             plateau_steps += 1
+        elif self.anneal_to is not None:
+            plateau_steps, since = 0, step
         else:
             plateau_steps = 0
             plateaus += 1
@@ -251,9 +279,12 @@ class PlateauSchedule(ABC):
             elif self.max_decays is None or decays < self.max_decays:
                 decays += 1
                 scale *= self.factor
+        if since is not None:
+            assert self.anneal_to is not None
+            scale = max(1, self.anneal_to - step) / max(1, self.anneal_to + 1 - since)
         return PlateauState(
             step + 1, scale, response, plateau_steps, plateaus, decays, restarts,
-            level, peak, armed, state.nonfinite, 0, memory,
+            level, peak, armed, state.nonfinite, 0, memory, since,
         )  # fmt: skip
 
     def dump(self, state: PlateauState) -> dict[str, Any]:
@@ -269,9 +300,18 @@ class PlateauSchedule(ABC):
         unit = {"abs": "", "rel": " x the smoothed loss", "peak": " x the highest smoothed loss"}
         return (
             f"{type(self).__name__}: {self._windows()}; flat below "
-            f"{self.threshold:.3g}{unit[self.threshold_mode or 'abs']}; lr x {self.factor:g} when "
-            f"flat for more than {self.patience} steps"
-            + (f", at most {self.max_decays} times" if self.max_decays is not None else "")
+            f"{self.threshold:.3g}{unit[self.threshold_mode or 'abs']}; "
+            + (
+                f"lr x {self.factor:g} when flat for more than {self.patience} steps"
+                if self.anneal_to is None
+                else f"once flat for more than {self.patience} steps, lr in a line to zero at step "
+                f"{self.anneal_to}"
+            )
+            + (
+                f", at most {self.max_decays} times"
+                if self.max_decays is not None and self.anneal_to is None
+                else ""
+            )
             + (
                 f", at plateau {self.restart_after} in a row x {self.restart_factor:g}"
                 if self.restart_after

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastface_lightning import MHLR, FastFace
+from fastface_lightning import MHLR, FastFace, replay
 from fastface_lightning.schedule.plateau import Checkpointed, PlateauSchedule, PlateauState
 
 
@@ -114,6 +114,30 @@ def test_plateaus_are_in_a_row_only_without_a_fall_between_them() -> None:
 
 def test_restarts_go_on_after_the_last_division() -> None:
     assert scales(Drop(restart_after=3, max_decays=1), [1.0] * 6) == [0.5, 0.5, 2.0, 2.0, 2.0, 8.0]
+
+
+# A line to zero ----------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 60), st.integers(1, 100), st.lists(st.floats(0, 9), max_size=60))
+def test_the_first_plateau_begins_a_line_to_zero(
+    patience: int, end: int, later: list[float]
+) -> None:
+    """Whatever the loss does afterwards; beyond its end the rate stays where it is."""
+    losses = [1.0] * (patience + 1) + later
+    states = run(Drop(patience=patience, anneal_to=end, max_decays=0), losses)
+    line = [
+        max(1, end - step) / max(1, end + 1 - patience) for step in range(patience, len(losses))
+    ]
+    assert [state.scale for state in states] == [1.0] * patience + line
+    assert all(state.decays == 0 and state.plateau_steps == 0 for state in states[patience:])
+
+
+def test_the_line_is_one_change_where_the_loss_goes_flat() -> None:
+    losses = [20.0, 10.0, 9.0, 8.0, 7.0, 7.0, 7.0, 1.0, 0.0]  # steps 5 and 6 are flat
+    given = Drop(anneal_to=1.0, patience=1)
+    assert scales(given, losses, 10) == [1, 1, 1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5]
+    assert replay(losses, given, total_steps=10, lr=2.0) == [(6, 0.8, 1.6)]
 
 
 # Arming ------------------------------------------------------------------------------------------
@@ -244,8 +268,10 @@ SCHEDULES = [
     FastFace(released=True, patience=10),
     FastFace(alpha=0.003, haar_window=7, threshold=0.1, threshold_mode="rel"),
     FastFace(ema_window=49, warmup_steps=0.1, arm_after=3),
+    FastFace(anneal_to=1.0),
     MHLR(),
     MHLR(beta=1 / 49, patience=0.2),
+    MHLR(anneal_to=0.9, restart_after=None),
     MHLR(haar_window=5, max_decays=3, restart_after=None),
 ]
 
@@ -302,6 +328,17 @@ REFUSALS = [
     ({"max_decays": 1.5}, "max_decays must be a whole number, got 1.5"),
     ({"restart_after": 0}, "restart_after must be at least 1, got 0"),
     ({"max_nonfinite": 0}, "max_nonfinite must be at least 1, got 0"),
+    (
+        {"anneal_to": 1.0, "restart_after": 4},
+        "anneal_to leaves nothing to restart, got restart_after=4",
+    ),
+    *(
+        (
+            {"anneal_to": value},
+            f"anneal_to must be a whole number of steps or .* up to 1, got {value}",
+        )
+        for value in (-1, 0, -0.5, 0.0, 1.5, math.nan, True)
+    ),
     *(
         (
             {name: value},
