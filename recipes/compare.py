@@ -187,8 +187,7 @@ class Kept:
 
     def _keep(self, row: Row) -> None:
         self.rows.append(row)
-        machine = {"processor": processor_name(), "torch": torch.__version__, "threads": 1}
-        content = {"settings": self.settings, **machine, "ways": self.ways}
+        content = {"settings": self.settings, "ways": self.ways}
         lines = ",\n".join(json.dumps(row) for row in self.rows)
         write_whole(self.file, f'{json.dumps(content)[:-1]}, "runs": [\n{lines}\n]}}\n')
 
@@ -249,6 +248,8 @@ def train(run: Run, schedule: dict[str, Any], epochs: int, batch_size: int, file
         "loss": curves.loss[-1][1],
         "steps": trainer.global_step,
         "seconds": round(seconds, 1),
+        "processor": processor_name(),
+        "torch": torch.__version__,
         "changes": [change[:2] for callback in watching for change in callback.changes],
         "loss_curve": curves.loss,
         "tar_curve": curves.tar,
