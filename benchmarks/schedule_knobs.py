@@ -59,6 +59,14 @@ FASTFACE_KNOBS: dict[str, Panel] = {
         "released": FastFace(released=True),
     },
 }
+PLUS = FastFace(anneal_to=1.0)
+PLUS_KNOBS: dict[str, Panel] = {
+    "anneal_to, share of the run": {"null, fastface": FASTFACE}
+    | vary(PLUS, "anneal_to", {"fastface_plus 1.0": 1.0, "0.8": 0.8}),
+    "patience, share of the run": vary(
+        PLUS, "patience", {"0.02": 0.02, "default 0.05": 0.05, "0.1": 0.1}
+    ),
+}
 MHLR_KNOBS: dict[str, Panel] = {
     "haar_window, patience two windows": vary(
         AUTHORS,
@@ -290,7 +298,7 @@ def draw_knobs(
     """A panel a knob: the loss in grey, over it the learning rate at each of the knob's values."""
     rows = len(knobs) // 2
     figure = Figure(figsize=(8, 2.2 * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, 2, sharex=True)
+    axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
     recorded = [step / 1000 for step, (a, b) in enumerate(itertools.pairwise(lrs)) if a != b]
     for axis, (knob, panel) in zip(axes.flat, knobs.items(), strict=True):
         behind(axis, losses)
@@ -308,14 +316,11 @@ def draw_knobs(
 def draw_rate(
     axis: Axes, schedule: PlateauSchedule, losses: list[float], label: str, lr: float, side: int
 ) -> None:
-    """A staircase: black for the base (side 0), blue for values before it, orange after it."""
-    made = changes_of(schedule, losses, lr)
-    steps = [0, *(change.step for change in made), len(losses)]
-    rates = [lr, *(change.lr for change in made)]
+    """The learning rate: black for the base (side 0), blue for values before it, orange after."""
     shades = BLUES if side < 0 else ORANGES
     style = {"color": shades[abs(side) - 1], "linewidth": 2.4} if side else {"color": "black"}
-    x, y = [step / 1000 for step in steps], [*rates, rates[-1]]
-    axis.step(x, y, where="post", label=label, zorder=2 if side else 3, **style)
+    steps, rates = thin(range(len(losses)), [lr * s.scale for s in trace(schedule, losses)])
+    axis.step(steps / 1000, rates, where="post", label=label, zorder=2 if side else 3, **style)
     axis.set_yscale("log")
     axis.set_ylabel("learning rate", fontsize=9)
 
@@ -415,6 +420,7 @@ def main() -> None:
     log = parser.parse_args().log
     losses, lrs = read_losses(log)
     rows = knob_rows("fastface", FASTFACE_KNOBS, losses, lrs[0])
+    rows += knob_rows("fastface_plus", PLUS_KNOBS, losses, lrs[0])
     rows += knob_rows("mhlr", MHLR_KNOBS, losses, lrs[0])
     found = {
         "windows": window_rows(losses),
@@ -432,6 +438,7 @@ def main() -> None:
         show(name, table)
     write("schedule_knobs", log=log.name, **facts, knobs=rows, **found)
     draw_knobs(DOCS / "fastface_knobs.png", FASTFACE_KNOBS, FASTFACE, losses, lrs)
+    draw_knobs(DOCS / "fastface_plus_knobs.png", PLUS_KNOBS, PLUS, losses, lrs)
     draw_knobs(DOCS / "mhlr_knobs.png", MHLR_KNOBS, AUTHORS, losses, lrs)
     draw_limits(DOCS / "schedule_limits.png", losses, lrs[0])
 
