@@ -90,7 +90,7 @@ def main(cfg: DictConfig) -> None:
         rates = {way: kept.best_rate(way, grid) for way in ways}
         runs = [Run(way, rates[way], seed) for seed, way in product(range(cfg.seeds), ways)]
         kept.add(runs, job, cfg.jobs)
-    report(kept.counted(rates), folder)
+    report(kept.counted(runs), list(cfg.rivals), folder)
 
 
 def check(cfg: DictConfig) -> tuple[list[str], list[float]]:
@@ -107,9 +107,13 @@ def check(cfg: DictConfig) -> tuple[list[str], list[float]]:
     if isinstance(only, str) or not only or not set(only) <= set(cfg.ways):
         raise ValueError(f"only must be a list of some of {', '.join(cfg.ways)}, got {only}")
     rates = cfg.rates if isinstance(cfg.rates, ListConfig) else []
-    if not rates or not all(isinstance(lr, (int, float)) and lr > 0 for lr in rates):
+    if not rates or not all(type(lr) in (int, float) and 0 < lr < math.inf for lr in rates):
         raise ValueError(f"rates must be a list of learning rates above 0, got {cfg.rates}")
-    return list(only), list(rates)
+    if not isinstance(cfg.rivals, ListConfig) or not set(cfg.rivals) <= set(cfg.ways):
+        raise ValueError(
+            f"rivals must be a list of some of {', '.join(cfg.ways)}, got {cfg.rivals}"
+        )
+    return list(dict.fromkeys(only)), list(dict.fromkeys(rates))
 
 
 def drawn_faces(identities: int, images: int, unseen: int) -> Faces:
@@ -198,12 +202,12 @@ class Kept:
         tar = {r["lr"]: r["tar"] for r in self.rows if r["way"] == way and r["seed"] == TUNING}
         return max(grid, key=lambda lr: tar[lr])
 
-    def counted(self, rates: dict[str, float]) -> dict[str, list[Row]]:
-        """The runs that count, by seed: those of each of these ways at its rate."""
-        rows = sorted(self.rows, key=lambda row: row["seed"])
+    def counted(self, runs: Sequence[Run]) -> dict[str, list[Row]]:
+        """The rows of the runs that count, by way."""
+        rows = {Run(*(row[key] for key in Run._fields)): row for row in self.rows}
         return {
-            way: [r for r in rows if r["way"] == way and r["lr"] == lr and r["seed"] != TUNING]
-            for way, lr in rates.items()
+            way: [rows[run] for run in runs if run.way == way]
+            for way in dict.fromkeys(run.way for run in runs)
         }
 
 
@@ -214,7 +218,9 @@ def train(run: Run, schedule: dict[str, Any], epochs: int, batch_size: int, file
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     faces = Faces(*(MemoryFaces(*part) for part in torch.load(file)))
     seed_everything(run.seed, verbose=False)
-    config = OmegaConf.create({"schedule": schedule, "total_steps": None})
+    config = OmegaConf.create(
+        {"schedule": schedule, "optimizer": {"lr": run.lr}, "total_steps": None}
+    )
     of_torch = schedule.get("_partial_", False)
     module = FaceModule(
         iresnet_tiny(num_classes=EMBEDDING, img_size=PIXELS).to(memory_format=torch.channels_last),
@@ -225,12 +231,13 @@ def train(run: Run, schedule: dict[str, Any], epochs: int, batch_size: int, file
     sampler = EpochSampler(faces.seen, run.seed)
     loader = FaceLoader(faces.seen, batch_size, sampler)  # type: ignore[arg-type]
     curves = Curves(faces.unseen, len(loader) * epochs)
+    max_epochs = epochs * (TIMES if run.way == BASELINE else 1)
     # A rate that is far too high ends with a network that recognises nobody, not with an error.
-    patient = {} if of_torch else {"max_nonfinite": len(loader) * epochs}
+    patient = {} if of_torch else {"max_nonfinite": len(loader) * max_epochs}
     watching = [] if of_torch else [FastFaceCallback(instantiate(schedule, **patient))]
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=epochs * (TIMES if run.way == BASELINE else 1),
+        max_epochs=max_epochs,
         callbacks=[*watching, curves],
         logger=False,
         enable_checkpointing=False,
@@ -328,9 +335,11 @@ class Mean(NamedTuple):
         return f"{100 * self.value:.1f}{reach}"
 
 
-def report(found: dict[str, list[Row]], folder: Path) -> None:
+def report(found: dict[str, list[Row]], rivals: list[str], folder: Path) -> None:
     """Print what the runs show, keep it as ``summary.json``, draw ``compare.png``."""
-    lines = sorted((line_of(way, found) for way in found), key=lambda line: -line["tar"].value)
+    lines = sorted(
+        (line_of(way, found, rivals) for way in found), key=lambda line: -line["tar"].value
+    )
     table = Table(title="People not trained on, all pairs, mean over seeds and 95 % interval (%)")
     for column in lines[0]:
         table.add_column(column)
@@ -341,17 +350,17 @@ def report(found: dict[str, list[Row]], folder: Path) -> None:
     draw(found, folder / "compare.png")
 
 
-def line_of(way: str, found: dict[str, list[Row]]) -> Row:
-    """What the runs of a way show."""
+def line_of(way: str, found: dict[str, list[Row]], rivals: list[str]) -> Row:
+    """What the runs of a way show, also above those of some others."""
     rows = found[way]
     line: Row = {"way": way, "lr": rows[0]["lr"], "seeds": len(rows)}
     line |= {key: Mean.of([row[key] for row in rows]) for key in (*FARS, "auc")}
-    for rival in ("linear", BASELINE):
+    for rival in rivals:
         line[f"tar - {rival}"] = difference(rows, found.get(rival, []))
     line["loss"] = round(mean(row["loss"] for row in rows), 3)
-    line["share of images to baseline - 1"] = share_to_reach(rows, found.get(BASELINE, []))
+    line["images"] = share_to_reach(rows, found.get(BASELINE, []))
     first = [f"{row['changes'][0][0] / row['steps']:.2f}" for row in rows if row["changes"]]
-    line["divisions"] = " ".join(str(len(row["changes"])) for row in rows) if first else ""
+    line["changes"] = " ".join(str(len(row["changes"])) for row in rows) if first else ""
     line["first at"] = " ".join(first)
     return line
 

@@ -249,10 +249,10 @@ def told(line: dict[str, Any]) -> str:
             else compare.Mean(*line[key]).percent()
         )
 
-    share = line["share of images to baseline - 1"]
+    share = line["images"]
     cells = [f"`{line['way']}`", f"{line['lr']:g}"]
     cells += [percent(key) for key in ("tar", "tar_1e-3", "auc", "tar - linear", "tar - baseline")]
-    cells += ["-" if share is None else f"{share:.2f}", line["divisions"], line["first at"]]
+    cells += ["-" if share is None else f"{share:.2f}", line["changes"], line["first at"]]
     return f"| {' | '.join(cells)} |"
 
 

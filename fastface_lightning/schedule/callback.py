@@ -88,6 +88,7 @@ class FastFaceCallback(Callback):
         self._global_step = 0
         self._trainer: Trainer | None = None
         self._hooks: list[Any] = []
+        self._began_at = 0  # optimizer step of the run
 
     @property
     def state(self) -> PlateauState | None:
@@ -111,10 +112,13 @@ class FastFaceCallback(Callback):
                 "what training_step returns, got None"
             )
         if self._at is None:
-            bound = self.schedule.bind(self.total_steps or total_steps_of(trainer))
+            left = (self.total_steps or total_steps_of(trainer)) - self._began_at
+            bound = self.schedule.bind(max(1, left))
             self._at = Checkpointed(self.schedule, bound, bound.init())
             # A resumed optimizer gets its state, and with it a scaled rate, only after this hook.
             self._base_lrs = [[float(g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
+        else:
+            self._warn_of_another_length(trainer, self._at.bound)
         self._block = self.read_every or (1 if pl_module.device.type == "cpu" else 32)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,6 +132,17 @@ class FastFaceCallback(Callback):
         if self._at.state.step == 0:
             self._apply(trainer)
         rank_zero_info(self._at.bound.describe())
+
+    def _warn_of_another_length(self, trainer: Trainer, bound: PlateauSchedule) -> None:
+        try:
+            now = self.total_steps or total_steps_of(trainer)
+        except MisconfigurationException:  # without an end: the schedule has one already
+            return
+        if bound.total_steps not in (None, now - self._began_at):
+            rank_zero_warn(
+                f"the run now has {now} steps; its schedule stays as it was made for "
+                f"{bound.total_steps}: {bound.describe()}"
+            )
 
     def _refuse_rivals(self, trainer: Trainer) -> None:
         rivals = [type(c.scheduler).__name__ for c in trainer.lr_scheduler_configs]
@@ -298,12 +313,14 @@ class FastFaceCallback(Callback):
             self._read(self._trainer)
         return self._at.dump() | {
             "base_lrs": self._base_lrs,
+            "began_at": self._began_at,
             "changes": [list(made) for made in self.changes],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._at = Checkpointed.load(state_dict, self.schedule)
         self._base_lrs = state_dict["base_lrs"]
+        self._began_at = state_dict.get("began_at", 0)
         self.changes = [Change(*made) for made in state_dict["changes"]]
 
     def on_load_checkpoint(
@@ -317,9 +334,10 @@ class FastFaceCallback(Callback):
                 "rate another scheduler set: resume with that scheduler, or start anew from the "
                 "weights alone"
             )
+        self._began_at = checkpoint["global_step"]
         rank_zero_warn(
             f"the checkpoint holds no state of FastFaceCallback: its schedule starts anew at step "
-            f"{checkpoint['global_step']}"
+            f"{self._began_at}, for what is left of the run"
         )
 
 

@@ -47,7 +47,7 @@ class PlateauState(NamedTuple):
     memory: tuple[Any, ...] = ()
     """What one detector keeps besides."""
     annealing_since: int | None = None
-    """Step whose loss began the line to zero, if one has."""
+    """Step whose loss began the line to zero, 0-based and with the skipped ones, if one has."""
 
 
 S = TypeVar("S", bound="PlateauSchedule")
@@ -65,11 +65,12 @@ class PlateauSchedule(ABC):
 
     and as soon as :math:`c_t` exceeds ``patience``, :math:`c_t = 0` and the learning rate is
     multiplied by ``factor`` -- or by ``restart_factor`` if this was plateau number
-    ``restart_after`` in a row. With ``anneal_to`` nothing is divided: the first plateau, at step
-    :math:`p`, begins a line that would reach zero one step after ``anneal_to``, :math:`A`,
+    ``restart_after`` in a row. With ``anneal`` nothing is divided: the first plateau, at step
+    :math:`p` of a run of :math:`T` steps (both counted from 0), begins a line to zero, where the
+    run ends,
 
     .. math::
-        \mathrm{scale}_t = \frac{\max(1, A + 1 - t)}{A + 1 - p}, \qquad t > p.
+        \mathrm{scale}_t = \frac{T - t}{T - p}, \qquad p < t < T.
 
     The rule is *armed* once the smoothed loss has lost 5 % of its peak, at the latest after
     ``arm_after``: at the start of a run the loss of a margin softmax rises or stands still, and a
@@ -87,13 +88,14 @@ class PlateauSchedule(ABC):
         max_decays: most multiplications by ``factor``; None for no limit.
         restart_after: plateaus in a row that end in a restart; None for never.
         restart_factor: multiplies the learning rate at a restart, >= 1.
-        anneal_to: steps, or share of the run in (0, 1], at which the learning rate has fallen to
-            zero in a line that the first plateau begins; None to divide it.
+        anneal: the first plateau begins a line to zero, and nothing is divided; ``factor`` and
+            ``max_decays``, ``restart_after`` and ``restart_factor`` are then not to be given.
         arm_after: steps after which the rule is armed in any case; 0 arms it from the start, None
             after a fifth of the run.
         warmup_steps: steps over which the scale grows linearly to 1; the detector sees none of
             their losses.
         max_nonfinite: NaN or infinite losses in a row that are still skipped.
+        total_steps: optimizer steps of the run; None for what :meth:`bind` is told.
 
     Raises:
         ValueError: a value out of its range.
@@ -106,10 +108,11 @@ class PlateauSchedule(ABC):
     max_decays: int | None = None
     restart_after: int | None = None
     restart_factor: float = 4.0
-    anneal_to: int | float | None = None
+    anneal: bool = False
     arm_after: int | float | None = None
     warmup_steps: int | float = 0
     max_nonfinite: int = 100
+    total_steps: int | None = None
 
     _resolved: ClassVar[tuple[str, ...]] = ("threshold", "threshold_mode")
 
@@ -141,22 +144,17 @@ class PlateauSchedule(ABC):
                 f"{self.restart_factor}, factor={self.factor}, restart_after={self.restart_after}"
             )
         check_count("max_nonfinite", self.max_nonfinite, least=1, optional=False)
-        self._check_line()
+        check_count("total_steps", self.total_steps, least=1)
+        if self.anneal:
+            self._check_line()
 
     def _check_line(self) -> None:
-        end = self.anneal_to
-        if end is None:
-            return
-        whole = isinstance(end, int) and not isinstance(end, bool) and end >= 1
-        if not whole and not (isinstance(end, float) and 0 < end <= 1):
-            raise ValueError(
-                f"anneal_to must be a whole number of steps or a share of the run, above 0 and up "
-                f"to 1, got {end}"
-            )
-        if self.restart_after is not None:
-            raise ValueError(
-                f"anneal_to leaves nothing to restart, got restart_after={self.restart_after}"
-            )
+        """Refuse what a line leaves no use for."""
+        divisions = ("factor", "max_decays", "restart_after", "restart_factor")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in divisions and value != field.default:
+                raise ValueError(f"anneal divides nothing, got {field.name}={value}")
 
     def __repr__(self) -> str:
         given = (
@@ -180,6 +178,7 @@ class PlateauSchedule(ABC):
         """
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps must be at least 1 step, got {total_steps}")
+        total_steps = self.total_steps or total_steps
         bound = self._resolve(total_steps)
         return replace(
             bound,
@@ -187,7 +186,7 @@ class PlateauSchedule(ABC):
             patience=as_steps(bound.patience, total_steps),
             arm_after=as_steps(0.2 if bound.arm_after is None else bound.arm_after, total_steps),
             warmup_steps=as_steps(bound.warmup_steps, total_steps),
-            anneal_to=bound.anneal_to and max(1, as_steps(bound.anneal_to, total_steps)),
+            total_steps=total_steps,
         )
 
     @abstractmethod
@@ -200,7 +199,8 @@ class PlateauSchedule(ABC):
         Raises:
             ValueError: the schedule is not bound to a number of steps yet.
         """
-        durations = (self.patience, self.arm_after, self.warmup_steps)
+        durations = [self.patience, self.arm_after, self.warmup_steps]
+        durations += [self.total_steps] if self.anneal else []
         if not all(isinstance(steps, int) for steps in durations) or any(
             getattr(self, name) is None for name in self._resolved
         ):
@@ -267,8 +267,8 @@ class PlateauSchedule(ABC):
             plateau_steps = plateaus = 0
         elif plateau_steps < self.patience:  # type: ignore[operator]
             plateau_steps += 1
-        elif self.anneal_to is not None:
-            plateau_steps, since = 0, step
+        elif self.anneal:
+            plateau_steps, since = 0, step + state.nonfinite
         else:
             plateau_steps = 0
             plateaus += 1
@@ -280,8 +280,9 @@ class PlateauSchedule(ABC):
                 decays += 1
                 scale *= self.factor
         if since is not None:
-            assert self.anneal_to is not None
-            scale = max(1, self.anneal_to - step) / max(1, self.anneal_to + 1 - since)
+            assert self.total_steps is not None
+            following = step + state.nonfinite + 1
+            scale = max(1, self.total_steps - following) / max(1, self.total_steps - since)
         return PlateauState(
             step + 1, scale, response, plateau_steps, plateaus, decays, restarts,
             level, peak, armed, state.nonfinite, 0, memory, since,
@@ -298,33 +299,29 @@ class PlateauSchedule(ABC):
     def describe(self) -> str:
         """One sentence for the log: what the (bound) schedule will do."""
         unit = {"abs": "", "rel": " x the smoothed loss", "peak": " x the highest smoothed loss"}
-        return (
-            f"{type(self).__name__}: {self._windows()}; flat below "
-            f"{self.threshold:.3g}{unit[self.threshold_mode or 'abs']}; "
-            + (
-                f"lr x {self.factor:g} when flat for more than {self.patience} steps"
-                if self.anneal_to is None
-                else f"once flat for more than {self.patience} steps, lr in a line to zero at step "
-                f"{self.anneal_to}"
+        flat = f"{self.threshold:.3g}{unit[self.threshold_mode or 'abs']}"
+        parts = [f"{self._windows()}; flat below {flat}; {self._answer()}"]
+        if self.arm_after:
+            parts.append(
+                f"counts once the smoothed loss fell 5 %, at the latest after {self.arm_after} steps"
             )
-            + (
-                f", at most {self.max_decays} times"
-                if self.max_decays is not None and self.anneal_to is None
-                else ""
-            )
-            + (
-                f", at plateau {self.restart_after} in a row x {self.restart_factor:g}"
-                if self.restart_after
-                else ""
-            )
-            + (
-                f"; counts once the smoothed loss fell 5 %, at the latest after "
-                f"{self.arm_after} steps"
-                if self.arm_after
-                else "; counts from the first step"
-            )
-            + (f"; warm-up over {self.warmup_steps} steps" if self.warmup_steps else "")
-        )
+        else:
+            parts.append("counts from the first step")
+        if self.warmup_steps:
+            parts.append(f"warm-up over {self.warmup_steps} steps")
+        return f"{type(self).__name__}: {'; '.join(parts)}"
+
+    def _answer(self) -> str:
+        """What follows a plateau, for the log."""
+        flat = f"flat for more than {self.patience} steps"
+        if self.anneal:
+            return f"once {flat}, lr in a line to zero at step {self.total_steps}"
+        answer = f"lr x {self.factor:g} when {flat}"
+        if self.max_decays is not None:
+            answer += f", at most {self.max_decays} times"
+        if self.restart_after:
+            answer += f", at plateau {self.restart_after} in a row x {self.restart_factor:g}"
+        return answer
 
     @abstractmethod
     def _windows(self) -> str:
@@ -351,9 +348,13 @@ class Checkpointed(NamedTuple):
     def load(cls, saved: dict[str, Any], given: PlateauSchedule) -> Checkpointed:
         """Go on where a checkpoint stopped, with the settings its run was bound to.
 
+        A setting that an older checkpoint does not know has its default there.
+
         Raises:
             ValueError: the checkpoint was written by another schedule than ``given``.
         """
+        defaults = {field.name: field.default for field in fields(given)}
+        saved = saved | {"given": defaults | saved["given"]}
         if saved["schedule"] != type(given).__name__ or saved["given"] != asdict(given):
             wrote = ", ".join(_differences(saved, given))
             raise ValueError(
@@ -369,8 +370,7 @@ def _differences(saved: dict[str, Any], given: PlateauSchedule) -> Iterator[str]
         yield saved["schedule"]
         return
     now = asdict(given)
-    for name in {**saved["given"], **now}:
-        value = saved["given"].get(name, "unknown")
+    for name, value in saved["given"].items():
         if name not in now or now[name] != value:
             yield f"{name}={value!r}"
 

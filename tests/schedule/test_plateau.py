@@ -119,25 +119,39 @@ def test_restarts_go_on_after_the_last_division() -> None:
 # A line to zero ----------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 60), st.integers(1, 100), st.lists(st.floats(0, 9), max_size=60))
-def test_the_first_plateau_begins_a_line_to_zero(
-    patience: int, end: int, later: list[float]
-) -> None:
-    """Whatever the loss does afterwards; beyond its end the rate stays where it is."""
-    losses = [1.0] * (patience + 1) + later
-    states = run(Drop(patience=patience, anneal_to=end, max_decays=0), losses)
-    line = [
-        max(1, end - step) / max(1, end + 1 - patience) for step in range(patience, len(losses))
-    ]
-    assert [state.scale for state in states] == [1.0] * patience + line
+@given(st.integers(0, 30), st.integers(32, 100), st.data())
+def test_the_first_plateau_begins_a_line_to_zero(patience: int, total: int, data: Any) -> None:
+    """Equal steps down, whatever the loss does; the last step of the run is taken one above zero."""
+    later = data.draw(
+        st.lists(st.floats(0, 9), min_size=total - patience - 1, max_size=total - patience - 1)
+    )
+    states = run(Drop(patience=patience, anneal=True), [1.0] * (patience + 1) + later, total)
+    rates = [1.0] + [state.scale for state in states[:-1]]  # of the steps 0 to total - 1
+    assert rates[: patience + 1] == [1.0] * (patience + 1)
+    parts = total - patience
+    for step in range(patience, total):
+        assert rates[step] == pytest.approx((total - step) / parts)
     assert all(state.decays == 0 and state.plateau_steps == 0 for state in states[patience:])
 
 
 def test_the_line_is_one_change_where_the_loss_goes_flat() -> None:
     losses = [20.0, 10.0, 9.0, 8.0, 7.0, 7.0, 7.0, 1.0, 0.0]  # steps 5 and 6 are flat
-    given = Drop(anneal_to=1.0, patience=1)
-    assert scales(given, losses, 10) == [1, 1, 1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5]
-    assert replay(losses, given, total_steps=10, lr=2.0) == [(6, 0.8, 1.6)]
+    given = Drop(anneal=True, patience=1)
+    assert scales(given, losses, 10) == [1, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]
+    assert replay(losses, given, total_steps=10, lr=2.0) == [(6, 0.75, 1.5)]
+
+
+def test_skipped_losses_do_not_move_the_end_of_the_line() -> None:
+    losses = [9.0, 7.0, 7.0, math.nan, 7.0, math.inf, 7.0, 7.0, 7.0]
+    assert scales(Drop(anneal=True), losses, 10) == [
+        *(1.0, 1.0, 7 / 8, 7 / 8, 5 / 8, 5 / 8, 3 / 8, 2 / 8, 1 / 8)
+    ]
+    assert replay(losses, Drop(anneal=True), total_steps=10, lr=1.0) == [(2, 7 / 8, 7 / 8)]
+
+
+def test_the_line_ends_with_the_run_also_after_a_warm_up() -> None:
+    found = scales(Drop(anneal=True, warmup_steps=4), [1.0] * 9, 10)
+    assert found == [0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
 
 
 # Arming ------------------------------------------------------------------------------------------
@@ -268,10 +282,10 @@ SCHEDULES = [
     FastFace(released=True, patience=10),
     FastFace(alpha=0.003, haar_window=7, threshold=0.1, threshold_mode="rel"),
     FastFace(ema_window=49, warmup_steps=0.1, arm_after=3),
-    FastFace(anneal_to=1.0),
+    FastFace(anneal=True),
     MHLR(),
     MHLR(beta=1 / 49, patience=0.2),
-    MHLR(anneal_to=0.9, restart_after=None),
+    MHLR(anneal=True),
     MHLR(haar_window=5, max_decays=3, restart_after=None),
 ]
 
@@ -304,6 +318,7 @@ def test_total_steps_must_be_a_positive_whole_number(total_steps: Any) -> None:
         MHLR(threshold_mode="abs", patience=3, arm_after=0),
         MHLR(haar_window=2, threshold_mode="abs", patience=3, warmup_steps=0.1),
         MHLR(haar_window=2, threshold_mode="abs", patience=3, arm_after=0.2),
+        MHLR(haar_window=2, threshold_mode="abs", patience=3, arm_after=0, anneal=True),
     ],
     ids=repr,
 )
@@ -328,17 +343,11 @@ REFUSALS = [
     ({"max_decays": 1.5}, "max_decays must be a whole number, got 1.5"),
     ({"restart_after": 0}, "restart_after must be at least 1, got 0"),
     ({"max_nonfinite": 0}, "max_nonfinite must be at least 1, got 0"),
-    (
-        {"anneal_to": 1.0, "restart_after": 4},
-        "anneal_to leaves nothing to restart, got restart_after=4",
-    ),
-    *(
-        (
-            {"anneal_to": value},
-            f"anneal_to must be a whole number of steps or .* up to 1, got {value}",
-        )
-        for value in (-1, 0, -0.5, 0.0, 1.5, math.nan, True)
-    ),
+    ({"anneal": True, "factor": 0.1}, "anneal divides nothing, got factor=0.1"),
+    ({"anneal": True, "max_decays": 3}, "anneal divides nothing, got max_decays=3"),
+    ({"anneal": True, "restart_after": 5}, "anneal divides nothing, got restart_after=5"),
+    ({"anneal": True, "restart_factor": 2.0}, "anneal divides nothing, got restart_factor=2.0"),
+    ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
     *(
         (
             {name: value},
@@ -375,6 +384,12 @@ def test_refuses_a_setting_out_of_its_range(
             FastFace,
             {"literal": True, "released": True},
             "literal and released exclude each other, got both True",
+        ),
+        (
+            FastFace,
+            {"anneal": True, "released": True},
+            "anneal is not of the paper and excludes literal and released, got literal=False, "
+            "released=True",
         ),
         (MHLR, {"haar_window": 1}, "haar_window must be at least 2 steps, got 1"),
         (MHLR, {"beta": 0.6}, r"beta must lie in \(0, 0.5\], got 0.6"),
