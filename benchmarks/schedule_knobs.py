@@ -59,10 +59,9 @@ FASTFACE_KNOBS: dict[str, Panel] = {
         "released": FastFace(released=True),
     },
 }
-PLUS = FastFace(anneal_to=1.0)
+PLUS = FastFace(anneal=True)
 PLUS_KNOBS: dict[str, Panel] = {
-    "anneal_to, share of the run": {"null, fastface": FASTFACE}
-    | vary(PLUS, "anneal_to", {"fastface_plus 1.0": 1.0, "0.8": 0.8}),
+    "anneal": vary(FASTFACE, "anneal", {"false, fastface": False, "true, fastface_plus": True}),
     "patience, share of the run": vary(
         PLUS, "patience", {"0.02": 0.02, "default 0.05": 0.05, "0.1": 0.1}
     ),

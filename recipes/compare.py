@@ -154,7 +154,7 @@ class Kept:
             "batch_size": cfg.batch_size,
         }
         ways: Any = OmegaConf.to_container(cfg.ways, resolve=False)
-        before = json.loads(file.read_text()) if file.is_file() else {"runs": [], "ways": {}}
+        before = self._read()
         self.rows: list[Row] = before["runs"]
         self.ways: dict[str, Any] = before["ways"] | ways
         was = before.get("settings", self.settings) | {
@@ -175,8 +175,8 @@ class Kept:
         try:
             started = [pool.submit(job, run, self.ways[run.way]) for run in todo]
             for number, done_job in enumerate(as_completed(started), 1):
-                self._keep(done_job.result())
-                row = self.rows[-1]
+                row = done_job.result()
+                self._keep(row)
                 print(
                     f"{number} of {len(todo)}: {row['way']}, lr {row['lr']:g}, seed {row['seed']}: "
                     f"TAR {row['tar']:.1%}, loss {row['loss']:.3f}, {row['seconds']:.0f} s",
@@ -189,9 +189,15 @@ class Kept:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def _read(self) -> dict[str, Any]:
+        return (
+            json.loads(self.file.read_text()) if self.file.is_file() else {"runs": [], "ways": {}}
+        )
+
     def _keep(self, row: Row) -> None:
-        self.rows.append(row)
-        content = {"settings": self.settings, "ways": self.ways}
+        before = self._read()  # another program may have added to it
+        self.rows = [*before["runs"], row]
+        content = {"settings": self.settings, "ways": before["ways"] | self.ways}
         lines = ",\n".join(json.dumps(row) for row in self.rows)
         write_whole(self.file, f'{json.dumps(content)[:-1]}, "runs": [\n{lines}\n]}}\n')
 

@@ -87,11 +87,22 @@ def test_a_way_has_the_rate_that_recognised_most(tmp_path: Path) -> None:
     assert (kept.best_rate("linear", grid), kept.best_rate("cosine", grid)) == (0.1, 0.05)
     assert kept.best_rate("linear", (0.05, 0.2)) == 0.2  # nor a rate that is not in the grid
     assert kept.best_rate("linear", (0.3,)) == 0.3
-    kept._keep(row("linear", 3, 0.5, 0.1))
+    kept._keep(row("linear", 3, 0.5, 0.1))  # nor is a seed counted that was not asked for
     kept._keep(row("linear", 1, 0.4, 0.1))
-    kept._keep(row("cosine", 1, 0.3, 0.2))
-    found = kept.counted({"linear": 0.1})
-    assert {way: [r["tar"] for r in rows] for way, rows in found.items()} == {"linear": [0.4, 0.5]}
+    kept._keep(row("linear", 0, 0.2, 0.1))
+    found = kept.counted([compare.Run("linear", 0.1, 0), compare.Run("linear", 0.1, 1)])
+    assert {way: [r["tar"] for r in rows] for way, rows in found.items()} == {"linear": [0.2, 0.4]}
+
+
+def test_two_programs_may_add_to_one_file(tmp_path: Path) -> None:
+    more = composed_compare("+schedule@ways.mine=linear")
+    one, other = (compare.Kept(tmp_path / "compare.json", c) for c in (composed_compare(), more))
+    one._keep(row("linear", 0, 0.5))
+    other._keep(row("mine", 0, 0.4))
+    one._keep(row("linear", 1, 0.6))
+    both = compare.Kept(tmp_path / "compare.json", composed_compare())
+    assert [r["tar"] for r in both.rows] == [0.5, 0.4, 0.6]
+    assert both.ways.keys() == other.ways.keys()
 
 
 def composed_compare(*overrides: str) -> Any:
@@ -204,6 +215,8 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
         ("only=linear", "only must be a list of some of baseline, fastface, "),
         ("rates=0.1", "rates must be a list of learning rates above 0, got 0.1"),
         ("rates=[]", "rates must be a list of learning rates above 0, got []"),
+        ("rates=[true]", "rates must be a list of learning rates above 0, got [True]"),
+        ("rivals=[mine]", "rivals must be a list of some of baseline, fastface, "),
     ],
 )
 def test_a_wrong_word_gets_one_sentence(words: str, told: str, run: Run) -> None:

@@ -46,7 +46,7 @@ def test_the_options_are_those_promised() -> None:
     }
     assert set(OPTIONS["schedule"]) == {
         *("fastface", "fastface_plus", "fastface_released", "mhlr", "polynomial", "multistep"),
-        *("cosine", "linear", "onecycle", "plateau", "constant"),
+        *("cosine", "linear", "trapezoid", "onecycle", "plateau", "constant"),
     }
     assert set(OPTIONS["classifier"]) == {"full", "chunked", "partial", "dcp", "attfc"}
     assert set(OPTIONS["optimizer"]) == {"sgd", "adamw"}
@@ -195,6 +195,19 @@ def test_every_schedule_builds_and_steps(schedule: str) -> None:
     last = {"constant": 0.1, "multistep": 1e-4, "plateau": 0.1 * 0.5**16}
     assert max(lrs) == pytest.approx(0.1)
     assert lrs[-1] == pytest.approx(last.get(schedule, 0), abs=2e-3)
+
+
+def test_trapezoid_is_constant_and_then_a_line() -> None:
+    cfg = composed("schedule=trapezoid", "total_steps=1000", "optimizer.lr=0.1")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler, lrs = instantiate(cfg.schedule)(optimizer), []
+    for _ in range(1000):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert lrs[:650] == pytest.approx([0.1] * 650)
+    line = [0.1 * (999 - step) / 350 for step in range(649, 1000)]
+    assert lrs[649:] == pytest.approx(line, abs=2e-5)
 
 
 @pytest.mark.parametrize("group", ["margin", "classifier", "optimizer"])

@@ -623,9 +623,11 @@ def test_replay_of_a_csv(run: Run, tmp_path: Path) -> None:
     [
         ([], "log"),
         (["log=nowhere"], "log must be an existing file, got nowhere"),
+        (["log=nowhere", "total_steps=many"], "total_steps must be a whole number, got many"),
+        (["log=nowhere", "lr=high"], "lr must be a number, got 'high'"),
         (
             ["log=nowhere", "schedule=cosine"],
-            "schedule must be fastface, fastface_released or mhlr",
+            "schedule must be fastface, fastface_plus, fastface_released or mhlr",
         ),
     ],
 )

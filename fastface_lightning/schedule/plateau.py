@@ -302,9 +302,8 @@ class PlateauSchedule(ABC):
         flat = f"{self.threshold:.3g}{unit[self.threshold_mode or 'abs']}"
         parts = [f"{self._windows()}; flat below {flat}; {self._answer()}"]
         if self.arm_after:
-            parts.append(
-                f"counts once the smoothed loss fell 5 %, at the latest after {self.arm_after} steps"
-            )
+            latest = f"at the latest after {self.arm_after} steps"
+            parts.append(f"counts once the smoothed loss fell 5 %, {latest}")
         else:
             parts.append("counts from the first step")
         if self.warmup_steps:

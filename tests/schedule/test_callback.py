@@ -717,7 +717,10 @@ def test_longer_resume_keeps_the_windows_it_was_bound_to(tmp_path: Path) -> None
     callback = FastFaceCallback()
     fit(tmp_path, callback, max_epochs=6).save_checkpoint(tmp_path / "a.ckpt")
     longer = FastFaceCallback()
-    fit(tmp_path, longer, max_epochs=20, ckpt_path=tmp_path / "a.ckpt")
+    with pytest.warns(
+        UserWarning, match="the run now has 200 steps; its schedule stays .* for 60:"
+    ):
+        fit(tmp_path, longer, max_epochs=20, ckpt_path=tmp_path / "a.ckpt")
     assert longer.state_dict()["bound"] == callback.state_dict()["bound"]
     assert longer.changes == replay(LOSSES, FastFace().bind(60), total_steps=200, lr=LR)
     assert longer.changes != replay(LOSSES, FastFace(), total_steps=200, lr=LR)
@@ -763,6 +766,22 @@ def test_checkpoint_without_state_warns_and_starts_anew(tmp_path: Path) -> None:
         fit(tmp_path, callback, rates, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
     assert rates.first_group == {step: LR if step > 10 else LR / 2 for step in range(10, 20)}
     assert callback.state.step == 10
+
+
+def test_what_starts_anew_is_made_for_what_is_left(tmp_path: Path) -> None:
+    """Also when it is resumed once more: a line ends with the run."""
+    fit(tmp_path, max_steps=60).save_checkpoint(tmp_path / "a.ckpt")
+    callback = FastFaceCallback(LINE)
+    with pytest.warns(UserWarning, match="for what is left of the run"):
+        trainer = fit(tmp_path, callback, max_steps=90, ckpt_path=tmp_path / "a.ckpt")
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    assert callback.schedule.bind(30) == FastFace(**callback.state_dict()["bound"])
+    again, rates = FastFaceCallback(LINE), LearningRates()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the run now has")
+        fit(tmp_path, again, rates, max_steps=90, ckpt_path=tmp_path / "b.ckpt")
+    with pytest.warns(UserWarning, match="the run now has 95 steps; its schedule stays .* for 30:"):
+        fit(tmp_path, again, rates, max_steps=95, ckpt_path=tmp_path / "b.ckpt")
 
 
 # Logs --------------------------------------------------------------------------------------------
@@ -844,9 +863,9 @@ def test_a_line_to_zero_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         fit(tmp_path, callback, rates, max_steps=60)
     assert [line for line in caplog.messages if line.startswith("step ")] == [
-        "step 34: loss flat for 9 steps, lr 0.125 -> 0.1204, in a line to zero",
+        "step 34: loss flat for 9 steps, lr in a line from 0.125 to zero at step 60",
     ]
-    assert rates.first_group == {t: LR * min(1.0, (61 - t) / 27) for t in range(60)}
+    assert rates.first_group == {t: LR * min(1.0, (60 - t) / 26) for t in range(60)}
 
 
 def test_nan_is_left_out_and_warned_of_once_with_its_step(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_restarts_go_on_after_the_last_division() -> None:
 
 @given(st.integers(0, 30), st.integers(32, 100), st.data())
 def test_the_first_plateau_begins_a_line_to_zero(patience: int, total: int, data: Any) -> None:
-    """Equal steps down, whatever the loss does; the last step of the run is taken one above zero."""
+    """Equal steps down, whatever the loss does; the last is taken one above zero."""
     later = data.draw(
         st.lists(st.floats(0, 9), min_size=total - patience - 1, max_size=total - patience - 1)
     )
@@ -143,10 +143,11 @@ def test_the_line_is_one_change_where_the_loss_goes_flat() -> None:
 
 def test_skipped_losses_do_not_move_the_end_of_the_line() -> None:
     losses = [9.0, 7.0, 7.0, math.nan, 7.0, math.inf, 7.0, 7.0, 7.0]
-    assert scales(Drop(anneal=True), losses, 10) == [
+    given = Drop(anneal=True, arm_after=1)
+    assert scales(given, losses, 10) == [
         *(1.0, 1.0, 7 / 8, 7 / 8, 5 / 8, 5 / 8, 3 / 8, 2 / 8, 1 / 8)
     ]
-    assert replay(losses, Drop(anneal=True), total_steps=10, lr=1.0) == [(2, 7 / 8, 7 / 8)]
+    assert replay(losses, given, total_steps=10, lr=1.0) == [(2, 7 / 8, 7 / 8)]
 
 
 def test_the_line_ends_with_the_run_also_after_a_warm_up() -> None:
@@ -487,10 +488,19 @@ def test_checkpoint_of_another_schedule_is_refused_by_name(
     assert f"({named}) than {given!r}" in str(refusal.value)
 
 
-def test_checkpoint_names_a_setting_that_it_does_not_know() -> None:
+def test_an_older_checkpoint_has_the_defaults_of_settings_that_it_does_not_know() -> None:
     saved = checkpoint(FastFace())
-    del saved["given"]["warmup_steps"]
-    with pytest.raises(ValueError, match=r"another schedule \(.*warmup_steps.*\)"):
+    for part, key in (("given", "anneal"), ("bound", "anneal"), ("state", "annealing_since")):
+        del saved[part][key]
+    assert Checkpointed.load(saved, FastFace()).bound == FastFace().bind(1000)
+    with pytest.raises(ValueError, match=r"another schedule \(anneal=False\) than"):
+        Checkpointed.load(saved, FastFace(anneal=True))
+
+
+def test_checkpoint_names_a_setting_that_the_schedule_does_not_have() -> None:
+    saved = checkpoint(FastFace())
+    saved["given"]["momentum"] = 0.9
+    with pytest.raises(ValueError, match=r"another schedule \(momentum=0.9\) than"):
         Checkpointed.load(saved, FastFace())
 
 
