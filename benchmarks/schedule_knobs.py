@@ -59,13 +59,6 @@ FASTFACE_KNOBS: dict[str, Panel] = {
         "released": FastFace(released=True),
     },
 }
-PLUS = FastFace(anneal=True)
-PLUS_KNOBS: dict[str, Panel] = {
-    "anneal": vary(FASTFACE, "anneal", {"false, fastface": False, "true, fastface_plus": True}),
-    "patience, share of the run": vary(
-        PLUS, "patience", {"0.02": 0.02, "default 0.05": 0.05, "0.1": 0.1}
-    ),
-}
 MHLR_KNOBS: dict[str, Panel] = {
     "haar_window, patience two windows": vary(
         AUTHORS,
@@ -419,7 +412,6 @@ def main() -> None:
     log = parser.parse_args().log
     losses, lrs = read_losses(log)
     rows = knob_rows("fastface", FASTFACE_KNOBS, losses, lrs[0])
-    rows += knob_rows("fastface_plus", PLUS_KNOBS, losses, lrs[0])
     rows += knob_rows("mhlr", MHLR_KNOBS, losses, lrs[0])
     found = {
         "windows": window_rows(losses),
@@ -437,7 +429,6 @@ def main() -> None:
         show(name, table)
     write("schedule_knobs", log=log.name, **facts, knobs=rows, **found)
     draw_knobs(DOCS / "fastface_knobs.png", FASTFACE_KNOBS, FASTFACE, losses, lrs)
-    draw_knobs(DOCS / "fastface_plus_knobs.png", PLUS_KNOBS, PLUS, losses, lrs)
     draw_knobs(DOCS / "mhlr_knobs.png", MHLR_KNOBS, AUTHORS, losses, lrs)
     draw_limits(DOCS / "schedule_limits.png", losses, lrs[0])
 

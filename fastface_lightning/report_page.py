@@ -456,7 +456,7 @@ PLOTS = (
         "Response against threshold",
         response,
         "The response is how fast the loss falls: where it has long been below the dashed "
-        "threshold the learning rate is lowered, and it should rise again; a first peak may be cut "
+        "threshold the learning rate is divided, and it should rise again; a first peak may be cut "
         "off.",
         "This schedule does not watch the loss, or nothing was logged.",
     ),

@@ -32,8 +32,7 @@ def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.schedule.get("_partial_"):
         raise ValueError(
-            f"schedule must be fastface, fastface_plus, fastface_released or mhlr, got "
-            f"{cfg.schedule._target_}"
+            f"schedule must be fastface, fastface_released or mhlr, got {cfg.schedule._target_}"
         )
     check_count("total_steps", cfg.total_steps, least=1)
     check_number("lr", cfg.lr)

@@ -44,8 +44,7 @@ class FastFaceCallback(Callback):
             on accelerators.
 
     Attributes:
-        changes: divisions, restarts and the start of a line to zero so far, those before a resume
-            included.
+        changes: divisions and restarts so far, those before a resume included.
         state: the schedule's state at the last reading.
 
     Raises:
@@ -239,13 +238,10 @@ class FastFaceCallback(Callback):
         made = change(before, after, step, self._base_lrs[0][0])
         if made:
             self.changes.append(made)
-            before_lr, bound = made.lr / made.factor, self._at.bound
-            rate = (
-                f"lr {before_lr:.4g} -> {made.lr:.4g}"
-                if after.annealing_since is None
-                else f"lr in a line from {before_lr:.4g} to zero at step {bound.total_steps}"
+            rank_zero_info(
+                f"step {step}: loss flat for {self._at.bound.patience + 1} steps, "  # type: ignore[operator]
+                f"lr {made.lr / made.factor:.4g} -> {made.lr:.4g}"
             )
-            rank_zero_info(f"step {step}: loss flat for {bound.patience + 1} steps, {rate}")  # type: ignore[operator]
 
     def _apply(self, trainer: Trainer) -> None:
         """Set every group to its base learning rate times the scale."""

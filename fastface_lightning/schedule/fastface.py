@@ -76,11 +76,6 @@ class FastFace(PlateauSchedule):
         super().__post_init__()
         if self.literal and self.released:
             raise ValueError("literal and released exclude each other, got both True")
-        if self.anneal and (self.literal or self.released):
-            raise ValueError(
-                f"anneal is not of the paper and excludes literal and released, got literal="
-                f"{self.literal}, released={self.released}"
-            )
         if self.released and self.threshold_mode not in (None, "abs"):
             raise ValueError(f"released needs threshold_mode 'abs', got {self.threshold_mode!r}")
         _check_window("ema_window", self.ema_window, "alpha", self.alpha)

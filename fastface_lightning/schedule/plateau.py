@@ -46,8 +46,6 @@ class PlateauState(NamedTuple):
     """Those of them that came last, in a row."""
     memory: tuple[Any, ...] = ()
     """What one detector keeps besides."""
-    annealing_since: int | None = None
-    """Step whose loss began the line to zero, 0-based and with the skipped ones, if one has."""
 
 
 S = TypeVar("S", bound="PlateauSchedule")
@@ -65,12 +63,7 @@ class PlateauSchedule(ABC):
 
     and as soon as :math:`c_t` exceeds ``patience``, :math:`c_t = 0` and the learning rate is
     multiplied by ``factor`` -- or by ``restart_factor`` if this was plateau number
-    ``restart_after`` in a row. With ``anneal`` nothing is divided: the first plateau, at step
-    :math:`p` of a run of :math:`T` steps (both counted from 0), begins a line to zero, where the
-    run ends,
-
-    .. math::
-        \mathrm{scale}_t = \frac{T - t}{T - p}, \qquad p < t < T.
+    ``restart_after`` in a row.
 
     The rule is *armed* once the smoothed loss has lost 5 % of its peak, at the latest after
     ``arm_after``: at the start of a run the loss of a margin softmax rises or stands still, and a
@@ -88,8 +81,6 @@ class PlateauSchedule(ABC):
         max_decays: most multiplications by ``factor``; None for no limit.
         restart_after: plateaus in a row that end in a restart; None for never.
         restart_factor: multiplies the learning rate at a restart, >= 1.
-        anneal: the first plateau begins a line to zero, and nothing is divided; ``factor`` and
-            ``max_decays``, ``restart_after`` and ``restart_factor`` are then not to be given.
         arm_after: steps after which the rule is armed in any case; 0 arms it from the start, None
             after a fifth of the run.
         warmup_steps: steps over which the scale grows linearly to 1; the detector sees none of
@@ -108,7 +99,6 @@ class PlateauSchedule(ABC):
     max_decays: int | None = None
     restart_after: int | None = None
     restart_factor: float = 4.0
-    anneal: bool = False
     arm_after: int | float | None = None
     warmup_steps: int | float = 0
     max_nonfinite: int = 100
@@ -145,16 +135,6 @@ class PlateauSchedule(ABC):
             )
         check_count("max_nonfinite", self.max_nonfinite, least=1, optional=False)
         check_count("total_steps", self.total_steps, least=1)
-        if self.anneal:
-            self._check_line()
-
-    def _check_line(self) -> None:
-        """Refuse what a line leaves no use for."""
-        divisions = ("factor", "max_decays", "restart_after", "restart_factor")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in divisions and value != field.default:
-                raise ValueError(f"anneal divides nothing, got {field.name}={value}")
 
     def __repr__(self) -> str:
         given = (
@@ -199,8 +179,7 @@ class PlateauSchedule(ABC):
         Raises:
             ValueError: the schedule is not bound to a number of steps yet.
         """
-        durations = [self.patience, self.arm_after, self.warmup_steps]
-        durations += [self.total_steps] if self.anneal else []
+        durations = (self.patience, self.arm_after, self.warmup_steps)
         if not all(isinstance(steps, int) for steps in durations) or any(
             getattr(self, name) is None for name in self._resolved
         ):
@@ -259,16 +238,14 @@ class PlateauSchedule(ABC):
         """Apply the rule to one response; ``window`` is what the smoothed loss averages over."""
         step, scale = state.step, state.scale
         plateau_steps, plateaus = state.plateau_steps, state.plateaus
-        decays, restarts, since = state.decays, state.restarts, state.annealing_since
+        decays, restarts = state.decays, state.restarts
         seen = step - self.warmup_steps
         peak = max(state.peak, level) if 2 * seen >= window else state.peak
         armed = state.armed or seen >= self.arm_after or peak - level >= ARM_DROP * abs(peak)  # type: ignore[operator]
-        if since is not None or not (armed and response < self._threshold(level, peak)):
+        if not (armed and response < self._threshold(level, peak)):
             plateau_steps = plateaus = 0
         elif plateau_steps < self.patience:  # type: ignore[operator]
             plateau_steps += 1
-        elif self.anneal:
-            plateau_steps, since = 0, step + state.nonfinite
         else:
             plateau_steps = 0
             plateaus += 1
@@ -279,13 +256,9 @@ class PlateauSchedule(ABC):
             elif self.max_decays is None or decays < self.max_decays:
                 decays += 1
                 scale *= self.factor
-        if since is not None:
-            assert self.total_steps is not None
-            following = step + state.nonfinite + 1
-            scale = max(1, self.total_steps - following) / max(1, self.total_steps - since)
         return PlateauState(
             step + 1, scale, response, plateau_steps, plateaus, decays, restarts,
-            level, peak, armed, state.nonfinite, 0, memory, since,
+            level, peak, armed, state.nonfinite, 0, memory,
         )  # fmt: skip
 
     def dump(self, state: PlateauState) -> dict[str, Any]:
@@ -313,8 +286,6 @@ class PlateauSchedule(ABC):
     def _answer(self) -> str:
         """What follows a plateau, for the log."""
         flat = f"flat for more than {self.patience} steps"
-        if self.anneal:
-            return f"once {flat}, lr in a line to zero at step {self.total_steps}"
         answer = f"lr x {self.factor:g} when {flat}"
         if self.max_decays is not None:
             answer += f", at most {self.max_decays} times"

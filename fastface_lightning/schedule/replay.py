@@ -41,8 +41,7 @@ def states(losses: Iterable[float], schedule: PlateauSchedule) -> Iterator[Plate
 
 
 def change(before: PlateauState, after: PlateauState, step: int, lr: float) -> Change | None:
-    """The division, restart or start of a line to zero between two states, if there is one;
-    warm-up is none.
+    """The division or restart between two states, if there is one; warm-up is none.
 
     Args:
         before: state before the loss of ``step``.
@@ -50,8 +49,7 @@ def change(before: PlateauState, after: PlateauState, step: int, lr: float) -> C
         step: 0-based optimizer step.
         lr: base learning rate.
     """
-    still = after.scale == before.scale or before.annealing_since is not None
-    if still or after.level != after.level:
+    if after.scale == before.scale or after.level != after.level:
         return None
     return Change(step, after.scale / before.scale, lr * after.scale)
 

@@ -39,7 +39,6 @@ pytestmark = [
 ]
 STEPS = 200
 FASTFACE = FastFace(ema_window=4, haar_window=4, threshold=0.02, patience=8, arm_after=0)
-LINE = FastFace(ema_window=4, haar_window=4, threshold=0.02, patience=8, arm_after=0, anneal=True)
 WINDOWED = MHLR(haar_window=6, threshold=0.03, patience=8, arm_after=0, restart_after=3)
 LOSSES = [stairs(step) for step in range(STEPS)]
 
@@ -672,9 +671,8 @@ def test_checkpoint_holds_primitives_under_the_class_name(tmp_path: Path) -> Non
         (WINDOWED, 1),
         (FASTFACE, 4),
         (WINDOWED, 4),
-        (LINE, 1),
     ],
-    ids=["FastFace", "MHLR", "FastFace accumulating", "MHLR accumulating", "line"],
+    ids=["FastFace", "MHLR", "FastFace accumulating", "MHLR accumulating"],
 )
 def test_killed_and_resumed_run_has_the_rates_of_the_uninterrupted(
     tmp_path: Path, schedule: FastFace | MHLR, accumulate: int, read_every: int
@@ -687,7 +685,7 @@ def test_killed_and_resumed_run_has_the_rates_of_the_uninterrupted(
     loader = batches(30 * accumulate - accumulate // 2)
     whole, whole_rates = FastFaceCallback(schedule, read_every=read_every), LearningRates()
     fit(tmp_path, whole, whole_rates, loader=loader, **settings)
-    assert len(whole.changes) == 1 if schedule is LINE else len(whole.changes) >= 6
+    assert len(whole.changes) >= 6
 
     kills = sorted(random.Random(read_every + accumulate).sample(range(8, STEPS), 5))
     for kill in [*kills, STEPS]:
@@ -769,19 +767,19 @@ def test_checkpoint_without_state_warns_and_starts_anew(tmp_path: Path) -> None:
 
 
 def test_what_starts_anew_is_made_for_what_is_left(tmp_path: Path) -> None:
-    """Also when it is resumed once more: a line ends with the run."""
+    """Also when it is resumed once more."""
     fit(tmp_path, max_steps=60).save_checkpoint(tmp_path / "a.ckpt")
-    callback = FastFaceCallback(LINE)
+    callback = FastFaceCallback()
     with pytest.warns(UserWarning, match="for what is left of the run"):
         trainer = fit(tmp_path, callback, max_steps=90, ckpt_path=tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "b.ckpt")
     assert callback.schedule.bind(30) == FastFace(**callback.state_dict()["bound"])
-    again, rates = FastFaceCallback(LINE), LearningRates()
+    again = FastFaceCallback()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the run now has")
-        fit(tmp_path, again, rates, max_steps=90, ckpt_path=tmp_path / "b.ckpt")
+        fit(tmp_path, again, max_steps=90, ckpt_path=tmp_path / "b.ckpt")
     with pytest.warns(UserWarning, match="the run now has 95 steps; its schedule stays .* for 30:"):
-        fit(tmp_path, again, rates, max_steps=95, ckpt_path=tmp_path / "b.ckpt")
+        fit(tmp_path, again, max_steps=95, ckpt_path=tmp_path / "b.ckpt")
 
 
 # Logs --------------------------------------------------------------------------------------------
@@ -856,16 +854,6 @@ def test_each_change_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptu
         "step 34: loss flat for 9 steps, lr 0.125 -> 0.0625",
         "step 43: loss flat for 9 steps, lr 0.0625 -> 0.03125",
     ]
-
-
-def test_a_line_to_zero_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    callback, rates = FastFaceCallback(LINE), LearningRates()
-    with caplog.at_level(logging.INFO, "lightning.pytorch"):
-        fit(tmp_path, callback, rates, max_steps=60)
-    assert [line for line in caplog.messages if line.startswith("step ")] == [
-        "step 34: loss flat for 9 steps, lr in a line from 0.125 to zero at step 60",
-    ]
-    assert rates.first_group == {t: LR * min(1.0, (60 - t) / 26) for t in range(60)}
 
 
 def test_nan_is_left_out_and_warned_of_once_with_its_step(tmp_path: Path) -> None:

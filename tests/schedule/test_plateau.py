@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastface_lightning import MHLR, FastFace, replay
+from fastface_lightning import MHLR, FastFace
 from fastface_lightning.schedule.plateau import Checkpointed, PlateauSchedule, PlateauState
 
 
@@ -114,45 +114,6 @@ def test_plateaus_are_in_a_row_only_without_a_fall_between_them() -> None:
 
 def test_restarts_go_on_after_the_last_division() -> None:
     assert scales(Drop(restart_after=3, max_decays=1), [1.0] * 6) == [0.5, 0.5, 2.0, 2.0, 2.0, 8.0]
-
-
-# A line to zero ----------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 30), st.integers(32, 100), st.data())
-def test_the_first_plateau_begins_a_line_to_zero(patience: int, total: int, data: Any) -> None:
-    """Equal steps down, whatever the loss does; the last is taken one above zero."""
-    later = data.draw(
-        st.lists(st.floats(0, 9), min_size=total - patience - 1, max_size=total - patience - 1)
-    )
-    states = run(Drop(patience=patience, anneal=True), [1.0] * (patience + 1) + later, total)
-    rates = [1.0] + [state.scale for state in states[:-1]]  # of the steps 0 to total - 1
-    assert rates[: patience + 1] == [1.0] * (patience + 1)
-    parts = total - patience
-    for step in range(patience, total):
-        assert rates[step] == pytest.approx((total - step) / parts)
-    assert all(state.decays == 0 and state.plateau_steps == 0 for state in states[patience:])
-
-
-def test_the_line_is_one_change_where_the_loss_goes_flat() -> None:
-    losses = [20.0, 10.0, 9.0, 8.0, 7.0, 7.0, 7.0, 1.0, 0.0]  # steps 5 and 6 are flat
-    given = Drop(anneal=True, patience=1)
-    assert scales(given, losses, 10) == [1, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]
-    assert replay(losses, given, total_steps=10, lr=2.0) == [(6, 0.75, 1.5)]
-
-
-def test_skipped_losses_do_not_move_the_end_of_the_line() -> None:
-    losses = [9.0, 7.0, 7.0, math.nan, 7.0, math.inf, 7.0, 7.0, 7.0]
-    given = Drop(anneal=True, arm_after=1)
-    assert scales(given, losses, 10) == [
-        *(1.0, 1.0, 7 / 8, 7 / 8, 5 / 8, 5 / 8, 3 / 8, 2 / 8, 1 / 8)
-    ]
-    assert replay(losses, given, total_steps=10, lr=1.0) == [(2, 7 / 8, 7 / 8)]
-
-
-def test_the_line_ends_with_the_run_also_after_a_warm_up() -> None:
-    found = scales(Drop(anneal=True, warmup_steps=4), [1.0] * 9, 10)
-    assert found == [0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
 
 
 # Arming ------------------------------------------------------------------------------------------
@@ -283,10 +244,8 @@ SCHEDULES = [
     FastFace(released=True, patience=10),
     FastFace(alpha=0.003, haar_window=7, threshold=0.1, threshold_mode="rel"),
     FastFace(ema_window=49, warmup_steps=0.1, arm_after=3),
-    FastFace(anneal=True),
     MHLR(),
     MHLR(beta=1 / 49, patience=0.2),
-    MHLR(anneal=True),
     MHLR(haar_window=5, max_decays=3, restart_after=None),
 ]
 
@@ -319,7 +278,6 @@ def test_total_steps_must_be_a_positive_whole_number(total_steps: Any) -> None:
         MHLR(threshold_mode="abs", patience=3, arm_after=0),
         MHLR(haar_window=2, threshold_mode="abs", patience=3, warmup_steps=0.1),
         MHLR(haar_window=2, threshold_mode="abs", patience=3, arm_after=0.2),
-        MHLR(haar_window=2, threshold_mode="abs", patience=3, arm_after=0, anneal=True),
     ],
     ids=repr,
 )
@@ -344,10 +302,6 @@ REFUSALS = [
     ({"max_decays": 1.5}, "max_decays must be a whole number, got 1.5"),
     ({"restart_after": 0}, "restart_after must be at least 1, got 0"),
     ({"max_nonfinite": 0}, "max_nonfinite must be at least 1, got 0"),
-    ({"anneal": True, "factor": 0.1}, "anneal divides nothing, got factor=0.1"),
-    ({"anneal": True, "max_decays": 3}, "anneal divides nothing, got max_decays=3"),
-    ({"anneal": True, "restart_after": 5}, "anneal divides nothing, got restart_after=5"),
-    ({"anneal": True, "restart_factor": 2.0}, "anneal divides nothing, got restart_factor=2.0"),
     ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
     *(
         (
@@ -385,12 +339,6 @@ def test_refuses_a_setting_out_of_its_range(
             FastFace,
             {"literal": True, "released": True},
             "literal and released exclude each other, got both True",
-        ),
-        (
-            FastFace,
-            {"anneal": True, "released": True},
-            "anneal is not of the paper and excludes literal and released, got literal=False, "
-            "released=True",
         ),
         (MHLR, {"haar_window": 1}, "haar_window must be at least 2 steps, got 1"),
         (MHLR, {"beta": 0.6}, r"beta must lie in \(0, 0.5\], got 0.6"),
@@ -490,11 +438,12 @@ def test_checkpoint_of_another_schedule_is_refused_by_name(
 
 def test_an_older_checkpoint_has_the_defaults_of_settings_that_it_does_not_know() -> None:
     saved = checkpoint(FastFace())
-    for part, key in (("given", "anneal"), ("bound", "anneal"), ("state", "annealing_since")):
-        del saved[part][key]
-    assert Checkpointed.load(saved, FastFace()).bound == FastFace().bind(1000)
-    with pytest.raises(ValueError, match=r"another schedule \(anneal=False\) than"):
-        Checkpointed.load(saved, FastFace(anneal=True))
+    del saved["given"]["total_steps"], saved["bound"]["total_steps"], saved["state"]["restarts"]
+    loaded = Checkpointed.load(saved, FastFace())
+    assert loaded.bound == replace(FastFace().bind(1000), total_steps=None)
+    assert loaded.state == FastFace().bind(1000).init()
+    with pytest.raises(ValueError, match=r"another schedule \(total_steps=None\) than"):
+        Checkpointed.load(saved, FastFace(total_steps=9))
 
 
 def test_checkpoint_names_a_setting_that_the_schedule_does_not_have() -> None:
