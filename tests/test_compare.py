@@ -261,7 +261,8 @@ def told(line: dict[str, Any], rivals: list[str]) -> str:
 
     share = line["images"]
     cells = [f"`{line['way']}`", f"{line['lr']:g}"]
-    cells += [percent(key) for key in ("tar", "tar_1e-3", "auc", *(f"tar - {way}" for way in rivals))]
+    above = [f"tar - {way}" for way in rivals]
+    cells += [percent(key) for key in ("tar", "tar_1e-3", "auc", *above)]
     cells += ["-" if share is None else f"{share:.2f}", line["changes"], line["first at"]]
     return f"| {' | '.join(cells)} |"
 
