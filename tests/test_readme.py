@@ -76,7 +76,7 @@ def test_python_blocks_run(
 
 
 def test_every_command_is_known() -> None:
-    assert len(COMMANDS) == 75
+    assert len(COMMANDS) == 76
     assert sum(shlex.split(command)[1:] == FULL_SIZE for command in COMMANDS) == 1
     for command in COMMANDS:
         assert re.match(r"python (train|recipes/\w+)\.py ", command), command

@@ -158,7 +158,7 @@ def test_mhlr() -> None:
     """The authors' logged run has windows of 4000 steps, their others 1.5 % of the run."""
     log, other = (composed(f"+paper={data}_r100_mhlr") for data in ("ms1mv3", "webface12m"))
     assert steps_of(log) == 202_320 and steps_of(other) == 496_875
-    for cfg, window in ((log, 4000), (other, 7452)):  # even, next to int(0.015 T) = 7453
+    for cfg, window in ((log, 4000), (other, 7453)):  # int(0.015 T)
         bound = instantiate(cfg.schedule).bind(steps_of(cfg))
         assert (bound.haar_window, bound.patience) == (window, 2 * window)
         assert (bound.threshold, bound.threshold_mode, bound.max_decays) == (0.06, "abs", None)
