@@ -116,8 +116,6 @@ class FastFaceCallback(Callback):
             self._at = Checkpointed(self.schedule, bound, bound.init())
             # A resumed optimizer gets its state, and with it a scaled rate, only after this hook.
             self._base_lrs = [[float(g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
-        else:
-            self._warn_of_another_length(trainer, self._at.bound)
         self._block = self.read_every or (1 if pl_module.device.type == "cpu" else 32)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,6 +128,9 @@ class FastFaceCallback(Callback):
         ]
         if self._at.state.step == 0:
             self._apply(trainer)
+        # Not in an earlier hook: counting steps makes the loaders, which would then lose the
+        # position that a checkpoint has for them.
+        self._warn_of_another_length(trainer, self._at.bound)
         rank_zero_info(self._at.bound.describe())
 
     def _warn_of_another_length(self, trainer: Trainer, bound: PlateauSchedule) -> None:
