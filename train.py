@@ -22,10 +22,15 @@ from torch import nn
 
 from fastface_lightning import FastFaceCallback
 from fastface_lightning.classifiers import Classifier, MomentumClassifier, chunk_that_fits
-from fastface_lightning.data import FaceDataModule, sheet_of
-from fastface_lightning.data.names import write_names
-from fastface_lightning.module import FaceModule, check_sparse, moves_rows
-from fastface_lightning.plan import (
+from fastface_lightning.cli import check_numbers, program, torch_schedule
+from fastface_lightning.data import FaceDataModule
+from fastface_lightning.data.formats.names import write_names
+from fastface_lightning.files import write_text
+from fastface_lightning.report.figures import print_plan, print_summary
+from fastface_lightning.report.image_grid import sheet_of
+from fastface_lightning.schedule import PlateauSchedule
+from fastface_lightning.training.module import FaceModule, check_sparse, moves_rows
+from fastface_lightning.training.plan import (
     CARD_RESERVE,
     UNPLANNED,
     peak,
@@ -33,17 +38,14 @@ from fastface_lightning.plan import (
     plan_classifier,
     together,
 )
-from fastface_lightning.program import check_numbers, program, torch_schedule
-from fastface_lightning.report import print_plan, print_summary, write_whole
-from fastface_lightning.run_record import (
+from fastface_lightning.training.run_record import (
     OneRun,
     ResumableCSVLogger,
     RunRecord,
     device_name,
     memory_of,
 )
-from fastface_lightning.schedule import PlateauSchedule
-from fastface_lightning.seeding import SeededBatches
+from fastface_lightning.training.seeding import SeededBatches
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).resolve().parent
@@ -124,7 +126,7 @@ def settings_of(folder: Path) -> list[str]:
 def save_settings(folder: Path, *texts: str) -> None:
     """Write what :func:`settings_of` reads, and at a resume other ranks do, at any moment."""
     for name, text in zip(SETTINGS, texts, strict=True):
-        write_whole(folder / name, text)
+        write_text(folder / name, text)
 
 
 def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, list[str]]:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
 from fastface_lightning.margins import ArcFace
-from fastface_lightning.sgd import SGD
+from fastface_lightning.optim import SGD
 
 BATCH, SIZE, SCALE, MARGIN = 128, 512, 64.0, 0.5
 # 93,431 are MS1MV3's identities, 205,990 WebFace4M's, 617,970 WebFace12M's.

@@ -53,13 +53,13 @@ from fastface_lightning.data import (
     SyntheticFaces,
 )
 from fastface_lightning.data.datamodule import read_people
-from fastface_lightning.data.memory import MemoryFaces, shrunk
+from fastface_lightning.data.datasets.in_memory import MemoryFaces, shrunk
 from fastface_lightning.evaluation import all_pairs, tar_at_far
 from fastface_lightning.margins import CosFace
-from fastface_lightning.module import FaceModule
-from fastface_lightning.plan import PartPlan, plan_classifier
-from fastface_lightning.run_record import memory_of
-from fastface_lightning.sgd import SGD
+from fastface_lightning.optim import SGD
+from fastface_lightning.training.module import FaceModule
+from fastface_lightning.training.plan import PartPlan, plan_classifier
+from fastface_lightning.training.run_record import memory_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = RESULTS / "dynamic_pool.json"

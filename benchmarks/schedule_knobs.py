@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastface_lightning import MHLR, FastFace, replay
-from fastface_lightning.report import thin
+from fastface_lightning.report.figures import thin
 from fastface_lightning.schedule import Change, PlateauSchedule, PlateauState, read_losses, states
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

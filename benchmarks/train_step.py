@@ -34,10 +34,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from fastface_lightning.backbones import build_backbone
+from fastface_lightning.backbones import build_backbone, normalise
 from fastface_lightning.data import IdentityFolder, SyntheticFaces
-from fastface_lightning.module import normalise
-from fastface_lightning.run_record import RunRecord
+from fastface_lightning.training.run_record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

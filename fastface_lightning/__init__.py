@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .embedding import load_embedder
+    from .inference.embedder import load_embedder
     from .schedule.callback import FastFaceCallback
     from .schedule.fastface import FastFace
     from .schedule.lr_scheduler import FastFaceLR
@@ -19,7 +19,7 @@ _HOME = {
     "FastFaceLR": "schedule.lr_scheduler",
     "FastFace": "schedule.fastface",
     "MHLR": "schedule.mhlr",
-    "load_embedder": "embedding",
+    "load_embedder": "inference.embedder",
     "replay": "schedule.replay",
 }
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich.console import Console
 
+from fastface_lightning.cli import check_numbers, program
 from fastface_lightning.data import ImageFiles, find_images, read_landmarks
-from fastface_lightning.data.names import write_names
-from fastface_lightning.embedding import load_embedder
-from fastface_lightning.embedding_file import embed_to_file
-from fastface_lightning.program import check_numbers, program
-from fastface_lightning.protocols import stamp
+from fastface_lightning.data.formats.names import write_names
+from fastface_lightning.inference.embedder import load_embedder
+from fastface_lightning.inference.embedding_file import embed_to_file
+from fastface_lightning.inference.protocols import stamp
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

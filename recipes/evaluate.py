@@ -18,14 +18,15 @@ from rich.markdown import Markdown
 from torch import Tensor
 
 from fastface_lightning.backbones.weights import read_about
-from fastface_lightning.curves import plot_curves, plot_scores, thin_curve
-from fastface_lightning.data import FaceDataModule, pairs_sheet
-from fastface_lightning.embedding import Embedder, load_embedder
-from fastface_lightning.embedding_file import embed_to_file
+from fastface_lightning.cli import check_numbers, program
+from fastface_lightning.data import FaceDataModule
 from fastface_lightning.evaluation import roc_curve
-from fastface_lightning.program import check_numbers, program
-from fastface_lightning.protocols import Pairs, Protocol, open_protocol
-from fastface_lightning.report import write_whole
+from fastface_lightning.files import write_text
+from fastface_lightning.inference.embedder import Embedder, load_embedder
+from fastface_lightning.inference.embedding_file import embed_to_file
+from fastface_lightning.inference.protocols import Pairs, Protocol, open_protocol
+from fastface_lightning.report.curves import plot_curves, plot_scores, thin_curve
+from fastface_lightning.report.image_grid import pairs_sheet
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 WORST = 24  # pairs on a sheet
@@ -174,11 +175,11 @@ def write(cfg: DictConfig, folder: Path, embedder: Embedder, found: Found) -> st
         "model": embedder.about,
         "sets": found,
     }
-    write_whole(folder / "evaluation.json", json.dumps(written, indent=2) + "\n")
+    write_text(folder / "evaluation.json", json.dumps(written, indent=2) + "\n")
     how = "" if cfg.mirror else ", without mirror images"
     text = f"# {cfg.checkpoint}{how}\n\n{headline(embedder.about, found)}\n"
     text += "".join(f"\n{details(name, result)}\n" for name, result in found.items())
-    write_whole(folder / "evaluation.md", text)
+    write_text(folder / "evaluation.md", text)
     return text
 
 

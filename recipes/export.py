@@ -10,9 +10,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from fastface_lightning.embedding import TorchEmbedder, load_embedder
-from fastface_lightning.export import check_target, export
-from fastface_lightning.program import program
+from fastface_lightning.cli import program
+from fastface_lightning.inference.embedder import TorchEmbedder, load_embedder
+from fastface_lightning.inference.export import check_target, export
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

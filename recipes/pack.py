@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
+from fastface_lightning.cli import program
 from fastface_lightning.data import (
     FaceDataModule,
     FaceDataset,
@@ -29,14 +30,12 @@ from fastface_lightning.data import (
     is_packable,
     pair_files,
     read_landmarks,
-    sheet_of,
     write_verification_bin,
 )
-from fastface_lightning.data.cache import file_stamp
-from fastface_lightning.data.image import reason
-from fastface_lightning.data.names import write_names
-from fastface_lightning.data.recordio import InsightFaceWriter
-from fastface_lightning.program import program
+from fastface_lightning.data.formats.names import write_names
+from fastface_lightning.data.formats.recordio import InsightFaceWriter
+from fastface_lightning.files import file_stamp, reason
+from fastface_lightning.report.image_grid import sheet_of
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 Prepared = tuple[int, bytes, str]  # place in the pack's order, JPEG or nothing, why there is none
@@ -272,7 +271,7 @@ def digest(faces: FaceDataset, cfg: DictConfig) -> str:
         found.update(faces.name(i).encode())
     found.update(os.fsencode(os.path.realpath(cfg.data.get("root", ""))))
     if cfg.landmarks is not None:
-        found.update(file_stamp(Path(cfg.landmarks)).tobytes())
+        found.update(str(file_stamp(cfg.landmarks)).encode())
     return found.hexdigest()
 
 

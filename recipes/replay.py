@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from fastface_lightning.program import program
-from fastface_lightning.report import plot_schedule
+from fastface_lightning.cli import program
+from fastface_lightning.report.figures import plot_schedule
 from fastface_lightning.schedule import (
     Change,
     PlateauSchedule,

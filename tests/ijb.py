@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fastface_lightning.data import ARCFACE_POINTS, encode_jpeg
-from fastface_lightning.data.faces import draw_face
+from fastface_lightning.data.datasets.synthetic_faces import draw_face
 
 _EACH = 6  # drawn images a person
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fastface_lightning.program import find_recipes
+from fastface_lightning.cli import find_recipes
 from fastface_lightning.schedule import PlateauSchedule
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

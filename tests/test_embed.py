@@ -11,7 +11,7 @@ from models import network, noise, save_checkpoint
 from PIL import Image
 from programs import Run
 
-from fastface_lightning.embedding import load_embedder
+from fastface_lightning.inference.embedder import load_embedder
 
 PROGRAM = "recipes/embed.py"
 

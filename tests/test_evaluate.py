@@ -14,12 +14,12 @@ from PIL import Image
 from programs import ROOT, Run, load
 from torch.nn import functional as F
 
-import fastface_lightning.embedding_file as embedding_file
+import fastface_lightning.inference.embedding_file as embedding_file
 from fastface_lightning.data import encode_jpeg, write_verification_bin
-from fastface_lightning.data.recordio import InsightFaceWriter
-from fastface_lightning.embedding import load_embedder
+from fastface_lightning.data.formats.recordio import InsightFaceWriter
 from fastface_lightning.evaluation import tar_at_far, verification_accuracy
-from fastface_lightning.protocols import Templates, open_protocol
+from fastface_lightning.inference.embedder import load_embedder
+from fastface_lightning.inference.protocols import Templates, open_protocol
 
 PROGRAM = "recipes/evaluate.py"
 

@@ -16,7 +16,7 @@ from PIL import Image
 from programs import ROOT, Run, load
 
 from fastface_lightning.data import encode_jpeg, write_verification_bin
-from fastface_lightning.data.faces import draw_face
+from fastface_lightning.data.datasets.synthetic_faces import draw_face
 
 SMALL = [
     "data.num_identities=8",

@@ -19,8 +19,8 @@ from PIL import Image
 from programs import load
 
 from fastface_lightning.data import write_verification_bin
-from fastface_lightning.embedding import TorchEmbedder, load_embedder
-from fastface_lightning.export import export
+from fastface_lightning.inference.embedder import TorchEmbedder, load_embedder
+from fastface_lightning.inference.export import export
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -184,7 +184,7 @@ def test_commands_run(
         monkeypatch.setattr(sys, "argv", small(words))
         load(stand_in / "train.py").main()
     else:
-        run([*words, *(COMPARED if "recipes/compare.py" in words else [])], stand_in)
+        run([*words, *(COMPARED if "benchmarks/compare.py" in words else [])], stand_in)
     shutil.rmtree(finished)
 
 

@@ -201,7 +201,7 @@ def test_f2c(paper: str) -> None:
     assert cfg.classifier.pool_size == (0.01 if glint else 0.1)
     assert margin_of(cfg) == ("CosFace", 0.5)
     assert cfg.optimizer == {
-        "_target_": "fastface_lightning.sgd.SGD",
+        "_target_": "fastface_lightning.optim.SGD",
         "_partial_": True,
         "lr": 0.1,
         "momentum": 0.9,

@@ -165,3 +165,9 @@ def in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
         return head(x)
     with torch.autocast(device, enabled=False):
         return head(x)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images uint8 (N, 3, H, W) in [0, 255] as float32 in [-1, 1]."""
+    # Decoders write (N, H, W, 3); a network whose weights are not so ordered would turn to it.
+    return images.contiguous().float().div_(127.5).sub_(1)

@@ -23,7 +23,7 @@ class PartialClassifier(ChunkedClassifier):
 
     with :math:`R` drawn uniformly from the other classes, without repetition, by torch's generator
     of the device. Only the rows :math:`S` of ``weight`` enter the loss, and its gradient is a
-    sparse tensor that holds these rows alone: :class:`fastface_lightning.sgd.SGD` moves them and
+    sparse tensor that holds these rows alone: :class:`fastface_lightning.optim.SGD` moves them and
     leaves weights and momentum of all others as they are. (torch's SGD refuses a sparse gradient
     where a weight decay would touch every row.) At rate 1, and in eval mode, it is
     :class:`ChunkedClassifier`, with a dense gradient.

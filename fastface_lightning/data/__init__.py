@@ -10,16 +10,17 @@ from .datamodule import (
     open_faces,
     split_identities,
 )
-from .dataset import FaceDataset
-from .folder import FaceList, IdentityFolder, identity_names
+from .datasets.base import FaceDataset
+from .datasets.folder import FaceList, IdentityFolder, identity_names
+from .datasets.image_files import ImageFiles, find_images
+from .datasets.records import RecordDataset
+from .datasets.synthetic import SyntheticFaces, synthetic_pairs
+from .datasets.zips import ZippedFaces
+from .formats.image import decode_image, decode_into, decode_original, encode_jpeg, is_packable
+from .formats.verification_bin import write_verification_bin
 from .ijb import IJBData, TemplateSubjects, is_ijb, read_ijb
-from .image import decode_image, decode_into, decode_original, encode_jpeg, is_packable
-from .image_files import ImageFiles, find_images
-from .order import EpochSampler, FaceLoader, GroupSampler, epoch_order
-from .records import RecordDataset
-from .sheet import contact_sheet, pairs_sheet, pick_images, sheet_of
-from .synthetic import SyntheticFaces, synthetic_pairs
-from .verification import (
+from .loader import EpochSampler, FaceLoader, GroupSampler, epoch_order
+from .pairs import (
     VerificationPairs,
     held_out_pairs,
     interleaved,
@@ -28,8 +29,6 @@ from .verification import (
     read_verification,
     read_verification_bin,
 )
-from .verification_bin import write_verification_bin
-from .zips import ZippedFaces
 
 __all__ = [
     "ARCFACE_POINTS",
@@ -52,7 +51,6 @@ __all__ = [
     "VerificationPairs",
     "ZippedFaces",
     "align_face",
-    "contact_sheet",
     "decode_image",
     "decode_into",
     "decode_original",
@@ -66,14 +64,11 @@ __all__ = [
     "is_packable",
     "open_faces",
     "pair_files",
-    "pairs_sheet",
-    "pick_images",
     "read_ijb",
     "read_landmarks",
     "read_pairs",
     "read_verification",
     "read_verification_bin",
-    "sheet_of",
     "similarity_transform",
     "split_identities",
     "synthetic_pairs",

@@ -18,13 +18,13 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, TensorDataset
 
-from .dataset import FaceDataset
-from .folder import FaceList, IdentityFolder
-from .order import EpochSampler, FaceLoader, GroupSampler
-from .records import RecordDataset
-from .synthetic import SyntheticFaces, synthetic_pairs
-from .verification import VerificationPairs, held_out_pairs, read_pairs, read_verification
-from .zips import ZippedFaces
+from .datasets.base import FaceDataset
+from .datasets.folder import FaceList, IdentityFolder
+from .datasets.records import RecordDataset
+from .datasets.synthetic import SyntheticFaces, synthetic_pairs
+from .datasets.zips import ZippedFaces
+from .loader import EpochSampler, FaceLoader, GroupSampler
+from .pairs import VerificationPairs, held_out_pairs, read_pairs, read_verification
 
 logger = logging.getLogger(__name__)
 

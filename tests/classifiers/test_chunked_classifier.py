@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, chunked
 from fastface_lightning.margins import ArcFace, CosFace, CurricularFace, Margin, Softmax
-from fastface_lightning.plan import MemoryMeter
+from fastface_lightning.training.plan import MemoryMeter
 
 margins = pytest.mark.parametrize("margin", MARGINS, ids=repr)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
 from fastface_lightning.margins import ArcFace, CosFace, Margin
-from fastface_lightning.sgd import SGD
+from fastface_lightning.optim import SGD
 
 margins = pytest.mark.parametrize("margin", MARGINS, ids=repr)
 

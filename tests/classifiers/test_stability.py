@@ -15,7 +15,7 @@ from fastface_lightning.classifiers import (
     PartialClassifier,
 )
 from fastface_lightning.margins import Margin
-from fastface_lightning.sgd import SGD
+from fastface_lightning.optim import SGD
 
 CLASSES, SIZE, BATCH = 200, 32, 16
 KINDS: dict[str, Callable[[Margin], Classifier]] = {

@@ -26,7 +26,7 @@ from fastface_lightning.data.augment import (
     resizing_matrix,
     resizing_tables,
 )
-from fastface_lightning.data.faces import draw_face
+from fastface_lightning.data.datasets.synthetic_faces import draw_face
 
 KINDS = ("flip", "crop", "low_resolution", "photometric")
 

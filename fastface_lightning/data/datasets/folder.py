@@ -1,0 +1,308 @@
+"""Faces in files of their own: one sub-folder a person, or a list that says who is in which."""
+
+import csv
+import errno
+import os
+import time
+from abc import abstractmethod
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from ...files import file_stamp, printable
+from ..formats.image import IMAGE_SUFFIXES
+from ..formats.index import Arrays, cached
+from ..formats.names import Labels, Names, Packer, jpeg_name
+from .base import FaceDataset
+
+# Folders are read in blocks of so many; where the disk is far away, so many wait at once.
+_BLOCK, _THREADS = 256, 16
+_CHUNK = 1 << 16  # bytes read together: nearly all faces are smaller
+# Folders whose times are compared at a start; all of them would take long, too.
+_SAMPLE = 1000
+_TICK = 20_000_000  # nanoseconds: file systems' clocks move on every 10 ms or sooner
+
+
+class _Files(FaceDataset):
+    """Images that are files under ``root``."""
+
+    root: Path
+    identities: Names
+    _prefix: bytes
+    _files: Names
+
+    def path(self, index: int) -> Path:
+        """File of image ``index``."""
+        return Path(os.fsdecode(self._path(index)))
+
+    def name(self, index: int) -> str:
+        return printable(os.fsdecode(self._path(index)))
+
+    def _fetch(self, index: int) -> bytes:
+        file = os.open(self._path(index), os.O_RDONLY)
+        try:
+            content = os.read(file, _CHUNK)
+            if len(content) == _CHUNK:
+                with open(file, "rb", closefd=False) as rest:
+                    content += rest.read()
+        finally:
+            os.close(file)
+        return content
+
+    @abstractmethod
+    def _path(self, index: int) -> bytes:
+        """File of an image, in the file system's encoding: strings would be encoded anew."""
+
+    def __str__(self) -> str:
+        return printable(str(self.root))
+
+
+class IdentityFolder(_Files):
+    """Images in ``<root>/<identity>/<image>``, labelled by the sorted names of the identities.
+
+    ``dataset[i]`` is ((3, size, size) uint8 RGB, label): see :func:`decode_image` for the pixels,
+    :class:`FaceDataset` for bad images. Images are ordered by identity, then by file name.
+
+    The folder is walked once. Its index, some 20 bytes an image, is kept beside it (see
+    :func:`cached`) and mapped at the next start, until the folder of identities has changed or one
+    of a thousand of the folders in it; a change in another one alone goes unseen until ``reindex``.
+
+    Args:
+        root: folder that holds the identity folders; hidden ones do not count.
+        size: height and width of the images served, pixels.
+        identities: names of the only identities to take; None takes all.
+        min_images: identities with fewer images are left out.
+        max_bad: images that may prove unreadable before the data set gives up.
+        reindex: walk the folder whatever its index says.
+
+    Raises:
+        ValueError: there is no image to serve, or more than ``max_bad`` were found unreadable.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int = 112,
+        identities: Iterable[str] | None = None,
+        min_images: int = 1,
+        max_bad: int = 100,
+        reindex: bool = False,
+    ) -> None:
+        super().__init__(size, max_bad)
+        if min_images < 1:
+            raise ValueError(f"min_images must be at least 1, got {min_images}")
+        self.root, self._prefix = Path(root), os.fsencode(root)
+        if not self.root.is_dir():
+            raise ValueError(f"no folder {root}; expected {root}/<identity>/<image>.jpg")
+        index = cached(self.root, lambda: _walk(self.root), lambda i: _fresh(self.root, i), reindex)
+        people = Names.from_arrays("identities", index)
+        labels = np.repeat(np.arange(len(people), dtype=np.int32), index["counts"])
+        self._files = Names.from_arrays("files", index)
+        self._hold(people, labels)
+        self._restrict(identities, min_images)
+
+    def file_name(self, index: int) -> str:
+        return jpeg_name(os.fsdecode(self._path(index)))
+
+    def _path(self, index: int) -> bytes:
+        person = self.identities.encoded(self.labels[index])
+        return b"%b/%b/%b" % (self._prefix, person, self._files.encoded(self._row(index)))
+
+
+class FaceList(_Files):
+    """Images that a file lists with their identities; labels follow the identities' sorted names.
+
+    Each line of a ``.csv`` file is ``path,identity``, below a header ``path,identity`` or none.
+    Other files have ``path identity`` with a tab or a blank before the identity, or, as MXNet's
+    ``.lst``, ``number<TAB>identity<TAB>path``. Images keep the order of the lines.
+
+    Args:
+        file: the list.
+        root: folder that its paths start from; None is the folder of the list.
+        size, max_bad, reindex: see :class:`IdentityFolder`.
+
+    Raises:
+        ValueError: there is no such file or folder, or a line is malformed.
+    """
+
+    def __init__(
+        self,
+        file: str | Path,
+        root: str | Path | None = None,
+        size: int = 112,
+        max_bad: int = 100,
+        reindex: bool = False,
+    ) -> None:
+        super().__init__(size, max_bad)
+        self.file = Path(file)
+        self.root = self.file.parent if root is None else Path(root)
+        self._prefix = os.fsencode(self.root)
+        if not self.file.is_file():
+            raise ValueError(f"no list {file}; expected lines of path,identity")
+        if not self.root.is_dir():
+            raise ValueError(f"no folder {self.root}, from which the paths of {file} start")
+        stamp = np.array(file_stamp(self.file), np.int64)
+        index = cached(
+            self.file,
+            lambda: {**_parse(self.file), "stamp": stamp},
+            lambda kept: np.array_equal(kept["stamp"], stamp),
+            reindex,
+        )
+        self._files = Names.from_arrays("files", index)
+        self._hold(Names.from_arrays("identities", index), index["labels"])
+
+    def _path(self, index: int) -> bytes:
+        return os.path.join(self._prefix, self._files.encoded(self._row(index)))
+
+    def __str__(self) -> str:
+        return printable(str(self.file))
+
+
+def identity_names(root: str | Path) -> list[str]:
+    """Sorted names of the identity folders in ``root``; hidden ones do not count.
+
+    Raises:
+        ValueError: ``root`` is absent or holds no folder.
+    """
+    if not Path(root).is_dir():
+        raise ValueError(f"no folder {root}; expected {root}/<identity>/<image>.jpg")
+    with os.scandir(root) as entries:
+        names = sorted(e.name for e in entries if not e.name.startswith(".") and is_kind(e.is_dir))
+    if not names:
+        raise ValueError(f"{root} holds no folders; expected {root}/<identity>/<image>.jpg")
+    return names
+
+
+def _walk(root: Path) -> Arrays:
+    """Index a folder of identities, many folders at once."""
+    # The times come first: what changes during the walk then shows at the next start.
+    changed = root.stat().st_mtime_ns
+    names = identity_names(root)
+    people = Names.of(names)
+    times = np.array([changed, *_times(root, people)], np.int64)
+    if time.time_ns() - times.max() < _TICK:  # a change right now would leave such a time as it is
+        time.sleep(_TICK / 1e9)
+    blocks = [names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)]
+    files, counts = Packer(), array("q")
+    what = printable(f"indexing {root.name}")
+    walked = _walked(root, blocks)
+    for block in track(walked, what, len(blocks), transient=True, disable=len(blocks) < 40):
+        for found in block:
+            counts.append(len(found))
+            for name in found:
+                files.append(name)
+    return {
+        **people.arrays("identities"),
+        **files.names().arrays("files"),
+        "counts": np.array(counts, np.int64),
+        "times": times,
+    }
+
+
+def _walked(root: Path, blocks: Iterable[list[str]]) -> Iterator[list[list[str]]]:
+    """Names of the images of each identity, in blocks, as many of which wait as there are threads.
+
+    ``ThreadPoolExecutor.map`` would let all of them wait.
+    """
+    waiting: deque[Future[list[list[str]]]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for block in blocks:
+            folders = [f"{root}/{name}" for name in block]
+            waiting.append(pool.submit(lambda of: [_image_names(f) for f in of], folders))
+            if len(waiting) > _THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _fresh(root: Path, index: Arrays) -> bool:
+    people = Names.from_arrays("identities", index)
+    return index["times"].tolist() == [root.stat().st_mtime_ns, *_times(root, people)]
+
+
+def _times(root: Path, names: Names) -> list[int]:
+    """When folders last changed, of a sample of the identities; 0 for one that is gone."""
+    times = []
+    for i in np.linspace(0, len(names) - 1, min(len(names), _SAMPLE)).astype(int).tolist():
+        try:
+            times.append(os.stat(f"{root}/{names[i]}").st_mtime_ns)
+        except OSError:
+            times.append(0)
+    return times
+
+
+def _image_names(folder: str) -> list[str]:
+    """Names of the images in ``folder``, sorted as text; none if there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if entry.name.lower().endswith(IMAGE_SUFFIXES)
+                and not entry.name.startswith(".")
+                and is_kind(entry.is_file)
+            )
+    except (FileNotFoundError, NotADirectoryError):  # any other fault must not be kept as a truth
+        return []
+
+
+def is_kind(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; not so a symbolic link that leads round in a circle."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
+def _parse(file: Path) -> Arrays:
+    """Index a list of images, a line at a time."""
+    files, labels = Packer(), Labels()
+    for path, identity in _rows(file):
+        files.append(path)
+        labels.append(identity)
+    if not files:
+        raise ValueError(f"{file} lists no image; expected lines of path,identity")
+    identities, numbers = labels.sorted()
+    return {
+        **identities.arrays("identities"),
+        **files.names().arrays("files"),
+        "labels": numbers,
+    }
+
+
+def _rows(file: Path) -> Iterator[tuple[str, str]]:
+    """(path, identity) of each line."""
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        table = file.suffix.lower() == ".csv"
+        rows = _csv_rows(lines, file) if table else (_fields(line) for line in lines)
+        for number, row in enumerate(rows, 1):
+            fields = [field.strip() for field in row]
+            if not any(fields) or (
+                number == 1 and [f.lower() for f in fields] == ["path", "identity"]
+            ):
+                continue
+            if len(fields) == 3 and not table:
+                fields = [fields[2], fields[1]]
+            if len(fields) != 2 or not all(fields):
+                raise ValueError(
+                    f"{file}:{number}: expected a path and an identity, got {','.join(row)[:80]!r}"
+                )
+            yield fields[0], fields[1]
+
+
+def _csv_rows(lines: Iterable[str], file: Path) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(lines)
+    except csv.Error as error:  # a quote that is never closed, for one
+        raise ValueError(f"{file} is no CSV file: {error}") from error
+
+
+def _fields(line: str) -> list[str]:
+    return line.split("\t") if "\t" in line else line.rsplit(maxsplit=1)

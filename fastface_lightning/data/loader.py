@@ -1,0 +1,283 @@
+"""The order of the training images is a pure function of seed and epoch, and a run knows its place.
+
+A checkpoint holds how many batches of which epoch are done. With the order a pure function, that
+is all a resumed run needs to go on with the next image, without fetching those before it.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from .datasets.base import FaceDataset, collate
+
+BLOCK = 2**16  # groups drawn at a time, where their first images are given
+GROUPS = 0x67726F75  # no other seed of the project ends in this word
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Random permutation of ``range(num_samples)`` that (seed, epoch) alone decides.
+
+    Seed and epoch are hashed together, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
+
+    Raises:
+        ValueError: ``seed`` or ``epoch`` is negative.
+    """
+    return _generator(seed, epoch).permutation(num_samples)
+
+
+def _generator(seed: int, epoch: int, *words: int) -> np.random.Generator:
+    """Random numbers that these alone decide; words end in a nonzero one, as zeros are padded."""
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    if epoch < 0:
+        raise ValueError(f"epoch must be at least 0, got {epoch}")
+    return np.random.default_rng([seed, epoch, *words])
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Serve :func:`epoch_order`; of several ranks, each takes every ``num_replicas``-th sample.
+
+    The samples that do not divide evenly are left out, others in every epoch, so that all ranks
+    take equally many steps and no sample is seen twice. Being a DistributedSampler, Lightning
+    calls its ``set_epoch`` at the start of an epoch and keeps it under any strategy.
+
+    Args:
+        dataset: what is sampled; only its length matters.
+        seed: at least 0; equal on all ranks.
+        num_replicas: number of ranks; None asks torch.distributed, 1 where that does not run.
+        rank: in [0, num_replicas); None asks torch.distributed.
+
+    Attributes:
+        start: samples of this rank that the next iteration leaves out at the beginning.
+        size: samples that belong together and are never parted.
+        by: what is in random order.
+    """
+
+    size = 1
+    by = "images"
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        running = dist.is_available() and dist.is_initialized()
+        if num_replicas is None:
+            num_replicas = dist.get_world_size() if running else 1
+        if rank is None:
+            rank = dist.get_rank() if running else 0
+        super().__init__(dataset, num_replicas, rank, seed=seed, drop_last=True)
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        order = epoch_order(len(self.dataset), self.seed, self.epoch)  # type: ignore[arg-type]
+        return map(int, order[self.rank :: self.num_replicas][self.start : self.num_samples])
+
+
+class GroupSampler(EpochSampler):
+    """Serve groups of ``size`` images of one identity, flat: one group after the other.
+
+    An epoch has as many groups as the data set has images, so that a loader of groups is as long
+    as one of as many images a batch. The groups, like :func:`epoch_order`, are a pure function of
+    seed and epoch; of several ranks, each takes every ``num_replicas``-th, and those that do not
+    divide evenly are left out.
+
+    The images of a group are different ones as long as its identity has so many, and drawn from
+    all of its images beyond that: an identity's only image is served ``size`` times.
+
+    Groups are drawn a pass or :data:`BLOCK` at a time, each from a generator of its own, so that
+    no place in an epoch needs those before it. Starting sorts the labels: seconds and 8 bytes an
+    image at 42 million.
+
+    Args:
+        dataset: what is sampled; only its labels matter, in any order.
+        size: images of a group, at least 2.
+        by: ``"identities"``: all identities in random order, in another one when they are through,
+            and so on; every image of a group is drawn. ``"images"``: all images in
+            :func:`epoch_order`, each the first of a group whose others are drawn.
+        seed, num_replicas, rank: see :class:`EpochSampler`.
+
+    Attributes:
+        start: a multiple of ``size``; see :class:`EpochSampler`.
+        counts: (C,) int64, the number of each identity's images.
+
+    Raises:
+        ValueError: ``size`` is below 2, ``by`` is neither, or there are not two identities.
+
+    References:
+        Wang et al., An Efficient Training Approach for Very Large Scale Face Recognition, CVPR 2022
+        (arXiv 2105.10375): the identity loader, two images by identities. AttFC: Attention
+        Fully-Connected Layer for Large-Scale Face Recognition with One GPU, 2025 (arXiv
+        2503.06839): a query and its keys, by images.
+
+    Example:
+        >>> pairs = GroupSampler(faces, 2, "identities")
+        >>> loader = FaceLoader(faces, 2 * 128, pairs)  # 128 identities a batch
+    """
+
+    def __init__(
+        self,
+        dataset: FaceDataset,
+        size: int,
+        by: Literal["identities", "images"],
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        if size < 2:
+            raise ValueError(f"size must be at least 2 images of one identity, got {size}")
+        if by not in ("identities", "images"):
+            raise ValueError(f"by must be identities or images, got {by!r}")
+        super().__init__(dataset, seed, num_replicas, rank)
+        self.size, self.by = size, by
+        self.num_samples *= size
+        self._labels = dataset.labels  # (N,)
+        self.counts = np.bincount(self._labels)
+        self._present = np.flatnonzero(self.counts)
+        if len(self._present) < 2:
+            raise ValueError(
+                f"the identity loader needs at least 2 identities, got {len(self._present)}"
+            )
+        # The images of identity c, ascending, are sorted[begins[c] : begins[c] + counts[c]].
+        self._sorted = np.argsort(self._labels, kind="stable")
+        self._begins = self.counts.cumsum() - self.counts
+
+    def __iter__(self) -> Iterator[int]:
+        return self._serve(self.epoch, self.start // self.size)
+
+    def _serve(self, epoch: int, start: int) -> Iterator[int]:
+        """Images of this rank's groups, from the ``start``-th on."""
+        order = epoch_order(len(self._labels), self.seed, epoch) if self.by == "images" else None
+        length = len(self._present) if order is None else BLOCK
+        end = self.num_samples // self.size * self.num_replicas
+        group = self.rank + start * self.num_replicas  # among those of all ranks
+        while group < end:
+            number, skipped = divmod(group, length)
+            rng = _generator(self.seed, epoch, number, GROUPS)
+            if order is None:
+                identities = rng.permutation(self._present)
+                groups = np.empty((0, length), np.int64)
+            else:
+                groups = order[None, number * length : (number + 1) * length]
+                identities = self._labels[groups[0]]
+            drawn = self._fill(rng, identities, groups)
+            own = drawn[skipped : end - number * length : self.num_replicas]
+            group += len(own) * self.num_replicas
+            yield from map(int, own.ravel())
+
+    def _fill(
+        self, rng: np.random.Generator, identities: NDArray[Any], groups: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """(G, size) images of the identities, (G,), whose first n images are groups (n, G)."""
+        begins, counts = self._begins[identities], self.counts[identities]
+        for n in range(len(groups), self.size):
+            fresh = counts > n  # the identity has images that its group has not
+            place = begins + rng.integers(np.where(fresh, counts - n, counts))
+            for taken in np.sort(groups, axis=0):  # a place among those not taken: count on
+                place += fresh & (self._sorted[place] >= taken)
+            groups = np.vstack([groups, self._sorted[place]])
+        return groups.T
+
+
+class FaceLoader(DataLoader[Any]):
+    """Shuffled batches of a :class:`FaceDataset`, resumable at any of them.
+
+    Batches are (images (B, 3, H, W) uint8 RGB, labels (B,) int64), all of ``batch_size``; the
+    images' memory is (B, H, W, 3), as they were decoded. Groups of a :class:`GroupSampler` lie one
+    after the other, so an unreadable image's replacement keeps its own label. Lightning keeps
+    :meth:`state_dict` in its checkpoints.
+
+    torchdata's StatefulDataLoader (0.11) is not used: under Lightning, which makes a loader's
+    iterator before it sets the epoch, it goes on with the images of epoch 0 in any other one, and
+    after a checkpoint at an epoch's end it leaves the next one out; and its checkpoints demand the
+    same number of workers. Here two numbers say it all.
+
+    Args:
+        dataset: the training set.
+        batch_size: images a batch and rank, a multiple of the sampler's ``size``.
+        sampler: decides the order.
+        num_workers: processes that decode; 0 decodes in the main process.
+
+    Raises:
+        ValueError: the training set does not fill one batch, or a batch parts a group.
+    """
+
+    sampler: EpochSampler
+
+    def __init__(
+        self, dataset: FaceDataset, batch_size: int, sampler: EpochSampler, num_workers: int = 0
+    ) -> None:
+        size = sampler.size
+        if batch_size % size:
+            raise ValueError(
+                f"batch_size must be a multiple of {size}, the images of a group, got {batch_size}"
+            )
+        if batch_size > len(sampler):
+            what = "training images" if size == 1 else f"groups of {size} training images"
+            ranks = f" of each of {sampler.num_replicas} ranks" if sampler.num_replicas > 1 else ""
+            raise ValueError(
+                f"batch_size {batch_size // size} is larger than the"
+                f" {len(sampler) // size} {what}{ranks}"
+            )
+        super().__init__(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=collate,
+            drop_last=True,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+        )
+        self._epoch = self._batches = 0
+        self._resume: dict[str, Any] | None = None
+
+    def __iter__(self) -> Any:
+        # A generator starts at its first batch: Lightning makes the iterator, then sets the epoch.
+        resume, self._resume = self._resume, None
+        self._epoch, self._batches = self.sampler.epoch, 0
+        if resume and resume["epoch"] == self._epoch:
+            self._batches = resume["batches"]
+        self.sampler.start = self._batches * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: batches served of an epoch, and what they are counted in."""
+        return {"epoch": self._epoch, "batches": self._batches, **self._units()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at a position, once, if the next iteration is of its epoch.
+
+        Raises:
+            ValueError: it lies within an epoch of another order.
+        """
+        if state_dict["batches"] % state_dict["batches_per_epoch"]:
+            for name, own in self._units().items():
+                if state_dict.get(name, "1 of images") != own:
+                    raise ValueError(
+                        f"{name} must be {state_dict[name]}, as in the run whose checkpoint lies"
+                        f" within an epoch, got {own}"
+                    )
+        self._resume = state_dict
+        self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
+        self.sampler.set_epoch(state_dict["epoch"])
+
+    def _units(self) -> dict[str, Any]:
+        size = self.sampler.size
+        return {
+            "order": f"{size} of {self.sampler.by}",
+            "batch_size": (self.batch_size or 1) // size,
+            "ranks": self.sampler.num_replicas,
+            "images": len(self.sampler.dataset),  # type: ignore[arg-type]
+            "seed": self.sampler.seed,
+            "batches_per_epoch": len(self),
+        }

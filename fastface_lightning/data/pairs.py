@@ -1,0 +1,387 @@
+"""A verification set is a list of image pairs, each of one person or of two."""
+
+import csv
+import io
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .datasets.base import FaceDataset, abridged
+from .formats.image import IMAGE_SUFFIXES, decode_image, decode_into
+from .formats.verification_bin import unpack_verification_bin
+
+logger = logging.getLogger(__name__)
+
+_TRUTH = {"1": True, "true": True, "0": False, "false": False}
+# A `.bin` may refer to an image as often as it likes in two bytes each, and each use becomes a
+# decoded image. Real sets have up to 14,000 images and use each a few times.
+_MOST_IMAGES, _MOST_USES = 20_000, 100
+
+
+class VerificationPairs(NamedTuple):
+    """P pairs of images; images 2i and 2i + 1 are pair i.
+
+    Attributes:
+        images: (2P, 3, H, W) uint8, RGB.
+        same: (P,) bool, whether pair i shows one person.
+        missing: a sentence for each pair left out because an image is absent or unreadable.
+    """
+
+    images: Tensor
+    same: Tensor
+    missing: list[str]
+
+
+_Image = TypeVar("_Image")  # whatever stands for an image until it is read
+
+
+class PairFiles(NamedTuple):
+    """The two image files of a pair, and whether they show one person."""
+
+    first: Path
+    second: Path
+    same: bool
+
+
+def interleaved(same: ArrayLike) -> NDArray[np.int64]:
+    r"""Order in which pairs of one person and of two are spread evenly over the list.
+
+    The k-th of the n pairs of its kind moves to the relative place
+
+    .. math:: (k + \tfrac12) / n, \qquad k = 0, \dots, n - 1,
+
+    so that any contiguous part of the list, a fold above all, holds both kinds in nearly the
+    whole's proportion. The order within a kind stays.
+
+    Args:
+        same: (P,) bool.
+
+    Returns:
+        (P,) int64, a permutation: ``same[order]`` is interleaved.
+    """
+    same = np.asarray(same, dtype=bool)
+    place = np.empty(len(same))
+    for kind in (same, ~same):
+        place[kind] = (np.arange(kind.sum()) + 0.5) / max(kind.sum(), 1)
+    return place.argsort(kind="stable")
+
+
+def read_verification(
+    path: str | Path, image_root: str | Path | None = None, size: int = 112
+) -> VerificationPairs:
+    """Read a verification set of either kind: a ``.bin``, or a pairs file and its images.
+
+    Raises:
+        ValueError: see :func:`read_verification_bin` and :func:`read_pairs`.
+    """
+    if Path(path).suffix.lower() == ".bin":
+        return read_verification_bin(path, size)
+    return read_pairs(path, image_root, size)
+
+
+def read_verification_bin(path: str | Path, size: int = 112) -> VerificationPairs:
+    """Read a verification set that InsightFace or :func:`write_verification_bin` packed.
+
+    The file is a pickle, but no code in it is run: see :func:`unpack_verification_bin`. The pairs
+    keep the file's order, of which ten-fold evaluation takes contiguous tenths as folds. A pair
+    with an image that cannot be decoded is left out and reported in ``missing``.
+
+    Args:
+        path: the ``.bin``.
+        size: height and width of the images, pixels; others are resized.
+
+    Raises:
+        ValueError: the file is absent, truncated or holds anything but images and truth values;
+            not one pair has both images; there are more than 20,000 images of which each occurs
+            more than 100 times, on average.
+    """
+    _check_size(size)
+    images, same = unpack_verification_bin(path)
+    different = len(set(images))
+    if len(images) > max(_MOST_IMAGES, _MOST_USES * different):
+        raise ValueError(
+            f"{path} must use each image at most {_MOST_USES} times on average, got {different}"
+            f" different ones in {len(images)} places"
+        )
+    decoded: dict[bytes, Tensor | str] = {}  # images often stand in several pairs
+
+    def read(index: int) -> Tensor:
+        image = images[index]
+        if image not in decoded:
+            try:
+                decoded[image] = _filled(lambda pixels: decode_into(image, pixels), size)
+            except ValueError as error:
+                decoded[image] = str(error)
+        result = decoded[image]
+        if isinstance(result, str):
+            raise ValueError(f"cannot read image {index} of {path}: {result}")
+        return result
+
+    pairs = [(2 * i, 2 * i + 1, truth) for i, truth in enumerate(same)]
+    return _load(pairs, read, lambda index: f"image {index}", str(path))
+
+
+def read_pairs(
+    file: str | Path, image_root: str | Path | None = None, size: int = 112
+) -> VerificationPairs:
+    """Read a pairs file and the images it names.
+
+    For the kinds of file and the order of their pairs see :func:`pair_files`. A pair with an absent
+    or unreadable image is left out and reported in ``missing``.
+
+    Args:
+        file: the pairs file.
+        image_root: folder of the images; a CSV file of absolute paths needs none.
+        size: height and width of the images, pixels; others are resized.
+
+    Raises:
+        ValueError: see :func:`pair_files`; or not one pair has both images.
+    """
+    _check_size(size)
+    return _load(
+        pair_files(file, image_root),
+        lambda path: decode_image(path, size),
+        lambda path: path.stem,
+        str(file),
+    )
+
+
+def pair_files(file: str | Path, image_root: str | Path | None = None) -> list[PairFiles]:
+    """The image files that a pairs file names, there or not, and which pairs show one person.
+
+    The first line tells the kind of file:
+
+    - ``N`` (LFW View 1): N pairs of one person, then N of two. Ten-fold evaluation cuts the list
+      into contiguous folds, so these are :func:`interleaved`.
+    - ``folds N`` (LFW View 2): folds times as many. These lie in balanced folds and keep their
+      order.
+    - ``a,b,same``, or a line of that form: a CSV file, each line naming two images, which start
+      from ``image_root`` if they are not absolute, and 1 or true for one person, 0 or false for
+      two. These keep their order, for they may lie in folds; a warning says if the kinds are not
+      mixed at all.
+
+    The lines of LFW's files are ``name i j`` (images i and j of one person) and ``name1 i name2
+    j``, separated by tabs or blanks; the images are ``<image_root>/<name>/<name>_<4 digits>.jpg``,
+    or another suffix of ``IMAGE_SUFFIXES``.
+
+    Args:
+        file: the pairs file.
+        image_root: folder of the images; a CSV file of absolute paths needs none.
+
+    Raises:
+        ValueError: the file or ``image_root`` is absent, a line is malformed, or the number of
+            pairs is not the promised one.
+
+    References:
+        Huang et al., Labeled Faces in the Wild, UMass Amherst technical report 07-49, 2007.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"no pairs file {file}")
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{file} is empty")
+    table = "," in lines[0][1]
+    if image_root is not None and not Path(image_root).is_dir():
+        expected = f"the images in {file}" if table else f"{image_root}/<name>/<name>_0001.jpg"
+        raise ValueError(f"no folder {image_root}; expected {expected}")
+    return _parse_csv(file, text, image_root) if table else _parse_lfw(file, lines, image_root)
+
+
+def _parse_csv(file: Path, text: str, image_root: str | Path | None) -> list[PairFiles]:
+    pairs: list[PairFiles] = []
+    rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    try:
+        for row in rows:
+            header = not pairs and [field.strip().lower() for field in row] == ["a", "b", "same"]
+            if header or not any(field.strip() for field in row):
+                continue
+            truth = _TRUTH.get(row[-1].strip().lower())
+            if len(row) != 3 or truth is None or not (row[0] and row[1]):
+                got = ",".join(row)[:80]
+                raise ValueError(
+                    f"{file}:{rows.line_num}: expected 'a,b,same', two images and 0 or 1,"
+                    f" got {got!r}"
+                )
+            first, second = (_rooted(file, image_root, Path(name)) for name in row[:2])
+            pairs.append(PairFiles(first, second, truth))
+    except csv.Error as error:
+        raise ValueError(f"{file}:{rows.line_num}: {error}") from error
+    if not pairs:
+        raise ValueError(f"{file} holds no pairs")
+    if np.diff([pair.same for pair in pairs]).sum() == 1:
+        logger.warning(
+            "%s lists its pairs of one person apart from those of two; ten-fold accuracy takes"
+            " contiguous tenths as folds and needs them mixed",
+            file,
+        )
+    return pairs
+
+
+def _rooted(file: Path, image_root: str | Path | None, path: Path) -> Path:
+    if image_root is None and not path.is_absolute():
+        raise ValueError(f"image_root must be the folder of the images in {file}, got None")
+    return path if image_root is None else image_root / path
+
+
+def _parse_lfw(
+    file: Path, lines: list[tuple[int, str]], image_root: str | Path | None
+) -> list[PairFiles]:
+    (number, header), *rows = lines
+    counts = header.split()
+    if not (1 <= len(counts) <= 2 and all(c.isdecimal() and int(c) > 0 for c in counts)):
+        raise ValueError(
+            f"{file}:{number}: expected 'N' or 'folds N', or 'a,b,same', got {header[:80]!r}"
+        )
+    *folds, of_a_kind = map(int, counts)
+    promised = 2 * of_a_kind * (folds[0] if folds else 1)
+    if len(rows) != promised:
+        raise ValueError(f"{file} promises {promised} pairs in its first line, got {len(rows)}")
+    root = _rooted(file, image_root, Path())
+    pairs = [_parse_row(file, number, row, root) for number, row in rows]
+    return pairs if folds else [pairs[i] for i in interleaved([pair.same for pair in pairs])]
+
+
+def _parse_row(file: Path, number: int, row: str, image_root: Path) -> PairFiles:
+    fields = row.strip().split("\t") if "\t" in row else row.split()
+    same = len(fields) == 3
+    if same:
+        fields.insert(2, fields[0])
+    if len(fields) != 4 or not (fields[1].isdecimal() and fields[3].isdecimal()):
+        raise ValueError(
+            f"{file}:{number}: expected 'name i j' or 'name1 i name2 j', got {row[:80]!r}"
+        )
+    name_a, i, name_b, j = fields
+    return PairFiles(_find(image_root, name_a, int(i)), _find(image_root, name_b, int(j)), same)
+
+
+def _find(image_root: Path, name: str, number: int) -> Path:
+    """The image's path; with the usual suffix if there is no such image."""
+    stem = f"{name}_{number:04d}"
+    paths = [image_root / name / (stem + suffix) for suffix in IMAGE_SUFFIXES]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def held_out_pairs(dataset: FaceDataset, num_pairs: int, seed: int = 0) -> VerificationPairs:
+    """Draw distinct pairs of a data set's images, half of one person and half of two, interleaved.
+
+    Pairs of one person are spread over the people: nobody gives a further pair before everyone
+    who can has given as many. Pairs of two people are uniform over all such pairs of images. If
+    there are not enough pairs of a kind, there are as many of each as there are of the rarer one.
+
+    Args:
+        dataset: people that are not trained on.
+        num_pairs: even, at least 2.
+        seed: at least 0; decides the draw.
+
+    Raises:
+        ValueError: ``num_pairs`` is odd or below 2, nobody has two images, there is but one
+            person, or no pair can be read.
+    """
+    if num_pairs < 2 or num_pairs % 2:
+        raise ValueError(f"num_pairs must be even and at least 2, got {num_pairs}")
+    counts = np.bincount(dataset.labels)
+    num_same = int((counts * (counts - 1) // 2).sum())
+    num_different = int((counts.sum() ** 2 - (counts**2).sum()) // 2)
+    if not num_same:
+        raise ValueError(f"pairs of one person need two images of someone in {dataset}")
+    if not num_different:
+        raise ValueError(f"pairs of two people need two people in {dataset}, got 1")
+    wanted = min(num_pairs // 2, num_same, num_different)
+    rng = np.random.default_rng(seed)
+    same = _draw_same(counts, wanted, rng)
+    different = _draw_different(counts, wanted, rng)
+    indices = np.stack([same, different], axis=1).reshape(-1, 2)
+    indices = dataset.labels.argsort(kind="stable")[indices]  # the draw counts person by person
+    pairs = [(int(i), int(j), k % 2 == 0) for k, (i, j) in enumerate(indices)]
+
+    def read(index: int) -> Tensor:
+        return _filled(lambda pixels: dataset.read_into(index, pixels), dataset.size)
+
+    return _load(pairs, read, lambda index: Path(dataset.name(index)).stem, str(dataset))
+
+
+def _draw_same(
+    counts: NDArray[np.int64], wanted: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """(wanted, 2) distinct image indices i < j of one person each, spread over the people."""
+    available = counts * (counts - 1) // 2
+    each = 1
+    while np.minimum(available, each).sum() < wanted:
+        each += 1
+    starts = counts.cumsum() - counts
+    drawn = []
+    for person in np.flatnonzero(available):
+        # Pair number p = j (j - 1) / 2 + i enumerates all i < j.
+        p = rng.choice(available[person], min(each, available[person]), replace=False)
+        j = ((1 + np.sqrt(1 + 8 * p)) / 2).astype(np.int64)
+        drawn.append(starts[person] + np.stack([p - j * (j - 1) // 2, j], axis=1))
+    whole = np.concatenate([pairs[: each - 1] for pairs in drawn])
+    last = rng.permutation(np.concatenate([pairs[each - 1 :] for pairs in drawn]))
+    return rng.permutation(np.concatenate([whole, last[: wanted - len(whole)]]))
+
+
+def _draw_different(
+    counts: NDArray[np.int64], wanted: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """(wanted, 2) distinct image indices i < j of two people each, uniform."""
+    starts, total = counts.cumsum() - counts, counts.sum()
+    weights = counts * (total - counts)  # ordered pairs whose first image is this person's
+    found = np.empty((0, 2), np.int64)
+    while len(found) < wanted:
+        person = rng.choice(len(counts), 2 * wanted, p=weights / weights.sum())
+        i = starts[person] + rng.integers(counts[person])
+        j = rng.integers(total - counts[person])
+        j += counts[person] * (j >= starts[person])  # skip the person's own images
+        drawn = np.sort(np.stack([i, j], axis=1), axis=1)
+        found = np.unique(np.concatenate([found, drawn]), axis=0)
+    return rng.permutation(found)[:wanted]
+
+
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+
+
+def _filled(fill: Callable[[NDArray[np.uint8]], None], size: int) -> Tensor:
+    """(3, size, size) uint8 from a function that fills (size, size, 3)."""
+    pixels = np.empty((size, size, 3), np.uint8)
+    fill(pixels)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _load(
+    pairs: Sequence[tuple[_Image, _Image, bool]],
+    read: Callable[[_Image], Tensor],
+    name: Callable[[_Image], str],
+    source: str,
+) -> VerificationPairs:
+    """Read both images of each pair; a pair of which ``read`` raises ValueError is missing."""
+    images: list[Tensor] = []
+    same, missing = [], []
+    for first, second, truth in pairs:
+        try:
+            both = read(first), read(second)
+        except ValueError as error:
+            missing.append(f"{name(first)} and {name(second)}: {error}")
+            continue
+        images += both
+        same.append(truth)
+    if not images:
+        raise ValueError(f"none of the {len(pairs)} pairs of {source} can be read: {missing[0]}")
+    if missing:
+        logger.warning(
+            "left out %d of the %d pairs of %s: %s",
+            len(missing),
+            len(pairs),
+            source,
+            abridged(missing, 3),
+        )
+    return VerificationPairs(torch.stack(images), torch.tensor(same), missing)

@@ -1,0 +1,126 @@
+"""Embeddings of many images, written to a ``.npy`` that goes on where it was killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from .embedder import Embedder
+
+
+def embed_to_file(
+    file: Path,
+    key: str,
+    images: Dataset[tuple[Tensor, bool]],
+    count: int,
+    embedder: Embedder,
+    embed: Callable[[Tensor], Tensor],
+    num_workers: int = 0,
+    keep: bool = False,
+) -> NDArray[np.float32]:
+    """Embed images into ``file``, from where an earlier, killed call with this key came to.
+
+    Until it is done the file is called ``<file>.<key>.part``; rows are appended to it, and nothing
+    that is written is written again.
+
+    Args:
+        file: a ``.npy`` of (count, D) float32; one that is there is replaced, unless ``keep``.
+        key: hexadecimal; stands for the embedder and the images, and differs where they do.
+        images: item i is image i, (3, 112, 112) uint8, and whether it could be read; the row of one
+            that could not is NaN.
+        count: how many there are.
+        embedder: gives the batch size and D.
+        embed: ``embedder`` itself, or its ``features``.
+        num_workers: processes that read images.
+        keep: trust a ``file`` that is there, as where its name tells the key, but for rows of NaN,
+            whose images are tried again.
+
+    Returns:
+        The rows, memory-mapped; what is written to them stays in memory.
+
+    Raises:
+        ValueError: the model gives NaN or infinity for an image, or another process is writing.
+    """
+    if keep and file.exists():
+        _try_again(file, images, embed)
+        return np.load(file, mmap_mode="c")
+    part = file.with_name(f"{file.name}.{key}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    header = _header((count, embedder.embedding_size))
+    width = 4 * embedder.embedding_size
+    with part.open("ab") as out:
+        _claim(part, out)
+        done = min(max(out.tell() - len(header), 0) // width, count)
+        out.truncate(len(header) + done * width if out.tell() >= len(header) else 0)
+        out.seek(0, os.SEEK_END)
+        if out.tell() == 0:
+            out.write(header)
+        loader: DataLoader[Any] = DataLoader(
+            Subset(images, range(done, count)), embedder.batch_size, num_workers=num_workers
+        )
+        with Progress(transient=True) as progress:
+            task = progress.add_task("embedding", total=count, completed=done)
+            for batch, readable in loader if done < count else ():
+                out.write(_rows(embed, batch, readable).tobytes())
+                progress.advance(task, len(batch))
+    os.replace(part, file)
+    return np.load(file, mmap_mode="c")
+
+
+def _claim(part: Path, out: IO[bytes]) -> None:
+    """Let no other process write to the file; refuse one to which another does, or just did."""
+    import fcntl  # not there on Windows
+
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(out.fileno()), part.stat())
+    except (BlockingIOError, FileNotFoundError):
+        mine = False
+    if not mine:
+        raise ValueError(f"one process at a time must write {part}, got another at it")
+
+
+def _rows(embed: Callable[[Tensor], Tensor], batch: Tensor, readable: Tensor) -> NDArray[Any]:
+    rows = embed(batch)
+    _check_finite(rows)
+    rows[~readable] = torch.nan
+    return rows.numpy()
+
+
+def _try_again(
+    file: Path, images: Dataset[tuple[Tensor, bool]], embed: Callable[[Tensor], Tensor]
+) -> None:
+    """Embed what could not be read when the file was written, and can now."""
+    lost = np.flatnonzero(np.isnan(np.load(file, mmap_mode="r")[:, 0]))
+    if not len(lost):  # which a file that may only be read is as good for
+        return
+    rows = np.load(file, mmap_mode="r+")
+    for i in lost:
+        image, readable = images[int(i)]
+        if readable:
+            rows[i] = _rows(embed, image[None], torch.tensor([True]))[0]
+    rows.flush()
+
+
+def _check_finite(rows: Tensor) -> None:
+    if not rows.isfinite().all():
+        odd = rows[~rows.isfinite()][0].item()
+        raise ValueError(f"a model must give finite embeddings, got {odd}: has it been trained?")
+
+
+def _header(shape: tuple[int, int]) -> bytes:
+    """What a ``.npy`` of float32 in this shape begins with."""
+    buffer = BytesIO()
+    described = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()

@@ -1,0 +1,163 @@
+"""A trained backbone leaves the house: as ONNX, as InsightFace's weights, as safetensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..backbones import normalise
+from ..backbones.timm_model import IMAGE_SHAPE
+from ..backbones.weights import ABOUT, SAFETENSORS, read_weights
+from ..data import SyntheticFaces
+from ..files import replacing, write_text
+from .embedder import OnnxEmbedder, TorchEmbedder
+
+SUFFIXES = (".onnx", ".pth", SAFETENSORS)
+OPSET = 20  # of 2023; what runs ONNX on phones and cards is years behind the newest
+MOST_DIFFERENCE, LEAST_COSINE = 1e-4, 0.9999
+
+
+def export(embedder: TorchEmbedder, target: Path, uint8: bool = False) -> dict[str, Any]:
+    """Write a model to a file whose suffix says how; the file is checked before it has its name.
+
+    - ``.onnx``: input ``images`` (N, 3, 112, 112) RGB, float32 in [-1, 1] or uint8 in [0, 255];
+      output ``embedding`` (N, D) float32, not normalised. N is free.
+    - ``.pth``: a state_dict with InsightFace's keys, as its ``backbone.pth``, and beside it
+      ``FILE.pth.json`` with the metadata.
+    - ``.safetensors``: the same keys.
+
+    Args:
+        embedder: of :func:`fastface_lightning.load_embedder`, from any file of weights.
+        target: the file; one that is there is replaced.
+        uint8: the ONNX takes uint8 and normalises inside.
+
+    Returns:
+        The metadata that is in the file, or in a ``.pth``'s JSON: what ``embedder.about`` says,
+        ``input`` and ``output``. For an ONNX also ``difference``, the largest of an element of its
+        embeddings from torch's, in lengths of the embedding, and ``cosine``, the least.
+
+    Raises:
+        ValueError: an unknown suffix; ``uint8`` without an ONNX; an ONNX whose ``difference`` is
+            above 1e-4 or whose ``cosine`` is not above 0.9999.
+    """
+    check_target(target, uint8)
+    about: dict[str, Any] = {
+        **embedder.about,
+        "input": {
+            "shape": ["N", *IMAGE_SHAPE],
+            "colour_order": "RGB",
+            "dtype": "uint8" if uint8 else "float32",
+            "range": [0, 255] if uint8 else [-1, 1],
+            "alignment": "ArcFace's five points",
+        },
+        "output": {"shape": ["N", embedder.embedding_size], "dtype": "float32", "unit": False},
+    }
+    with replacing(target) as part:
+        if target.suffix == ".onnx":
+            # The caller's network stays where it is, in the memory format it has.
+            network = (
+                copy.deepcopy(embedder.network).cpu().to(memory_format=torch.contiguous_format)
+            )
+            _write_onnx(network, part, about, uint8)
+            about |= _compare(network, part)
+        else:
+            weights = {k: v.contiguous() for k, v in embedder.network.state_dict().items()}
+            if target.suffix == SAFETENSORS:
+                save_file(weights, part, metadata={ABOUT: json.dumps(about), "format": "pt"})
+            else:
+                torch.save(weights, part)
+            _check_weights(weights, part)
+        part.chmod(0o644)  # safetensors writes for the owner's eyes alone
+    if target.suffix == ".pth":
+        write_text(target.with_name(target.name + ".json"), json.dumps(about, indent=2) + "\n")
+    return about
+
+
+def check_target(target: Path, uint8: bool) -> None:
+    """Refuse a file of no known kind, before anything is loaded; see :func:`export`."""
+    if target.suffix not in SUFFIXES:
+        raise ValueError(f"target must end in {' or '.join(SUFFIXES)}, got {target}")
+    if uint8 and target.suffix != ".onnx":
+        raise ValueError(f"uint8=true is for an .onnx, weights take floats, got {target}")
+
+
+class _FromUint8(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(normalise(images))
+
+
+def _write_onnx(network: nn.Module, file: Path, about: dict[str, Any], uint8: bool) -> None:
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401  what torch exports with
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "an .onnx takes onnx, onnxscript and onnxruntime, of which one is absent: "
+            "pip install onnx onnxscript onnxruntime"
+        ) from error
+    images = torch.zeros(2, *IMAGE_SHAPE, dtype=torch.uint8)
+    model = _FromUint8(network) if uint8 else network
+    for library in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they optimise
+        logging.getLogger(library).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model.eval(),
+            (images if uint8 else normalise(images),),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            input_names=["images"],
+            output_names=["embedding"],
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {ABOUT: json.dumps(about)})
+    onnx.checker.check_model(proto)
+    onnx.save(proto, file)
+
+
+@torch.no_grad()
+def _compare(network: nn.Module, file: Path) -> dict[str, float]:
+    """Embed faces with both, in batches of other sizes than the exported one."""
+    faces = SyntheticFaces(8, 1)
+    images = torch.stack([faces[i][0] for i in range(len(faces))])
+    written = OnnxEmbedder(file, torch.device("cpu"), mirror=False, batch_size=5)
+    wanted, found = network(normalise(images)).double(), written.features(images).double()
+    if not wanted.isfinite().all():
+        raise ValueError(
+            f"a network must give finite embeddings to be exported, got "
+            f"{wanted[~wanted.isfinite()][0].item()}: has it been trained?"
+        )
+    difference = ((wanted - found).abs() / wanted.norm(dim=1, keepdim=True)).max().item()
+    cosine = F.cosine_similarity(wanted, found).min().item()
+    if not (difference <= MOST_DIFFERENCE and cosine > LEAST_COSINE):
+        raise ValueError(
+            f"an ONNX must embed as torch does, within {MOST_DIFFERENCE} and above a cosine of "
+            f"{LEAST_COSINE}, got {difference:.2g} and {cosine:.6f}: nothing is written"
+        )
+    return {"difference": difference, "cosine": cosine}
+
+
+def _check_weights(weights: dict[str, Tensor], file: Path) -> None:
+    """Read them back, bit for bit."""
+    found = read_weights(file)
+    wrong = [key for key in weights if not torch.equal(found[key], weights[key].cpu())]
+    if wrong or found.keys() != weights.keys():
+        raise ValueError(f"{file} must hold the weights that were written, got others in {wrong}")

@@ -1,0 +1,336 @@
+"""Backbone, classifier and margin trained together: images and identities in, a loss out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from ..backbones import load_weights, normalise
+from ..backbones.weights import check_finite, read_weights
+from ..classifiers import DynamicClassPool, MomentumClassifier
+from ..data.augment import Augment
+from ..evaluation import ROC, ROCCurve, VerificationAccuracy
+from ..optim import SGD, like_weights
+
+log = logging.getLogger(__name__)
+MOST_LEFT = 0.1  # share of a momentum encoder's first weights that a run should not leave
+
+
+class FaceModule(LightningModule):
+    """Train a backbone under a margin-softmax classifier and verify it on pairs.
+
+    Args:
+        backbone: float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D).
+        classifier: embeddings (N, D) and labels (N,) int64 to the scalar mean loss; or a
+            :class:`fastface_lightning.classifiers.MomentumClassifier`, which is asked for its
+            ``training_loss`` and whose momentum encoder follows the backbone from step to step.
+        optimizer: takes parameters, or groups of them, gives the optimizer.
+        scheduler: takes the optimizer and the run's optimizer steps, gives a torch scheduler that
+            steps once an optimizer step; None where a callback sets the learning rate.
+        verify_names: name of each validation loader's set of pairs, in order.
+        classifier_lr: base learning rate of the classifier; None is the optimizer's own.
+        augment: changes a batch of uint8 images on their device; None mirrors half of them.
+
+    Batches are what :class:`fastface_lightning.data.FaceDataModule` gives: for training images
+    uint8 (N, 3, 112, 112) RGB and labels (N,) int64, or a dict of such for a MomentumClassifier;
+    for validation the two images of each pair, whether they show one person, and the pair's number.
+
+    Logs ``train/loss`` (every step), of a DynamicClassPool ``train/in_pool``, and for each set of
+    pairs ``verify/<set>/accuracy`` and ``verify/<set>/std`` (ten folds), with their mean over the
+    sets as ``verify/accuracy``.
+
+    Attributes:
+        curves: ROC of each set at the last verification, by its name; a set whose pairs are all of
+            one person, or all of two, has none.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classifier: nn.Module,
+        optimizer: Callable[[Any], Optimizer],
+        scheduler: Callable[[Optimizer, int], Any] | None = None,
+        verify_names: Sequence[str] = (),
+        classifier_lr: float | None = None,
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if classifier_lr is not None and not 0 <= classifier_lr < float("inf"):
+            raise ValueError(f"classifier_lr must be at least 0 and finite, got {classifier_lr}")
+        self.backbone = backbone
+        self.classifier = classifier
+        if isinstance(classifier, MomentumClassifier):
+            if classifier_lr is not None:
+                raise ValueError(
+                    f"classifier_lr must be null where no centres are learned, got {classifier_lr}"
+                )
+            classifier.follow(backbone)
+            # They are the same on every rank already; DDP would send them around at every step.
+            own = [f"classifier.{name}" for name, _ in classifier.named_buffers(recurse=False)]
+            self._ddp_params_and_buffers_to_ignore = own
+        self._followed_step: int | None = None
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.verify_names = list(verify_names)
+        self.classifier_lr = classifier_lr
+        self.augment = Augment() if augment is None else augment
+        self.metrics = nn.ModuleList(VerificationAccuracy() for _ in verify_names)
+        self.rocs = nn.ModuleList(ROCCurve() for _ in verify_names)
+        self.curves: dict[str, ROC] = {}
+        self._resumed_from: list[str] | None = None
+        self._reduce_loss = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (N, D), not normalised, of images (N, 3, 112, 112) uint8 RGB."""
+        return self.backbone(normalise(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit embeddings (N, D) float32 of an image and its mirror image, summed."""
+        return F.normalize(self(images).float() + self(images.flip(-1)).float())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(self.classifier, MomentumClassifier):
+            loss = self._momentum_loss(self.classifier, batch)
+        elif isinstance(batch, dict):
+            raise ValueError(
+                f"{type(self.classifier).__name__} trains on images and labels, got a dict of "
+                f"{', '.join(batch)}"
+            )
+        else:
+            images, labels = batch
+            loss = self.classifier(self(self.augment(images)), labels)
+        self.log("train/loss", loss, batch_size=images_in(batch), sync_dist=self._reduce_loss)
+        if isinstance(self.classifier, DynamicClassPool):
+            share = torch.tensor(self.classifier.in_pool)  # not on the device: it would wait
+            self.log("train/in_pool", share, batch_size=images_in(batch))
+        if batch_idx % max(self.trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
+            # The progress bar reads what it shows at every step: on the device it would wait.
+            self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
+        return loss
+
+    def _momentum_loss(
+        self, classifier: MomentumClassifier, batch: dict[str, tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        classifier.check_batch(batch)
+        if self._followed_step != self.trainer.global_step:  # once, however many batches it takes
+            self._followed_step = self.trainer.global_step
+            classifier.update_momentum_encoder(self.backbone)
+        seen = {
+            name: (normalise(self.augment(images)), labels)
+            for name, (images, labels) in batch.items()
+        }
+        return classifier.training_loss(self.backbone, seen)
+
+    def validation_step(
+        self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        a, b, same, index = batch
+        metric, roc = self.metrics[dataloader_idx], self.rocs[dataloader_idx]
+        assert isinstance(metric, VerificationAccuracy) and isinstance(roc, ROCCurve)
+        a, b = self._embed_pairs(a, b, same)
+        metric.update(a, b, same, index)
+        roc.update((a * b).sum(1), same, index)
+
+    def _embed_pairs(self, a: Tensor, b: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of pairs of images; as those of a pair that is mistaken, where they are
+        not finite: a deep network gives such before its batch norms have seen any image, and no run
+        should end for it."""
+        a, b = self.embed(a), self.embed(b)
+        lost = ~(a.isfinite().all(1) & b.isfinite().all(1))
+        self._lost += lost.sum()
+        unit = F.one_hot(torch.zeros_like(same, dtype=torch.int64), a.shape[1]).to(a)
+        opposite = torch.where(same[:, None], -unit, unit)  # as unlike, or as alike, as can be
+        return a.where(~lost[:, None], unit), b.where(~lost[:, None], opposite)
+
+    def on_validation_epoch_start(self) -> None:
+        self._lost = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        if self._lost:
+            log.warning(
+                "%d verification pairs have embeddings that are not finite, and count as mistaken",
+                self._lost,
+            )
+        accuracies = []
+        for name, metric in zip(self.verify_names, self.metrics, strict=True):
+            assert isinstance(metric, VerificationAccuracy)
+            accuracies.append(metric.compute())
+            assert metric.result is not None
+            # Every rank has the same result; sync_dist only tells Lightning so.
+            self.log(f"verify/{name}/accuracy", accuracies[-1], prog_bar=True, sync_dist=True)
+            self.log(f"verify/{name}/std", metric.result.std, sync_dist=True)
+            metric.reset()
+        self._take_curves()
+        if accuracies:
+            self.log("verify/accuracy", torch.stack(accuracies).mean(), sync_dist=True)
+
+    def _take_curves(self) -> None:
+        self.curves = {}
+        for name, roc in zip(self.verify_names, self.rocs, strict=True):
+            assert isinstance(roc, ROCCurve)
+            with suppress(ValueError):  # pairs of one kind; what else may be wrong has been raised
+                self.curves[name] = roc.compute()
+            roc.reset()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.build_optimizer()
+        samples = getattr(self.classifier, "samples", False)
+        check_sparse(samples, optimizer, self.trainer.world_size)
+        if self.scheduler is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < float("inf"):
+            raise MisconfigurationException(
+                "a torch schedule needs the length of the run, got a trainer without an end: set "
+                "max_steps or max_epochs"
+            )
+        scheduler = self.scheduler(optimizer, int(steps))
+        # A scheduler that looks at the loss must see the same one on every rank.
+        self._reduce_loss = isinstance(scheduler, ReduceLROnPlateau)
+        config = {"scheduler": scheduler, "interval": "step", "monitor": "train/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def build_optimizer(self) -> Optimizer:
+        """The optimizer of all parameters, the classifier's in a group apart if it has its lr."""
+        if isinstance(self.classifier, MomentumClassifier):
+            if not any(p.requires_grad for p in self.backbone.parameters()):
+                raise ValueError("a frozen network and no class centres leave nothing to learn")
+            return self.optimizer(self.backbone.parameters())
+        if self.classifier_lr is None:
+            return self.optimizer(self.parameters())
+        head = {"params": list(self.classifier.parameters()), "lr": self.classifier_lr}
+        return self.optimizer([{"params": list(self.backbone.parameters())}, head])
+
+    def start_from(self, file: str | Path, reinit: bool = False) -> None:
+        """Take the weights of a file; on any error, none of them.
+
+        Args:
+            file: a checkpoint of this module, from which class centres and the margin's statistics
+                are taken too, or InsightFace's ``backbone.pth`` or ``model.pt``. A
+                MomentumClassifier takes no centres, and its encoder follows the new backbone.
+            reinit: take the backbone alone, as for other identities.
+
+        Raises:
+            ValueError: the file does not fit; see :func:`fastface_lightning.backbones.load_weights`
+                for the backbone. The classifier must have as many classes.
+        """
+        saved = {} if reinit else read_weights(file, "classifier.")
+        own = self.classifier.state_dict()
+        if isinstance(self.classifier, MomentumClassifier):
+            saved = {key: value for key, value in saved.items() if key.startswith("margin.")}
+        centres, wanted = saved.get("weight"), own.get("weight")
+        if centres is not None and wanted is not None and centres.shape != wanted.shape:
+            raise ValueError(
+                f"weights must hold {tuple(wanted.shape)} class centres, got "
+                f"{tuple(centres.shape)} in {file}: classifier.reinit=true takes its backbone alone"
+            )
+        check_finite(saved, file)
+        load_weights(self.backbone, file)
+        # Of another margin, what this one does not know is left, and what it has starts anew.
+        kept = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
+        self.classifier.load_state_dict({**own, **kept})
+        if isinstance(self.classifier, MomentumClassifier):
+            self.classifier.follow(self.backbone)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of the backbone's gradient; the class centres' is left as it is.
+
+        Source: InsightFace's and FastFace's training programs.
+
+        Raises:
+            MisconfigurationException: a negative norm, another algorithm than ``"norm"``, or a
+                fused optimizer under a loss scaler, whose gradients are still scaled here.
+        """
+        clip = self.trainer.gradient_clip_val or 0
+        if clip < 0 or gradient_clip_algorithm not in (None, "norm"):
+            raise MisconfigurationException(
+                f"gradient_clip_val must be a norm of at least 0, got {clip} by "
+                f"{gradient_clip_algorithm or 'norm'}"
+            )
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if clip and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise MisconfigurationException(
+                "a fused optimizer under a loss scaler cannot clip its gradients: use bf16-mixed, "
+                "optimizer.fused=false or trainer.gradient_clip_val=0"
+            )
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.backbone.parameters(), gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["torch_schedulers"] = self._scheduler_names()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed_from = checkpoint.get("torch_schedulers")
+
+    def on_fit_start(self) -> None:
+        self._followed_step = None
+        # Lightning would fill one scheduler with another's state, or with none, and say nothing.
+        wrote, now = self._resumed_from, self._scheduler_names()
+        if wrote is not None and wrote != now:
+            raise MisconfigurationException(
+                f"the checkpoint must come from the same schedule, got one written with "
+                f"{', '.join(wrote) or 'no torch scheduler'} for a run with "
+                f"{', '.join(now) or 'none'}"
+            )
+
+    def on_train_start(self) -> None:
+        steps = self.trainer.estimated_stepping_batches
+        if isinstance(self.classifier, MomentumClassifier):
+            left = self.classifier.momentum**steps
+            if left > MOST_LEFT:
+                log.warning(
+                    "after %d steps %.0f %% of the momentum encoder will still be what it began "
+                    "with, at momentum %s: so short a run wants a smaller one",
+                    *(steps, 100 * left, self.classifier.momentum),
+                )
+        for optimizer in self.trainer.optimizers:
+            for p, state in optimizer.state.items():
+                like_weights(state, p)
+
+    def _scheduler_names(self) -> list[str]:
+        return [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs]
+
+
+def moves_rows(optimizer: Optimizer) -> bool:
+    """Whether an optimizer moves, of a sparse gradient, the rows that it names and no others."""
+    return isinstance(optimizer, SGD)
+
+
+def check_sparse(samples: bool, optimizer: Optimizer, world_size: int = 1) -> None:
+    """A classifier that samples needs an optimizer that moves rows, and one process.
+
+    Raises:
+        MisconfigurationException: it has not.
+    """
+    if samples and not moves_rows(optimizer):
+        raise MisconfigurationException(
+            f"a partial classifier needs an optimizer that moves the sampled rows alone, "
+            f"fastface_lightning.optim.SGD (optimizer=sgd), got {type(optimizer).__name__}"
+        )
+    if samples and world_size > 1:
+        raise MisconfigurationException(
+            f"a partial classifier below rate 1 trains in one process, since each would draw its "
+            f"own classes, got {world_size}: use the chunked classifier"
+        )
+
+
+def images_in(batch: Any) -> int:
+    """Training images in a batch of one loader, or in one of several by name."""
+    parts = batch.values() if isinstance(batch, dict) else [batch]
+    return sum(len(labels) for _, labels in parts)

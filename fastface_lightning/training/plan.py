@@ -1,0 +1,292 @@
+"""What a training run will hold in memory and compute, found on tensors without data."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..backbones import normalise
+from ..classifiers import MomentumClassifier
+from ..data.augment import flip_some
+from ..optim import BLOCK
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+# Room for what no plan knows, such as gaps between allocations.
+UNPLANNED = 1.12
+# What a CUDA context, cuDNN's workspaces and gaps between allocations take of a card.
+CARD_RESERVE = 3 * 2**29
+
+
+class PartPlan(NamedTuple):
+    """Bytes that one part of a run holds, and what it computes in a step.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients: of the parameters; of a sparse one its rows and their numbers.
+        states: the optimizer's.
+        activations: what a step's forward leaves for its backward, images included; 0 for a
+            classifier, whose backward follows at once.
+        work: above all of these, at the part's own peak in forward and backward.
+        update: above weights, gradients and states, at the peak of the optimizer's step.
+        flops: floating-point operations of a step, counting products and convolutions.
+        images: that the trained network sees in a step.
+        encoded: images that a momentum encoder sees in a step.
+    """
+
+    weights: int
+    gradients: int
+    states: int
+    activations: int
+    work: int
+    update: int
+    flops: int
+    images: int
+    encoded: int = 0
+
+
+# Updates in place that make nothing. They have no rule for fake tensors, and would be run on real
+# zeros of all weights, gradients and momenta.
+FUSED = ("aten::_fused_sgd_", "aten::_fused_adam_", "aten::_fused_adamw_")
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Bytes of all tensors made within the context that are alive, and the most there ever were.
+
+    Attributes:
+        live: bytes now.
+        peak: most bytes since it was last set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.name in FUSED:
+            return None
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                self._count(leaf.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def plan_backbone(
+    build: Callable[[], nn.Module],
+    make_optimizer: MakeOptimizer,
+    batch_size: int,
+    precision: str,
+) -> PartPlan:
+    """One training step of a backbone on fake tensors.
+
+    Args:
+        build: makes the backbone.
+        make_optimizer: takes its parameters.
+        batch_size: images N of a step, 112x112 RGB.
+        precision: the trainer's, ``32-true``, ``bf16-mixed`` or ``16-mixed``.
+    """
+    dtype = _autocast_dtype(precision)
+    net = build().train()  # with data: some of timm's constructors look at numbers
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, MemoryMeter() as meter:
+        _make_fake(net, mode)
+        counter = FlopCounterMode(display=False)
+        start = meter.live
+        with counter:
+            images = torch.empty(batch_size, 3, 112, 112, dtype=torch.uint8)
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                x = net(normalise(flip_some(images)))
+            activations = meter.live - start
+            if x.requires_grad:  # not if all of it is frozen
+                x.backward(torch.empty_like(x))
+        del x, images
+        work = meter.peak - start - activations
+        return PartPlan(
+            weights=_bytes(*net.parameters(), *net.buffers()),
+            gradients=_gradient_bytes(net),
+            activations=activations,
+            work=work,
+            flops=counter.get_total_flops(),
+            images=batch_size,
+            **_optimizer_bytes(make_optimizer, net, meter),
+        )
+
+
+def plan_classifier(
+    build: Callable[[], nn.Module],
+    make_optimizer: MakeOptimizer,
+    batch_size: int,
+    embedding_size: int,
+    num_classes: int,
+) -> PartPlan:
+    """One training step of a classifier, by the arguments of :func:`plan_backbone`.
+
+    Of a MomentumClassifier without its momentum encoder: :func:`together` adds it.
+    """
+    with FakeTensorMode(), MemoryMeter() as meter:
+        head: Any = build().train()
+        if isinstance(head, MomentumClassifier):
+            return _plan_momentum(head, meter, batch_size)
+        embeddings = torch.ones(batch_size, embedding_size, requires_grad=True)
+        labels = torch.arange(batch_size) % num_classes
+        start = meter.live
+        with FlopCounterMode(display=False) as counter:
+            head(embeddings, labels).backward()
+        gradients = _gradient_bytes(head)
+        most = meter.peak - start
+        held = _optimizer_bytes(make_optimizer, head, meter)
+        if getattr(head, "samples", False):
+            # A fake sparse tensor has no rows. These are there once as the gradient and once as
+            # its sorted copy, and two blocks of them are at work.
+            row = embedding_size * head.weight.element_size()
+            rows = max(math.floor(head.rate * num_classes), min(batch_size, num_classes))
+            gradients = rows * (row + 8)
+            held["update"] = gradients + 2 * min(rows, BLOCK) * row
+        return PartPlan(
+            weights=_bytes(*head.parameters(), *head.buffers()),
+            gradients=gradients,
+            activations=0,
+            work=most - gradients,
+            flops=counter.get_total_flops(),
+            images=batch_size,
+            **held,
+        )
+
+
+class _Embeddings(nn.Module):
+    """Stands for a network: an embedding for each image, and how many images there were."""
+
+    def __init__(self, embedding_size: int) -> None:
+        super().__init__()
+        self.size, self.images = embedding_size, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.images += len(images)
+        return torch.ones(len(images), self.size, requires_grad=torch.is_grad_enabled())
+
+
+def _plan_momentum(head: MomentumClassifier, meter: MemoryMeter, batch_size: int) -> PartPlan:
+    network = _Embeddings(head.embedding_size)
+    head.follow(network)
+    batch = head.sample_batch(batch_size)
+    start = meter.peak = meter.live  # what building it took is over
+    with FlopCounterMode(display=False) as counter:
+        head.training_loss(network, batch).backward()
+    encoder: Any = head.momentum_encoder
+    return PartPlan(
+        weights=_bytes(*head.buffers()),
+        gradients=0,
+        states=0,
+        activations=0,
+        work=meter.peak - start,
+        update=0,
+        flops=counter.get_total_flops(),
+        images=network.images,
+        encoded=encoder.images,
+    )
+
+
+def together(backbone: PartPlan, classifier: PartPlan) -> tuple[PartPlan, PartPlan]:
+    """Both as they are in one run.
+
+    Returns:
+        The backbone for the images that the classifier needs in a step, and the classifier with its
+        momentum encoder, whose forward is a third of a step. (That keeps nothing, and is over
+        before the backbone's activations are there, which take more.)
+    """
+    share = classifier.images / backbone.images
+    sized = {key: int(share * getattr(backbone, key)) for key in ("activations", "work", "flops")}
+    encoder = backbone.weights if classifier.encoded else 0
+    forward = classifier.encoded * backbone.flops // backbone.images // 3
+    return backbone._replace(**sized, images=classifier.images), classifier._replace(
+        weights=classifier.weights + encoder, flops=classifier.flops + forward
+    )
+
+
+def peak(backbone: PartPlan, classifier: PartPlan, accumulate: int = 1) -> int:
+    """Most bytes a run under Lightning holds at once.
+
+    That is when the classifier works, with the backbone's gradients of the step before (Lightning
+    drops them between forward and backward); when the backbone's backward turns activations into
+    gradients; or when the optimizer steps.
+
+    Args:
+        backbone, classifier: the parts.
+        accumulate: batches whose gradients are added up; then those of both parts are there all the
+            time, and the newest of the classifier a second time.
+    """
+    both = (backbone, classifier)
+    held = sum(part.weights + part.states for part in both)
+    gradients = sum(part.gradients for part in both)
+    work = max(backbone.gradients + classifier.work, backbone.work)
+    if accumulate > 1:
+        work = gradients + max(part.work for part in both)
+    step = backbone.activations + classifier.gradients + work
+    return held + max(step, gradients + max(part.update for part in both))
+
+
+def _autocast_dtype(precision: str) -> torch.dtype | None:
+    if precision not in AUTOCAST:
+        raise ValueError(
+            f"a plan's precision must be one of {', '.join(AUTOCAST)}, got {precision}"
+        )
+    return AUTOCAST[precision]
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Put tensors without data in the place of a module's parameters and buffers."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = nn.Parameter(mode.from_tensor(p.data), p.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = mode.from_tensor(buffer)
+
+
+def _gradient_bytes(module: nn.Module) -> int:
+    grads = (p.grad for p in module.parameters())
+    return _bytes(*(grad for grad in grads if grad is not None and not grad.is_sparse))
+
+
+def _optimizer_bytes(
+    make_optimizer: MakeOptimizer, module: nn.Module, meter: MemoryMeter
+) -> dict[str, int]:
+    """``states`` and ``update`` of a module whose gradients are there."""
+    optimizer = make_optimizer(module.parameters())
+    optimizer.step()  # the first one makes the states
+    meter.peak = meter.live
+    optimizer.step()
+    made = [t for state in optimizer.state.values() for t in state.values()]
+    states = _bytes(*(t for t in made if isinstance(t, Tensor)))
+    return {"states": states, "update": meter.peak - meter.live}

@@ -1,0 +1,223 @@
+"""What a folder of millions of faces holds besides good ones: each fault is named, and survived."""
+
+import io
+import logging
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, default_collate
+
+from fastface_lightning.data import EpochSampler, FaceLoader, IdentityFolder
+from fastface_lightning.data.datasets.base import collate
+
+Tree = Callable[..., Path]
+
+RAMP = np.add.outer(np.arange(112), np.arange(112)).astype(np.uint8)
+PHOTO = Image.fromarray(np.stack([RAMP, RAMP.T[::-1], 255 - RAMP], axis=-1))
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG that announces 60,000 x 60,000 pixels."""
+    data = encoded(PHOTO, "PNG")
+    header = data[12:16] + struct.pack(">II", 60_000, 60_000) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+def replaced(file: Path, content: bytes) -> None:
+    file.unlink()
+    file.write_bytes(content)
+
+
+FAULTS: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda f: replaced(f, encoded(PHOTO, "JPEG")[:1000]),
+    "headless": lambda f: replaced(f, encoded(PHOTO, "JPEG")[100:]),
+    "empty": lambda f: replaced(f, b""),
+    "text": lambda f: replaced(f, b"<html>404 not found</html>"),
+    "bomb": lambda f: replaced(f, bomb()),
+    "gone": lambda f: f.unlink(),
+    "folder": lambda f: (f.unlink(), f.mkdir()),
+    "dangling link": lambda f: (f.unlink(), f.symlink_to("nowhere")),
+    "circular link": lambda f: (f.unlink(), f.symlink_to(f.name)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_counted_and_replaced(tree: Tree, caplog, fault: str) -> None:
+    root = tree(ann=3)
+    dataset = IdentityFolder(root, size=8)
+    file = root / "ann" / "ann_0002.png"
+    FAULTS[fault](file)
+    for _ in range(2):
+        assert [int(dataset[i][0][1, 0, 0]) for i in range(3)] == [1, 3, 3]
+    (message,) = caplog.messages
+    assert message.startswith(f"skipping bad image 1 of at most 100: cannot read image {file}: ")
+    assert len(message) < len(str(file)) + 200 and "\n" not in message
+    assert dataset.bad.tolist() == [0, 1, 0] and dataset.bad_images() == [str(file)]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_too_many_ends_with_one_sentence(tree: Tree, fault: str) -> None:
+    dataset = IdentityFolder(tree(ann=3), size=8, max_bad=1)
+    for i in (1, 2):
+        FAULTS[fault](dataset.path(i))
+    with pytest.raises(ValueError, match=r"^at most max_bad = 1 images may be unreadable, got 2,"):
+        dataset[1]
+
+
+def test_what_is_no_file_at_the_start_is_no_image(tree: Tree) -> None:
+    root = tree(ann=1)
+    (root / "ann" / "folder.jpg").mkdir()
+    (root / "ann" / "link.jpg").symlink_to("nowhere")
+    os.mkfifo(root / "ann" / "pipe.jpg")
+    assert len(IdentityFolder(root, size=8)) == 1
+
+
+def test_odd_images_are_images(tmp_path: Path, caplog) -> None:
+    folder = tmp_path / "faces" / "ann"
+    folder.mkdir(parents=True)
+    deep = Image.fromarray((RAMP.astype(np.int32) * 257).astype(np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    contents = {
+        "0 plain.png": encoded(PHOTO, "PNG"),
+        "1 cmyk.jpg": encoded(PHOTO.convert("CMYK"), "JPEG", quality=100),
+        "2 grey.jpg": encoded(Image.fromarray(RAMP), "JPEG", quality=100),
+        "3 deep.png": encoded(deep, "PNG"),
+        "4 turned.png": encoded(PHOTO.transpose(Image.Transpose.ROTATE_90), "PNG", exif=turned),
+        "5 palette.png": encoded(PHOTO.convert("P"), "PNG"),
+        "6 clear.webp": encoded(PHOTO.convert("RGBA"), "WEBP", lossless=True),
+        "7 png.jpg": encoded(PHOTO, "PNG"),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    dataset = IdentityFolder(tmp_path / "faces")
+    plain, cmyk, grey, depth, upright, _, clear, named = (
+        dataset[i][0].permute(1, 2, 0).numpy().astype(int) for i in range(len(contents))
+    )
+    assert dataset.bad.sum() == 0 and not caplog.records
+    assert (plain == np.asarray(PHOTO)).all()
+    for same in (upright, clear, named):
+        assert (same == plain).all()
+    assert np.abs(cmyk - plain).mean() < 8
+    assert np.abs(grey - RAMP[..., None].astype(int)).mean() < 3
+    assert np.abs(depth - RAMP[..., None].astype(int)).max() <= 1
+
+
+def test_links_are_followed(tree: Tree) -> None:
+    root = tree(ann=2)
+    (root.parent / "away").mkdir()
+    (root / "ann" / "ann_0001.png").rename(root.parent / "away" / "x.png")
+    (root / "ann" / "ann_0001.png").symlink_to("../../away/x.png")
+    (root / "bob").symlink_to(root.parent / "away")
+    dataset = IdentityFolder(root, size=8)
+    assert dataset.identities == ["ann", "bob"]
+    assert [int(dataset[i][0][1, 0, 0]) for i in range(3)] == [1, 2, 1]
+
+
+@pytest.fixture
+def undecodable(tree: Tree) -> Path:
+    """Two images in a folder, one of whose names, and the folder's own, are not UTF-8."""
+    root = tree(ann=2)
+    folder = os.fsencode(root) + b"/b\xffb"
+    os.rename(root / "ann", folder)
+    os.rename(folder + b"/ann_0001.png", folder + b"/\xfe.png")
+    return root
+
+
+def test_undecodable_names_are_served(undecodable: Path) -> None:
+    for _ in range(2):  # walked, and from the index
+        dataset = IdentityFolder(undecodable, size=8)
+        assert dataset.identities == [os.fsdecode(b"b\xffb")]
+        assert [int(dataset[i][0][1, 0, 0]) for i in range(2)] == [2, 1]
+        assert dataset.path(1).is_file()
+
+
+def test_undecodable_names_are_told_in_letters_that_any_stream_takes(
+    undecodable: Path, caplog
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    handler = logging.StreamHandler(stream)
+    handler.handleError = pytest.fail  # type: ignore[assignment]
+    logging.getLogger("fastface_lightning").addHandler(handler)
+    try:
+        missing = [os.fsdecode(b"b\xffb"), os.fsdecode(b"no\xff")]
+        dataset = IdentityFolder(undecodable, size=8, identities=missing, max_bad=1)
+        shutil.copy(__file__, dataset.path(1))
+        assert dataset[1][0][1, 0, 0] == 2
+        dataset.path(0).unlink()
+        with pytest.raises(ValueError, match=r"got 2, .*b.udcffb") as error:
+            dataset[0]
+    finally:
+        logging.getLogger("fastface_lightning").removeHandler(handler)
+    assert (
+        "no\\udcff" in caplog.messages[0] and "b\\udcffb/\\udcfe.png: not a" in caplog.messages[1]
+    )
+    assert str(error.value).encode() and all(name.encode() for name in dataset.bad_images())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_when_a_folder_vanishes(tree: Tree, workers: int) -> None:
+    root = tree(ann=8, bob=8, cem=8)
+    dataset = IdentityFolder(root, size=8, max_bad=8)
+    loader = FaceLoader(dataset, 2, EpochSampler(dataset), num_workers=workers)
+    batches = iter(loader)
+    seen = [next(batches)]
+    shutil.rmtree(root / "bob")
+    seen += batches
+    assert [len(images) for images, _ in seen] == [2] * 12
+    loader.sampler.set_epoch(1)
+    for images, labels in loader:
+        assert torch.equal(images[:, 0, 0, 0].long(), labels) and 1 not in labels
+    assert dataset.bad.tolist() == [0] * 8 + [1] * 8 + [0] * 8
+
+
+def test_a_vanished_folder_larger_than_max_bad_ends_the_run(tree: Tree) -> None:
+    root = tree(ann=8, bob=8)
+    dataset = IdentityFolder(root, size=8, max_bad=7)
+    shutil.rmtree(root / "bob")
+    batches = DataLoader(dataset, 4, num_workers=2, collate_fn=collate)._get_iterator()
+    with pytest.raises(ValueError, match=r"at most max_bad = 7 images may be unreadable, got 8"):
+        list(batches)
+    batches._shutdown_workers()
+
+
+# Batches.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("function", [collate, default_collate])
+def test_a_batch_is_channels_last_bytes(tree: Tree, workers: int, function) -> None:
+    dataset = IdentityFolder(tree(ann=3, bob=2))
+    loader = DataLoader(dataset, 5, num_workers=workers, collate_fn=function)
+    ((images, labels),) = loader
+    assert images.dtype == torch.uint8 and images.shape == (5, 3, 112, 112)
+    assert labels.dtype == torch.int64 and labels.tolist() == [0, 0, 0, 1, 1]
+    assert images[:, 1, 50, 50].tolist() == [1, 2, 3, 1, 2]
+    assert images.untyped_storage().nbytes() == 5 * 37_632
+    assert images.is_shared() == (workers > 0)
+    if function is collate:
+        assert images.stride() == (37_632, 1, 336, 3)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_batch_is_a_list_of_samples(tree: Tree) -> None:
+    dataset = IdentityFolder(tree(ann=2, bob=1), size=8)
+    batch = dataset.__getitems__([2, 0])
+    assert len(batch) == 2 and [label for _, label in batch] == [1, 0]
+    for (image, label), i in zip(batch, (2, 0), strict=True):
+        assert torch.equal(image, dataset[i][0]) and label == dataset[i][1] and type(label) is int
+    assert collate(batch)[0].data_ptr() == batch.images.data_ptr(), "nothing is copied"

@@ -1,0 +1,372 @@
+"""An identity folder's labels and images, and its patience with files that are broken."""
+
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from fastface_lightning.data import FaceList, IdentityFolder, decode_image, identity_names
+
+Tree = Callable[..., Path]
+
+
+def read(dataset: IdentityFolder) -> list[tuple[int, int, int]]:
+    """(person, image, label) of every item, from the tree's pixel code."""
+    return [
+        (int(x[0, 0, 0]), int(x[1, 0, 0]), y) for x, y in (dataset[i] for i in range(len(dataset)))
+    ]
+
+
+def break_file(file: Path) -> str:
+    file.write_bytes(file.read_bytes()[:40])
+    return str(file)
+
+
+def test_labels_follow_sorted_names_and_images_follow_file_names(tree: Tree) -> None:
+    dataset = IdentityFolder(tree(cem=1, ann=3, bob=2), size=8)
+    assert dataset.identities == ["ann", "bob", "cem"] and dataset.num_classes == 3
+    assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 2]
+    assert read(dataset) == [(0, 1, 0), (0, 2, 0), (0, 3, 0), (1, 1, 1), (1, 2, 1), (2, 1, 2)]
+    image, label = dataset[0]
+    assert image.dtype == torch.uint8 and image.shape == (3, 8, 8) and type(label) is int
+    assert dataset.path(4) == dataset.root / "bob" / "bob_0002.png"
+    assert dataset.bad_images() == dataset.missing == []
+
+
+def test_indices_count_from_the_end_too_and_have_bounds(tree: Tree) -> None:
+    dataset = IdentityFolder(tree(ann=1, bob=2), size=8)
+    assert torch.equal(dataset[-1][0], dataset[2][0])
+    with pytest.raises(IndexError):
+        dataset[3]
+
+
+def test_images_are_resized(tree: Tree) -> None:
+    assert IdentityFolder(tree(ann=1, size=20))[0][0].shape == (3, 112, 112)
+
+
+def test_any_case_of_the_suffixes_counts_and_nothing_else(tree: Tree) -> None:
+    root = tree(ann=1)
+    for name in ("b.JPG", "c.Jpeg", "d.PNG", "e.webp", "f.BMP"):
+        Image.new("RGB", (8, 8)).save(root / "ann" / name)
+    for name in (".hidden.jpg", "notes.txt", "jpg"):
+        (root / "ann" / name).write_text("")
+    (root / "ann" / "folder.jpg").mkdir()
+    (root / ".cache").mkdir()
+    (root / "list.txt").write_text("")
+    dataset = IdentityFolder(root, size=8)
+    assert identity_names(root) == ["ann"]
+    assert [dataset.path(i).name for i in range(len(dataset))] == [
+        "ann_0001.png", "b.JPG", "c.Jpeg", "d.PNG", "e.webp", "f.BMP"
+    ]  # fmt: skip
+
+
+def test_file_names_of_any_script_are_kept(tree: Tree) -> None:
+    root = tree(ann=1)
+    Image.new("RGB", (8, 8)).save(root / "ann" / "ümit 陈.png")
+    dataset = IdentityFolder(root, size=8)
+    assert dataset.path(1).name == "ümit 陈.png" and dataset[1]
+
+
+def test_identities_restrict_and_absent_ones_are_reported(tree: Tree, caplog) -> None:
+    root = tree(ann=1, bob=2, cem=1)
+    (root / "empty").mkdir()
+    dataset = IdentityFolder(root, size=8, identities=["dan", "cem", "ann", "empty", "ann"])
+    assert dataset.identities == ["ann", "cem"]
+    assert read(dataset) == [(0, 1, 0), (2, 1, 1)]
+    assert dataset.missing == ["dan", "empty"]
+    assert "2 of the 4 identities" in caplog.text and "dan, empty" in caplog.text
+
+
+def test_empty_folders_are_left_out_with_one_warning(tree: Tree, caplog) -> None:
+    root = tree(zoe=1)
+    for k in range(12):
+        (root / f"empty{k:02d}").mkdir()
+    dataset = IdentityFolder(root, size=8)
+    assert dataset.identities == ["zoe"] and dataset.missing == []
+    assert len(caplog.records) == 1
+    assert caplog.messages[0].startswith("12 of the 13 identities")
+    assert caplog.messages[0].endswith("empty09 and 2 more")
+
+
+def test_min_images_leaves_out_the_rarer(tree: Tree) -> None:
+    assert IdentityFolder(tree(ann=3, bob=2, cem=1), min_images=2).identities == ["ann", "bob"]
+
+
+def test_errors_are_one_sentence(tree: Tree, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^no folder .*gone; expected .*gone/<identity>/<image>"):
+        IdentityFolder(tmp_path / "gone")
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat" / "face.png")
+    with pytest.raises(ValueError, match=r"flat holds no folders; expected .*/<identity>/"):
+        IdentityFolder(tmp_path / "flat")
+    (tmp_path / "bare" / "ann").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"none of the 1 identities in .*bare has an image: exp"):
+        IdentityFolder(tmp_path / "bare")
+    root = tree(ann=2)
+    with pytest.raises(ValueError, match="none of the 2 identities sought"):
+        IdentityFolder(root, identities=["x", "y"])
+    with pytest.raises(ValueError, match=r"no identity in .* has min_images = 3 images"):
+        IdentityFolder(root, min_images=3)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"size": 0}, "size must be at least 1 pixel, got 0"),
+        ({"min_images": 0}, "min_images must be at least 1, got 0"),
+        ({"max_bad": -1}, "max_bad must be at least 0 images, got -1"),
+    ],
+)
+def test_arguments_are_checked(argument: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IdentityFolder("anywhere", **argument)
+
+
+def test_a_bad_image_is_named_once_and_replaced_by_the_next(tree: Tree, caplog) -> None:
+    root = tree(ann=3, bob=2)
+    bad = [break_file(root / "ann" / "ann_0003.png"), break_file(root / "bob" / "bob_0002.png")]
+    dataset = IdentityFolder(root, size=8)
+    for _ in range(2):
+        assert read(dataset) == [(0, 1, 0), (0, 2, 0), (1, 1, 1), (1, 1, 1), (0, 1, 0)]
+    assert dataset.bad_images() == bad and dataset.bad.tolist() == [0, 0, 1, 0, 1]
+    assert len(caplog.records) == 2
+    assert all(file in line for file, line in zip(bad, caplog.messages, strict=True))
+
+
+def test_more_bad_images_than_allowed_end_the_run(tree: Tree) -> None:
+    root = tree(ann=5)
+    for j in (1, 2, 3):
+        last = break_file(root / "ann" / f"ann_000{j}.png")
+    dataset = IdentityFolder(root, size=8, max_bad=2)
+    message = rf"at most max_bad = 2 images may be unreadable, got 3, .* {last}: ."
+    with pytest.raises(ValueError, match=message):
+        dataset[0]
+
+
+def test_a_folder_of_bad_images_only_raises(tree: Tree) -> None:
+    root = tree(ann=2)
+    for file in root.rglob("*.png"):
+        break_file(file)
+    with pytest.raises(ValueError, match=r"none of the 2 images in .* can be read"):
+        IdentityFolder(root, size=8)[0]
+
+
+def test_a_file_deleted_after_the_scan_is_a_bad_one(tree: Tree) -> None:
+    root = tree(ann=2)
+    dataset = IdentityFolder(root, size=8)
+    (root / "ann" / "ann_0001.png").unlink()
+    assert read(dataset)[0] == (0, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("context", "workers"), [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)]
+)
+def test_workers_and_main_process_count_together(tree: Tree, context: str, workers: int) -> None:
+    root = tree(ann=6)
+    bad = [break_file(root / "ann" / "ann_0002.png"), break_file(root / "ann" / "ann_0005.png")]
+    dataset = IdentityFolder(root, size=8)
+    loader = DataLoader(dataset, 2, num_workers=workers, multiprocessing_context=context)
+    images = torch.cat([x for x, _ in loader])
+    assert images[:, 1, 0, 0].tolist() == [1, 3, 3, 4, 6, 6]
+    assert dataset.bad_images() == bad
+
+
+def test_a_worker_ends_the_run_too(tree: Tree) -> None:
+    root = tree(ann=4)
+    break_file(root / "ann" / "ann_0002.png")
+    batches = iter(DataLoader(IdentityFolder(root, size=8, max_bad=0), 2, num_workers=1))
+    with pytest.raises(ValueError, match="at most max_bad = 0 images may be unreadable, got 1"):
+        list(batches)
+    batches._shutdown_workers()  # left to the garbage collector, it waits five seconds
+
+
+def test_links_that_lead_in_a_circle_hide_nothing_else(tree: Tree) -> None:
+    root = tree(ann=2)
+    (root / "ann" / "loop.png").symlink_to("loop.png")
+    (root / "loop").symlink_to("loop")
+    dataset = IdentityFolder(root, size=8)
+    assert dataset.identities == ["ann"] and len(dataset) == 2
+
+
+def test_restrictions_add_up(tree: Tree) -> None:
+    """And count bad images together with what they were taken from, as a run does."""
+    whole = IdentityFolder(tree(ann=1, bob=2, cem=3, dan=1), size=8)
+    part = whole.restricted(["bob", "cem", "dan"]).restricted(min_images=2)
+    assert part.identities == ["bob", "cem"]
+    assert read(part) == [(1, 1, 0), (1, 2, 0), (2, 1, 1), (2, 2, 1), (2, 3, 1)]
+    break_file(part.path(0))
+    assert part[0][1] == 0 and part.bad.sum() == 1
+    assert part.bad_images() == whole.bad_images() == [str(part.path(0))]
+    assert whole.restricted(["ann"]).bad_images() == [] and len(whole) == 7
+
+
+def test_a_packed_image_has_a_name_of_its_own(tree: Tree) -> None:
+    root = tree(ann=1)
+    for name in ("a.png", "a.png.jpg", "a.jpg"):
+        Image.new("RGB", (8, 8)).save(root / "ann" / name)
+    dataset = IdentityFolder(root, size=8)
+    names = [dataset.file_name(i) for i in range(len(dataset))]
+    assert names == ["a.jpg", "a.png.jpg", "a.png.jpg.jpg", "ann_0001.png.jpg"]
+
+
+# Lists of files.
+
+
+ROWS = ["bob/bob_0002.png", "bob"], ["ann/ann_0001.png", "ann"], ["bob/bob_0001.png", "bob"]
+IMAGES = [(1, 2, 1), (0, 1, 0), (1, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "head"),
+    [
+        ("list.csv", "{0},{1}", ""),
+        ("list.CSV", "{0},{1}", "path,identity\n"),
+        ("list.csv", '"{0}","{1}"', "path, identity\r\n"),
+        ("list.csv", " {0} , {1} \n", "\ufeffpath,identity\n"),
+        ("list.txt", "{0} {1}", ""),
+        ("list.tsv", "{0}\t{1}\r", "path\tidentity\n"),
+        ("list.lst", "7\t{1}\t{0}", ""),
+        ("list.lst", "7\t{1}\t{0}\n\n", "\n"),
+    ],
+)
+def test_lists_of_each_kind_say_the_same(tree: Tree, name: str, line: str, head: str) -> None:
+    file = tree(ann=1, bob=2) / name
+    file.write_text(head + "".join(f"{line}\n" for line in [line.format(*row) for row in ROWS]))
+    dataset = FaceList(file, size=8)
+    assert list(dataset.identities) == ["ann", "bob"] and dataset.num_classes == 2
+    assert dataset.labels.tolist() == [1, 0, 1] and read(dataset) == IMAGES
+    assert dataset.path(0) == file.parent / "bob" / "bob_0002.png"
+
+
+def test_paths_start_from_the_root_unless_absolute(tree: Tree, tmp_path: Path) -> None:
+    root = tree(ann=2)
+    (tmp_path / "lists").mkdir()
+    file = tmp_path / "lists" / "train.csv"
+    file.write_text(f"ann/ann_0001.png,ann\n{root}/ann/ann_0002.png,ann\n")
+    assert read(FaceList(file, root, size=8)) == [(0, 1, 0), (0, 2, 0)]
+    assert FaceList(file, size=8)[0][0][1, 0, 0] == 2, "the first is not below the list's folder"
+
+
+def test_quotes_keep_commas_and_blanks_keep_the_last(tree: Tree) -> None:
+    root = tree(ann=1)
+    (root / "ann" / "ann_0001.png").rename(root / "a, b.png")
+    (root / "a.csv").write_text('"a, b.png","Doe, John"\n')
+    (root / "a.txt").write_text("a, b.png John\n")
+    assert list(FaceList(root / "a.csv").identities) == ["Doe, John"]
+    assert list(FaceList(root / "a.txt").identities) == ["John"]
+    assert FaceList(root / "a.csv").path(0) == FaceList(root / "a.txt").path(0)
+    assert FaceList(root / "a.csv").path(0).is_file()
+
+
+def test_numbers_as_identities_sort_as_text(tree: Tree) -> None:
+    file = tree(ann=2) / "a.lst"
+    file.write_text("0\t10\tann/ann_0001.png\n1\t9\tann/ann_0002.png\n")
+    dataset = FaceList(file, size=8)
+    assert list(dataset.identities) == ["10", "9"] and dataset.labels.tolist() == [0, 1]
+
+
+def test_a_list_holds_undecodable_names(tree: Tree) -> None:
+    root = tree(ann=1)
+    os.rename(root / "ann" / "ann_0001.png", os.fsencode(root) + b"/\xff.png")
+    (root / "a.csv").write_bytes(b"\xff.png,\xfe\n")
+    dataset = FaceList(root / "a.csv", size=8)
+    assert read(dataset) == [(0, 1, 0)] and list(dataset.identities) == [os.fsdecode(b"\xfe")]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a.csv", "alone.png"),
+        ("a.csv", "x.png,"),
+        ("a.csv", ",ann"),
+        ("a.csv", "x.png,ann,more"),
+        ("a.txt", "alone.png"),
+        ("a.lst", "0\tann\tx.png\tmore"),
+    ],
+)
+def test_a_malformed_line_is_named_and_nothing_kept(tree: Tree, name: str, line: str) -> None:
+    file = tree(ann=1) / name
+    file.write_text(f"ann/ann_0001.png{',' if name == 'a.csv' else ' '}ann\n{line}\n")
+    with pytest.raises(ValueError, match=rf"{name}:2: expected a path and an identity, got '"):
+        FaceList(file)
+    assert not list(file.parent.glob("*.index"))
+
+
+def test_a_rewritten_list_is_read_anew_and_an_old_one_is_not(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tree(ann=2) / "a.csv"
+    file.write_text("ann/ann_0001.png,ann\n")
+    assert len(FaceList(file)) == 1
+    file.write_text("ann/ann_0001.png,ann\nann/ann_0002.png,ann\n")
+    assert len(FaceList(file)) == 2
+
+    def parse(file: Path) -> None:
+        raise AssertionError(f"{file} is read again")
+
+    monkeypatch.setattr("fastface_lightning.data.datasets.folder._parse", parse)
+    assert len(FaceList(file)) == 2
+    with pytest.raises(AssertionError, match="read again"):
+        FaceList(file, reindex=True)
+
+
+def test_absent_and_empty_lists_are_refused(tree: Tree) -> None:
+    root = tree(ann=1)
+    with pytest.raises(ValueError, match=r"^no list .*gone\.csv; expected lines of path,identity"):
+        FaceList(root / "gone.csv")
+    (root / "a.csv").write_text("path,identity\n\n")
+    with pytest.raises(ValueError, match=r"a\.csv lists no image; expected lines of"):
+        FaceList(root / "a.csv")
+    with pytest.raises(ValueError, match=r"^no folder .*gone, from which the paths of .*a\.csv"):
+        FaceList(root / "a.csv", root / "gone")
+
+
+def test_images_of_a_list_that_share_a_name_are_packed_apart(tree: Tree) -> None:
+    root = tree(ann=1, bob=1)
+    (root / "bob" / "bob_0001.png").rename(root / "bob" / "ann_0001.png")
+    (root / "a.csv").write_text("ann/ann_0001.png,x\nbob/ann_0001.png,x\n")
+    dataset = FaceList(root / "a.csv")
+    assert dataset.file_name(0) != dataset.file_name(1)
+
+
+def test_it_pickles_small(tree: Tree) -> None:
+    """What goes to a spawned worker are arrays, not an object a file."""
+    dataset = IdentityFolder(tree(ann=30, bob=30), size=8)
+    dataset.bad = torch.zeros(0)
+    assert len(pickle.dumps(dataset)) < 60 * 40 + 1500
+
+
+def test_lfw_training_people(shared_data: Path, caplog) -> None:
+    """LFW View 1 trains on 4,038 people with 9,525 images, all there and all 112 x 112 RGB."""
+    caplog.set_level(logging.WARNING)
+    lines = (shared_data / "lfw112" / "peopleDevTrain.txt").read_text().splitlines()[1:]
+    names = [line.split()[0] for line in lines]
+    dataset = IdentityFolder(shared_data / "lfw112" / "images", identities=names)
+    assert dataset.num_classes == 4038 and dataset.missing == [] and not caplog.records
+    assert len(dataset) == sum(int(line.split()[1]) for line in lines) == 9525
+    image, label = dataset[4000]
+    assert torch.equal(image, decode_image(dataset.path(4000)))
+    assert dataset.path(4000).parent.name == names[label] == sorted(names)[label]
+
+
+def test_a_change_right_after_the_walk_is_seen(tree: Tree) -> None:
+    """Also where the file system's clock has not moved on since the folder was made."""
+    root = tree(ann=1)
+    for count in range(2, 8):
+        Image.new("RGB", (8, 8)).save(root / "ann" / f"{count}.png")
+        assert len(IdentityFolder(root, size=8)) == count
+
+
+def test_a_quote_that_is_never_closed_is_said(tree: Tree) -> None:
+    file = tree(ann=1) / "list.csv"
+    file.write_text('"ann/ann_0001.png,ann\n' + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"list\.csv is no CSV file: field larger"):
+        FaceList(file)
+    file.write_text("Path,Identity\nann/ann_0001.png,ann\n")
+    assert FaceList(file).identities == ["ann"]

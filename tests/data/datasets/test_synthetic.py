@@ -1,0 +1,285 @@
+"""Drawn faces: pure functions of (seed, identity, image), and pairs that make balanced folds."""
+
+import copy
+import pickle
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from fastface_lightning.data.datasets.synthetic import SyntheticFaces, synthetic_pairs
+from fastface_lightning.data.datasets.synthetic_faces import PARAMETERS, draw_face
+from fastface_lightning.data.formats.image import decode_image, is_packable
+
+SMALL = 32  # px; the drawing is the same, only coarser
+words = st.integers(0, 2**32 - 1)
+
+
+def all_images(faces: SyntheticFaces) -> torch.Tensor:
+    return torch.stack([faces[i][0] for i in range(len(faces))])
+
+
+def cosines(images: torch.Tensor) -> torch.Tensor:
+    """Cosines of the raw pixels about their common mean."""
+    x = images.flatten(1).double()
+    x = torch.nn.functional.normalize(x - x.mean(0), dim=1)
+    return x @ x.T
+
+
+# --- one image
+
+
+def test_an_image_is_uint8_rgb_that_uses_its_range() -> None:
+    image, label = SyntheticFaces(2, 2)[3]
+    assert image.shape == (3, 112, 112) and image.dtype == torch.uint8
+    assert label == 1 and type(label) is int
+    assert image.float().std() > 10
+
+
+@settings(max_examples=30, deadline=None)
+@given(words, words, st.integers(0, 2**32 - 2), st.sampled_from([16, 33, 112]))
+def test_every_face_can_be_drawn(seed: int, identity: int, image: int, size: int) -> None:
+    """No draw of the parameters leaves the range of a formula (nan, empty window, overflow)."""
+    with np.errstate(all="raise", under="ignore"):
+        pixels = draw_face(seed, identity, image, size)
+    assert pixels.shape == (3, size, size) and pixels.dtype == np.uint8
+    assert pixels.std() > 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(words, words, st.integers(0, 1000))
+def test_seed_identity_and_image_each_change_the_picture(seed: int, identity: int, j: int) -> None:
+    drawn = draw_face(seed, identity, j, SMALL)
+    assert (drawn == draw_face(seed, identity, j, SMALL)).all()
+    for other in (
+        draw_face(seed ^ 1, identity, j, SMALL),
+        draw_face(seed, identity ^ 1, j, SMALL),
+        draw_face(seed, identity, j + 1, SMALL),
+    ):
+        assert (drawn != other).mean() > 0.5
+
+
+def test_features_lie_on_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every spread at nought the mean face looks straight out of ArcFace's five points."""
+    mean = np.array(list(PARAMETERS.values())).T * [[1], [0], [0]]
+    mean[0, list(PARAMETERS).index("noise")] = 0
+    monkeypatch.setattr("fastface_lightning.data.datasets.synthetic_faces._SPREADS", mean)
+    monkeypatch.setattr("fastface_lightning.data.datasets.synthetic_faces._LANDMARK_ERROR", 0.0)
+    face = draw_face(0, 0, 0).astype(float).mean(0)
+    pupils = [(38.3, 51.7), (73.5, 51.5)]
+    for x, y in pupils:  # the darkest 3 x 3 spot near the point is the pupil, within 2 px of it
+        top, left = round(y) - 5, round(x) - 5
+        near = face[top : top + 11, left : left + 11]
+        spots = np.lib.stride_tricks.sliding_window_view(near, (3, 3)).mean((2, 3))
+        row, column = np.unravel_index(spots.argmin(), spots.shape)
+        assert abs(row + 1 - 5) <= 2 and abs(column + 1 - 5) <= 2
+    # The line between the lips is the darkest of its column, at the height of the mouth corners.
+    assert abs(face[80:104, 56].argmin() + 80 - 92.3) <= 3
+
+
+def test_identity_lies_in_many_parameters_and_nuisance_too() -> None:
+    spreads = np.array(list(PARAMETERS.values()))
+    assert (spreads[:, 1] > 0).sum() >= 20 and (spreads[:, 2] > 0).sum() >= 20
+    assert (spreads[:, 1:] >= 0).all()
+
+
+def test_a_person_resembles_himself_more_than_others_but_not_by_pixels() -> None:
+    """Within people the pixels are a little nearer than between them, and the two overlap."""
+    faces = SyntheticFaces(40, 4, size=SMALL)
+    similarity = cosines(all_images(faces))
+    label = torch.arange(len(faces)) // 4
+    same = label[:, None] == label
+    within = similarity[same & ~torch.eye(len(faces), dtype=torch.bool)]
+    between = similarity[~same]
+    assert between.mean() + 0.02 < within.mean()
+    assert within.median() < between.quantile(0.9)
+
+
+# --- the data set
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.data())
+def test_labels_run_through_the_identities(people: int, each: int, data: st.DataObject) -> None:
+    faces = SyntheticFaces(people, each, size=16)
+    assert len(faces) == people * each and faces.num_classes == people
+    index = data.draw(st.integers(0, len(faces) - 1))
+    assert faces[index][1] == index // each
+
+
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 4), st.integers(0, 15))
+@settings(max_examples=25, deadline=None)
+def test_image_depends_on_seed_identity_and_number_only(
+    first: int, people: int, each: int, index: int
+) -> None:
+    faces = SyntheticFaces(people, each, seed=3, first_identity=first, size=16)
+    index %= len(faces)
+    expected = draw_face(3, first + index // each, index % each, 16)
+    assert (faces[index][0].numpy() == expected).all()
+
+
+def test_size_and_order_of_the_data_set_do_not_matter() -> None:
+    small, large = SyntheticFaces(3, 4, size=SMALL), SyntheticFaces(9, 4, size=SMALL)
+    backwards = [large[i][0] for i in reversed(range(len(large)))][::-1]
+    assert torch.equal(all_images(small), torch.stack(backwards[:12]))
+    later = SyntheticFaces(3, 4, first_identity=6, size=SMALL)
+    assert torch.equal(all_images(later), torch.stack(backwards[24:]))
+
+
+def test_loader_workers_draw_the_same_images() -> None:
+    faces = SyntheticFaces(4, 3, size=SMALL)
+    batches = list(DataLoader(pickle.loads(pickle.dumps(faces)), batch_size=5, num_workers=2))
+    assert torch.equal(torch.cat([images for images, _ in batches]), all_images(faces))
+    assert torch.cat([labels for _, labels in batches]).tolist() == [i // 3 for i in range(12)]
+
+
+def test_each_image_is_drawn_once_even_by_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What forked workers drew is there for the parent and for later epochs."""
+    faces = SyntheticFaces(4, 3, size=SMALL)
+    expected = all_images(SyntheticFaces(4, 3, size=SMALL))
+    for _ in DataLoader(faces, num_workers=2, multiprocessing_context="fork"):
+        pass
+    monkeypatch.delattr("fastface_lightning.data.datasets.synthetic.draw_face")
+    assert torch.equal(all_images(faces), expected)
+
+
+def test_what_the_reader_does_to_an_image_does_not_reach_the_store() -> None:
+    faces = SyntheticFaces(1, 1, size=SMALL)
+    before = faces[0][0].clone()
+    faces[0][0].zero_()
+    assert torch.equal(faces[0][0], before)
+
+
+def test_a_pickle_holds_no_pictures() -> None:
+    faces = SyntheticFaces(100, 100, seed=5, first_identity=7, size=SMALL)
+    data = pickle.dumps(faces)
+    assert len(data) < 1000
+    assert torch.equal(pickle.loads(data)[123][0], faces[123][0])
+
+
+def test_twenty_million_images_take_a_label_and_a_flag_each() -> None:
+    """No name, picture or number an image is held: 5 bytes each, twice that while being made."""
+    people, each = 1_000_000, 20
+    tracemalloc.start()
+    try:
+        faces = SyntheticFaces(people, each, size=4096)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(faces) == people * each and faces.num_classes == people
+    assert faces.labels.nbytes == 4 * people * each and faces.bad.nbytes == people * each
+    assert held < 4.1 * people * each and peak < 9 * people * each
+    assert faces._pictures is None, "they do not fit any machine's memory"
+    assert faces.identities[-1] == "999999" and faces.labels[-1] == people - 1
+
+
+def test_a_picture_is_the_same_where_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = SyntheticFaces(3, 2, seed=4, size=SMALL)
+    monkeypatch.setattr("fastface_lightning.data.datasets.synthetic._memory", lambda: 4)
+    drawn = SyntheticFaces(3, 2, seed=4, size=SMALL)
+    assert kept._pictures is not None and drawn._pictures is None
+    for _ in range(2):
+        assert torch.equal(all_images(kept), all_images(drawn))
+
+
+def test_encoded_is_a_jpeg_near_the_drawing() -> None:
+    faces = SyntheticFaces(2, 2)
+    for i in range(4):
+        data = faces.encoded(i)
+        assert is_packable(data, 112)
+        error = (decode_image(bytes(data)).float() - faces[i][0].float()).square().mean()
+        assert 10 * torch.log10(255**2 / error) > 35  # decibels
+
+
+@pytest.mark.parametrize("again", [copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_restriction_survives_copies_and_pickles(again) -> None:
+    """As a loader's spawned workers get it."""
+    faces = SyntheticFaces(5, 2, seed=1, first_identity=10, size=16)
+    part = again(faces.restricted(["11", "13", "14"]))
+    assert list(part.identities) == ["11", "13", "14"]
+    assert part.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(all_images(part), all_images(faces)[[2, 3, 6, 7, 8, 9]])
+    assert part.name(2) == "13/0" and part.missing == []
+    less = again(part.restricted(["14"]))
+    assert list(less.identities) == ["14"] and less.name(1) == "14/1"
+    assert torch.equal(all_images(less), all_images(faces)[8:])
+
+
+@pytest.mark.parametrize("index", [12, -13, 10**9])
+def test_index_outside_is_refused(index: int) -> None:
+    with pytest.raises(IndexError, match=rf"index must lie in \[0, 11\], got {index}"):
+        SyntheticFaces(4, 3, size=16)[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_identities", 0),
+        ("images_per_identity", -1),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("first_identity", -1),
+        ("first_identity", 2**32 - 1),
+        ("size", 8),
+    ],
+)
+def test_bad_arguments_are_refused(name: str, value: int) -> None:
+    arguments = {"num_identities": 2, "images_per_identity": 2, name: value}
+    with pytest.raises(ValueError, match=rf"^{name} must lie in \[\d+, \d+\], got {value}$"):
+        SyntheticFaces(**arguments)
+
+
+# --- verification pairs
+
+
+def pairs_of(images: torch.Tensor, population: SyntheticFaces) -> list[tuple[int, int]]:
+    """Indices in the population of the two images of each pair."""
+    index = {population[i][0].numpy().tobytes(): i for i in range(len(population))}
+    assert len(index) == len(population)
+    found = [index[image.numpy().tobytes()] for image in images]
+    return list(zip(found[0::2], found[1::2], strict=True))
+
+
+def test_pairs_are_what_they_say_distinct_and_balanced_in_every_fold() -> None:
+    images, same = synthetic_pairs(100, 10, 5, seed=1, first_identity=500)
+    assert images.shape == (200, 3, 112, 112) and images.dtype == torch.uint8
+    assert same.shape == (100,) and same.dtype == torch.bool
+    pairs = pairs_of(images, SyntheticFaces(10, 5, seed=1, first_identity=500))
+    assert [i // 5 == j // 5 for i, j in pairs] == same.tolist()
+    assert len({frozenset(pair) for pair in pairs}) == 100
+    assert all(i != j for i, j in pairs)
+    for fold in same.view(10, 10):
+        assert fold.sum() == 5
+
+
+def test_all_pairs_of_one_person_can_be_drawn() -> None:
+    """At the limit (20 pairs of one person in 2 x 5 images) every one of them comes, once."""
+    images, same = synthetic_pairs(40, 2, 5)
+    pairs = pairs_of(images, SyntheticFaces(2, 5, first_identity=1_000_000))
+    drawn = {frozenset(pair) for pair, one in zip(pairs, same.tolist(), strict=True) if one}
+    assert drawn == {frozenset((a + i, a + j)) for a in (0, 5) for j in range(5) for i in range(j)}
+
+
+def test_pairs_are_seeded() -> None:
+    first, _ = synthetic_pairs(20, 4, 4, seed=1)
+    assert torch.equal(first, synthetic_pairs(20, 4, 4, seed=1)[0])
+    assert not torch.equal(first, synthetic_pairs(20, 4, 4, seed=2)[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((30, 10, 5), "num_pairs must be a multiple of 20, .* got 30"),
+        ((0, 10, 5), "num_pairs must be .* at least 20 .* got 0"),
+        ((60, 2, 5), "at most 40 for 2 identities of 5 images, got 60"),
+        ((20, 1, 5), r"num_identities must lie in \[2, .*got 1"),
+        ((20, 10, 1), r"images_per_identity must lie in \[2, .*got 1"),
+        ((20, 10, 5, -1), r"seed must lie in .*got -1"),
+    ],
+)
+def test_bad_pairs_are_refused(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        synthetic_pairs(*arguments)

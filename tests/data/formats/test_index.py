@@ -1,0 +1,285 @@
+"""An index is built once, believed while it is true, and never half-written anywhere."""
+
+import errno
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from fastface_lightning.data import IdentityFolder
+from fastface_lightning.data.datasets import folder
+from fastface_lightning.data.formats import index as cache
+from fastface_lightning.data.formats.index import cached
+
+Tree = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where an index goes that cannot lie beside its data."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "xdg" / "fastface_lightning"
+
+
+@pytest.fixture
+def no_walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Calling it forbids walks from then on."""
+
+    def walk(root: Path) -> None:
+        raise AssertionError(f"{root} is walked again")
+
+    return lambda: monkeypatch.setattr(folder, "_walk", walk)
+
+
+def images(root: Path, **options: bool) -> list[str]:
+    dataset = IdentityFolder(root, size=8, **options)
+    return [str(dataset.path(i).relative_to(root)) for i in range(len(dataset))]
+
+
+def on_disk(root: Path) -> list[str]:
+    return sorted(str(file.relative_to(root)) for file in root.rglob("*.png"))
+
+
+def age(*folders: Path) -> None:
+    """Make folders an hour older, so that the next change to them has another time."""
+    for path in folders:
+        old = path.stat().st_mtime_ns - 3600 * 10**9
+        os.utime(path, ns=(old, old))
+
+
+def leftovers(place: Path) -> list[Path]:
+    return [*place.rglob("*.part"), *place.rglob(".*.part")]
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    """A save_file that writes a part and fails."""
+
+    def save(_: cache.Arrays, file: Path, **__: object) -> None:
+        file.write_bytes(b"the disk holds so much")
+        raise error
+
+    return save
+
+
+def is_mapped(file: Path) -> bool:
+    return str(file) in Path("/proc/self/maps").read_text()
+
+
+def test_the_second_start_walks_nothing_and_maps_the_index(tree: Tree, no_walk) -> None:
+    root = tree(ann=3, bob=2)
+    first = IdentityFolder(root, size=8)
+    index = root.with_name("faces.index")
+    assert index.is_file() and not leftovers(root.parent)
+    no_walk()
+    second = IdentityFolder(root, size=8)
+    assert second.identities == first.identities == ["ann", "bob"]
+    assert second.labels.tolist() == [0, 0, 0, 1, 1]
+    assert [second.path(i) for i in range(5)] == [first.path(i) for i in range(5)]
+    if os.path.exists("/proc/self/maps"):
+        assert is_mapped(index)
+
+
+def test_the_index_serves_through_another_path_to_the_folder(
+    tree: Tree, no_walk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tree(ann=1)
+    IdentityFolder(root)
+    no_walk()
+    (root.parent / "link").symlink_to(root)
+    assert images(root.parent / "link") == ["ann/ann_0001.png"]
+    monkeypatch.chdir(root)
+    assert images(Path(".")) == ["ann/ann_0001.png"]
+    assert not list(root.glob("*.index"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: shutil.copytree(root / "ann", root / "new"),
+        lambda root: shutil.rmtree(root / "bob"),
+        lambda root: (root / "bob").rename(root / "zoe"),
+        lambda root: shutil.copy(root / "ann" / "ann_0001.png", root / "bob" / "more.png"),
+        lambda root: (root / "ann" / "ann_0001.png").unlink(),
+        lambda root: (root / "ann" / "ann_0001.png").rename(root / "ann" / "z.png"),
+    ],
+    ids=["folder added", "removed", "renamed", "image added", "image removed", "image renamed"],
+)
+def test_a_change_makes_the_index_stale(tree: Tree, change: Callable[[Path], object]) -> None:
+    root = tree(ann=2, bob=2)
+    age(root / "ann", root / "bob", root)
+    assert images(root) == on_disk(root)
+    change(root)
+    assert images(root) == on_disk(root)
+
+
+def test_of_many_folders_a_sample_is_compared_and_reindex_sees_all(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "_SAMPLE", 2)  # the first and the last
+    root = tree(ann=1, bob=1, cem=1)
+    age(*root.iterdir(), root)
+    before = images(root)
+    (root / "bob" / "bob_0001.png").rename(root / "bob" / "z.png")
+    assert images(root) == before != on_disk(root)
+    assert images(root, reindex=True) == on_disk(root)
+    assert images(root) == on_disk(root)
+
+
+def test_a_change_during_the_walk_shows_at_the_next_start(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tree(ann=1)
+    age(root / "ann", root)
+    read = folder._image_names
+
+    def change_after(path: str) -> list[str]:
+        found = read(path)
+        shutil.copy(f"{path}/ann_0001.png", f"{path}/late.png")
+        return found
+
+    monkeypatch.setattr(folder, "_image_names", change_after)
+    assert images(root) == ["ann/ann_0001.png"]
+    monkeypatch.setattr(folder, "_image_names", read)
+    assert images(root) == ["ann/ann_0001.png", "ann/late.png"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(b"no index at all"),
+        lambda file: file.write_bytes(file.read_bytes()[:-9]),
+        lambda file: file.write_bytes(file.read_bytes()[:20]),
+        lambda file: file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:]),
+        lambda file: save_file({"weight": np.zeros(3)}, file),
+        lambda file: save_file({"x": np.zeros(3)}, file, {"format": cache.FORMAT}),
+        lambda file: save_file({"stamp": np.zeros(3)}, file, {"format": "fastface_lightning 0"}),
+    ],
+    ids=["empty", "text", "cut", "header", "length", "foreign", "other kind", "other format"],
+)
+def test_an_index_that_is_none_is_rebuilt(
+    tree: Tree, no_walk, damage: Callable[[Path], object]
+) -> None:
+    root = tree(ann=2)
+    want = images(root)
+    damage(root.with_name("faces.index"))
+    assert images(root) == want
+    no_walk()
+    assert images(root) == want
+
+
+def test_a_folder_in_the_place_of_the_index_sends_it_elsewhere(
+    tree: Tree, no_walk, elsewhere: Path, caplog
+) -> None:
+    root = tree(ann=2)
+    root.with_name("faces.index").mkdir()
+    assert len(images(root)) == 2
+    assert "cannot keep the index of" in caplog.text and not leftovers(root.parent)
+    (kept,) = elsewhere.iterdir()
+    assert kept.name.startswith("faces-") and kept.suffix == ".index"
+    no_walk()
+    assert len(images(root)) == 2
+
+
+def test_a_read_only_place_sends_it_elsewhere(
+    tree: Tree, no_walk, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tree(ann=2)
+
+    def save(arrays, file: Path, metadata) -> None:
+        if file.parent == root.parent:
+            raise OSError(errno.EROFS, "Read-only file system")
+        save_file(arrays, file, metadata)
+
+    monkeypatch.setattr(cache, "save_file", save)
+    images(root)
+    assert len(list(elsewhere.iterdir())) == 1 and not root.with_name("faces.index").exists()
+    no_walk()
+    assert len(images(root)) == 2
+
+
+def test_namesakes_elsewhere_keep_apart(elsewhere: Path, tmp_path: Path) -> None:
+    places = {cache._places(tmp_path / name / "faces")[1] for name in "ab"}
+    assert len(places) == 2 and {place.parent for place in places} == {elsewhere}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("no space left")]
+)
+def test_a_full_disk_costs_a_warning_and_nothing_else(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, caplog, elsewhere: Path, error: Exception
+) -> None:
+    root = tree(ann=2)
+    monkeypatch.setattr(cache, "save_file", failing(error))
+    for _ in range(2):
+        assert images(root) == on_disk(root)
+    assert len(caplog.records) == 4 and "o space left" in caplog.text
+    assert str(elsewhere) in caplog.text
+    assert not leftovers(root.parent) and not list(root.parent.rglob("*.index"))
+
+
+def test_an_interrupted_write_leaves_the_old_index(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tree(ann=2)
+    images(root)
+    before = root.with_name("faces.index").read_bytes()
+    monkeypatch.setattr(cache, "save_file", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        images(root, reindex=True)
+    assert root.with_name("faces.index").read_bytes() == before and not leftovers(root.parent)
+
+
+def test_a_mapped_index_outlives_its_replacement(tree: Tree) -> None:
+    root = tree(ann=2)
+    images(root)
+    mapped = IdentityFolder(root, size=8)
+    shutil.copy(root / "ann" / "ann_0001.png", root / "ann" / "a.png")
+    assert len(images(root, reindex=True)) == 3
+    assert [mapped.path(i).name for i in range(2)] == ["ann_0001.png", "ann_0002.png"]
+
+
+def _index(root: Path, results) -> None:
+    results.put(images(root, reindex=True))
+
+
+def test_processes_that_index_at_once_agree(tree: Tree) -> None:
+    root = tree(**{f"p{k:02d}": 4 for k in range(30)})
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_index, args=(root, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert found == [on_disk(root)] * 4 == [images(root)] * 4
+    assert not leftovers(root.parent)
+
+
+def test_names_no_stream_can_print_are_kept_and_told(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    source = tmp_path / os.fsdecode(b"f\xff")
+
+    def build() -> cache.Arrays:
+        return {"x": np.arange(3)}
+
+    def never() -> cache.Arrays:
+        raise AssertionError("it is built again")
+
+    assert cached(source, build, lambda _: True)["x"].tolist() == [0, 1, 2]
+    assert cached(source, never, lambda _: True)["x"].tolist() == [0, 1, 2]
+    assert len(list(elsewhere.iterdir())) == 1 and not list(tmp_path.glob("*.index"))
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(cache, "save_file", failing(error))
+    cached(source, build, lambda _: True, rebuild=True)
+    assert len(caplog.records) == 1
+    assert caplog.messages[0].startswith(f"cannot keep the index of {tmp_path}/f\\udcff as")

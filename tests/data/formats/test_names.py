@@ -1,0 +1,117 @@
+"""Names in one block of bytes are the list of strings they stand for."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastface_lightning.data.formats.names import (
+    Labels,
+    Names,
+    Packer,
+    jpeg_name,
+    read_names,
+    write_names,
+)
+from fastface_lightning.files import printable
+
+# What a file system may hold: any bytes but the slash and nought.
+file_names = st.binary(max_size=12).map(lambda b: os.fsdecode(b.translate(None, b"/\0")))
+
+
+@given(st.lists(file_names, max_size=20), st.data())
+def test_they_are_the_list(names: list[str], data: st.DataObject) -> None:
+    packed = Names.of(iter(names))
+    assert len(packed) == len(names) and list(packed) == names and packed == names
+    part = data.draw(st.slices(len(names)))
+    assert packed[part] == names[part]
+    for i in range(-len(names), len(names)):
+        assert packed[i] == names[i]
+    for i in (len(names), -len(names) - 1):
+        with pytest.raises(IndexError, match=rf"^index must lie in \[0, {len(names)}\), got {i}$"):
+            packed[i]
+
+
+@given(st.lists(file_names, max_size=20))
+def test_their_arrays_bring_them_back(names: list[str]) -> None:
+    arrays = {**Names.of(names).arrays("files"), **Names.of(["x"]).arrays("people")}
+    assert Names.from_arrays("files", arrays) == names
+    assert Names.from_arrays("people", arrays) == ["x"]
+
+
+def test_a_name_is_what_the_file_system_calls_it() -> None:
+    names = ["ann", "", "ümit 陈", os.fsdecode(b"\xff.png"), "𐍈"]
+    packed = Names.of(names)
+    assert packed.blob.tobytes() == b"".join(map(os.fsencode, names))
+    assert packed != names[:-1] and packed != 5
+
+
+def test_a_million_names_take_their_bytes_and_eight_more_each() -> None:
+    packer, length = Packer(), 0
+    for i in range(1_000_000):
+        packer.append(f"{i}.jpg")
+        length += len(str(i)) + 4
+    names = packer.names()
+    assert len(packer) == len(names) == 1_000_000
+    assert names.blob.nbytes == length and names.ends.nbytes == 8 * 1_000_001
+    assert names[-1] == "999999.jpg" and names[7] == "7.jpg"
+
+
+@given(st.lists(file_names, max_size=30))
+def test_labels_are_numpys(names: list[str]) -> None:
+    labels = Labels()
+    for name in names:
+        labels.append(name)
+    identities, numbers = labels.sorted()
+    assert list(identities) == sorted(set(names)) and numbers.dtype == np.int32
+    assert [identities[i] for i in numbers] == names
+
+
+@given(file_names)
+def test_every_name_has_a_printable_form(name: str) -> None:
+    """Which is the name itself where that can be written."""
+    shown = printable(name)
+    shown.encode()
+    if not any("\udc80" <= letter <= "\udcff" for letter in name):
+        assert shown == name
+
+
+def test_undecodable_bytes_are_escaped() -> None:
+    assert printable(os.fsdecode(b"a\xffb")) == "a\\udcffb"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("x/ann/1.jpg", "1.jpg"),
+        ("1.png", "1.png.jpg"),
+        ("1.JPG", "1.JPG.jpg"),
+        ("1.png.jpg", "1.png.jpg.jpg"),
+        ("ann.v2.jpg", "ann.v2.jpg"),
+    ],
+)
+def test_a_jpeg_is_named_after_its_image(path: str, name: str) -> None:
+    assert jpeg_name(path) == name
+
+
+@given(
+    st.sets(
+        st.lists(st.sampled_from(["a", ".jpg", ".JPG", ".png"]), min_size=1, max_size=4)
+        .map("".join)
+        .filter(lambda name: name.lower().endswith((".jpg", ".png")) and name[0] != "."),
+        max_size=12,
+    )
+)
+def test_no_two_images_of_a_folder_share_a_jpegs_name(names: set[str]) -> None:
+    made = {jpeg_name(name) for name in names}
+    assert len(made) == len(names) and all(name.endswith(".jpg") for name in made)
+
+
+def test_a_file_of_names_keeps_every_byte_and_its_lines(tmp_path: Path) -> None:
+    names = ["ann", os.fsdecode(b"\xff\xe9"), "陈 \u2028 ü", "", "two\nlines"]
+    write_names(tmp_path / "names.txt", names)
+    assert read_names(tmp_path / "names.txt") == [*names[:4], "two\\nlines"]
+    assert [file.name for file in tmp_path.iterdir()] == ["names.txt"]

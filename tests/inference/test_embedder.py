@@ -1,0 +1,218 @@
+"""A model is the same function of images whatever file it comes from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from models import RUN, SIZE, network, noise, save_checkpoint
+from onnx import TensorProto, helper
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+import fastface_lightning
+from fastface_lightning.backbones import build_backbone
+from fastface_lightning.inference.embedder import OnnxEmbedder, load_embedder
+from fastface_lightning.training.module import FaceModule
+
+
+def plain(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model((images.float() - 127.5) / 127.5)
+
+
+def onnx_file(
+    file: Path, inputs: list[Any], output: list[Any] = ("N", 3), op: str = "ReduceMean"
+) -> Path:
+    """A graph that gives the mean of each channel, or something else, of inputs so described."""
+    values = [helper.make_tensor_value_info(n, t, s) for n, t, s in inputs]
+    nodes = [helper.make_node("Cast", [inputs[0][0]], ["floats"], to=TensorProto.FLOAT)]
+    if op == "ReduceMean":
+        axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
+        nodes.append(helper.make_node(op, ["floats", "axes"], ["out"], keepdims=0))
+    else:
+        axes = None
+        nodes.append(helper.make_node(op, ["floats"], ["out"]))
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, list(output))
+    graph = helper.make_graph(nodes, "g", values, [out], [axes] if axes else [])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, file)
+    return file
+
+
+FLOATS = ("images", TensorProto.FLOAT, ["N", 3, 112, 112])
+
+
+def test_a_checkpoint_embeds_as_its_backbone(tmp_path: Path) -> None:
+    model, images = network(), noise(5)
+    embed = fastface_lightning.load_embedder(save_checkpoint(tmp_path / "best.ckpt", model))
+    found = embed(images)
+    assert found.shape == (5, SIZE) and found.dtype == torch.float32
+    assert torch.allclose(found, F.normalize(plain(model, images)), atol=1e-6)
+    assert torch.allclose(embed.features(images), plain(model, images), atol=1e-5)
+    assert torch.equal(embed(images.numpy()), found)
+
+
+def test_mirrored_embeddings_are_those_that_a_run_is_verified_with(tmp_path: Path) -> None:
+    model, images = network(), noise(5)
+    embed = load_embedder(save_checkpoint(tmp_path / "best.ckpt", model), mirror=True)
+    module = FaceModule(model, torch.nn.Identity(), lambda p: torch.optim.SGD(p)).eval()
+    with torch.no_grad():
+        assert torch.allclose(embed(images), module.embed(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 128])
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_batches_do_not_show(tmp_path: Path, batch_size: int, count: int) -> None:
+    model, images = network(), noise(count)
+    file = save_checkpoint(tmp_path / "best.ckpt", model)
+    found = load_embedder(file, batch_size=batch_size).features(images)
+    assert found.shape == (count, SIZE)
+    if count:
+        assert torch.allclose(found, plain(model, images), atol=1e-5)
+
+
+def test_what_is_known_of_a_run_comes_along(tmp_path: Path) -> None:
+    about = load_embedder(save_checkpoint(tmp_path / "best.ckpt", network())).about
+    assert about == {
+        "network": {"name": "iresnet_tiny", "embedding_size": SIZE},
+        "data": "webface12m",
+        "margin": "CosFace(m=0.4)",
+        "scale": 64.0,
+        "steps": 7,
+        "commit": "0123abc",
+        "verification": {"lfw": 0.9},
+    }
+
+
+LARGE = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("iresnet34", "iresnet50", "iresnet100", "iresnet200", "mobilefacenet_large")
+]
+
+
+@pytest.mark.parametrize("name", ["iresnet_tiny", "iresnet18", "mobilefacenet", *LARGE])
+@pytest.mark.parametrize("size", [24, 512])
+def test_bare_weights_are_known_by_their_shapes(name: str, size: int, tmp_path: Path) -> None:
+    file = tmp_path / "backbone.pth"
+    weights = build_backbone(name, size).state_dict()
+    # InsightFace's old files lack the counts.
+    torch.save({k: v for k, v in weights.items() if "num_batches" not in k}, file)
+    embed = load_embedder(file)
+    assert embed.about == {"network": {"name": name, "embedding_size": size}}
+    assert embed(noise(1)).shape == (1, size)
+
+
+def test_weights_of_another_network_need_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    model = build_backbone("resnet18", 24).eval()
+    save_file(model.state_dict(), file)
+    with pytest.raises(
+        ValueError, match=r"^network must be given with .*weights.safetensors, whose"
+    ):
+        load_embedder(file)
+    images = noise(2)
+    found = load_embedder(file, network="resnet18").features(images)
+    assert torch.allclose(found, plain(model, images), atol=1e-5)
+    with pytest.raises(ValueError, match="weights must match resnet34"):
+        load_embedder(file, network="resnet34")
+
+
+def test_a_checkpoint_without_what_it_takes_is_refused(tmp_path: Path) -> None:
+    no_run = save_checkpoint(tmp_path / "no_run.ckpt", network(), run=None)
+    assert load_embedder(no_run).about["network"]["name"] == "iresnet_tiny"  # by its shapes
+    torch.save({"state_dict": {"classifier.weight": torch.zeros(3, 4)}}, tmp_path / "head.ckpt")
+    with pytest.raises(ValueError, match=r"without keys that begin with 'backbone\.'$"):
+        load_embedder(tmp_path / "head.ckpt")
+    other = {**RUN, "config": {**RUN["config"], "model": {"name": "iresnet18"}}}
+    with pytest.raises(ValueError, match=r"^weights must match iresnet18 \(IResNet\), got"):
+        load_embedder(save_checkpoint(tmp_path / "other.ckpt", network(), run=other))
+    with pytest.raises(ValueError, match=r"^a model must be a file, got .*absent\.ckpt$"):
+        load_embedder(tmp_path / "absent.ckpt")
+
+
+@pytest.mark.parametrize("name", ["text.ckpt", "text.onnx", "text.safetensors", "text.pth"])
+def test_files_of_other_kinds_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("not a model\n" * 100)
+    with pytest.raises(ValueError, match=rf"text\.{name[5:]}") as raised:
+        load_embedder(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        noise(2).float(),
+        noise(2)[0],
+        noise(2)[:, :, :100],
+        noise(2).permute(0, 2, 3, 1),
+        np.zeros((2, 112, 112, 3), np.uint8),
+    ],
+)
+def test_other_images_are_refused(tmp_path: Path, images: Any) -> None:
+    embed = load_embedder(save_checkpoint(tmp_path / "best.ckpt", network()))
+    with pytest.raises(ValueError, match=r"images must be uint8 \(N, 3, 112, 112\), RGB, got"):
+        embed(images)
+    with pytest.raises(ValueError, match="images must be a tensor or array, got <class 'list'>"):
+        embed(["a.jpg"])
+    with pytest.raises(ValueError, match="batch_size must be at least 1 image, got 0"):
+        load_embedder(tmp_path / "best.ckpt", batch_size=0)
+
+
+def test_fingerprints_tell_models_apart_and_files_of_one_not(tmp_path: Path) -> None:
+    a = save_checkpoint(tmp_path / "a.ckpt", network(0))
+    same = save_checkpoint(tmp_path / "same.ckpt", network(0))
+    other = save_checkpoint(tmp_path / "other.ckpt", network(1))
+    prints = [load_embedder(file).fingerprint for file in (a, same, other)]
+    assert prints[0] == prints[1] != prints[2]
+    assert load_embedder(a, mirror=True).fingerprint != prints[0]
+
+
+def test_an_onnx_from_elsewhere(tmp_path: Path) -> None:
+    images = noise(5)
+    floats = load_embedder(onnx_file(tmp_path / "f.onnx", [FLOATS]), batch_size=2)
+    assert isinstance(floats, OnnxEmbedder) and floats.about == {}
+    wanted = images.float().mean((2, 3))
+    assert torch.allclose(floats.features(images), (wanted - 127.5) / 127.5, atol=1e-4)
+    raw = onnx_file(tmp_path / "u.onnx", [("x", TensorProto.UINT8, ["N", 3, "H", "W"])])
+    assert torch.allclose(load_embedder(raw).features(images), wanted, atol=1e-2)
+    assert load_embedder(raw).fingerprint != floats.fingerprint
+
+
+def test_an_onnx_of_a_fixed_batch_serves_any_number(tmp_path: Path) -> None:
+    file = onnx_file(
+        tmp_path / "two.onnx", [("x", TensorProto.UINT8, [2, 3, 112, 112])], output=[2, 3]
+    )
+    images = noise(5)
+    found = load_embedder(file, batch_size=64).features(images)
+    assert torch.allclose(found, images.float().mean((2, 3)), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "op"),
+    [
+        ([("x", TensorProto.FLOAT, ["N", 3, 224, 224])], ("N", 3), "ReduceMean"),
+        ([("x", TensorProto.FLOAT, ["N", 112, 112, 3])], ("N", 3), "ReduceMean"),
+        ([("x", TensorProto.INT64, ["N", 3, 112, 112])], ("N", 3), "ReduceMean"),
+        ([FLOATS, ("y", TensorProto.FLOAT, ["N"])], ("N", 3), "ReduceMean"),
+        ([FLOATS], ("N", 3, 112, 112), "Identity"),
+        ([("x", TensorProto.FLOAT, ["N", 3, "H", "W"])], ("N", "D"), "Flatten"),
+    ],
+)
+def test_an_onnx_of_another_kind_is_refused(
+    tmp_path: Path, inputs: list[Any], output: tuple[Any, ...], op: str
+) -> None:
+    file = onnx_file(tmp_path / "other.onnx", inputs, output, op)
+    with pytest.raises(ValueError, match=r"^an ONNX must (have one input|give emb).*other\.onnx$"):
+        load_embedder(file)
+
+
+def test_what_an_onnx_says_of_itself_is_kept(tmp_path: Path) -> None:
+    file = onnx_file(tmp_path / "f.onnx", [FLOATS])
+    model = onnx.load(file)
+    helper.set_model_props(model, {"fastface_lightning": json.dumps({"data": "lfw"})})
+    onnx.save(model, file)
+    assert load_embedder(file).about == {"data": "lfw"}

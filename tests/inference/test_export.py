@@ -1,0 +1,146 @@
+"""What leaves the house embeds as what stays, says what it is, and is never half there."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from models import RUN, SIZE, network, noise, save_checkpoint
+from programs import Run
+from safetensors import safe_open
+
+import fastface_lightning.inference.export as export_module
+from fastface_lightning.backbones import build_backbone, load_weights
+from fastface_lightning.inference.embedder import TorchEmbedder, load_embedder
+from fastface_lightning.inference.export import export
+
+
+@pytest.fixture
+def embedder(tmp_path: Path) -> TorchEmbedder:
+    found = load_embedder(save_checkpoint(tmp_path / "best.ckpt", network()))
+    assert isinstance(found, TorchEmbedder)
+    return found
+
+
+@pytest.mark.parametrize("uint8", [False, True])
+def test_onnx_embeds_as_torch_in_batches_of_any_size(
+    embedder: TorchEmbedder, tmp_path: Path, uint8: bool
+) -> None:
+    about = export(embedder, tmp_path / "deep" / "model.onnx", uint8)
+    assert about["difference"] <= 1e-4 and about["cosine"] > 0.9999
+    model = onnx.load(tmp_path / "deep" / "model.onnx")
+    (given,), (found,) = model.graph.input, model.graph.output
+    assert (given.name, found.name) == ("images", "embedding")
+    wanted = onnx.TensorProto.UINT8 if uint8 else onnx.TensorProto.FLOAT
+    assert given.type.tensor_type.elem_type == wanted
+    written = load_embedder(tmp_path / "deep" / "model.onnx", batch_size=4)
+    for count in (1, 4, 7):
+        images = noise(count, seed=count)
+        assert torch.allclose(written(images), embedder(images), atol=1e-4)
+    assert written.about["input"]["dtype"] == ("uint8" if uint8 else "float32")
+    assert written.about["input"]["colour_order"] == "RGB"
+    assert written.about["verification"] == {"lfw": 0.9}
+    assert written.about["commit"] == RUN["commit"]
+
+
+def test_weights_are_bit_for_bit_the_networks(embedder: TorchEmbedder, tmp_path: Path) -> None:
+    for name in ("backbone.pth", "model.safetensors"):
+        export(embedder, tmp_path / name)
+        model = build_backbone("iresnet_tiny", SIZE)
+        load_weights(model, tmp_path / name)
+        for key, value in embedder.network.state_dict().items():
+            assert torch.equal(model.state_dict()[key], value)
+        images = noise(2)
+        assert torch.equal(load_embedder(tmp_path / name)(images), embedder(images))
+    beside = json.loads((tmp_path / "backbone.pth.json").read_text())
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
+        inside = json.loads(opened.metadata()["fastface_lightning"])
+    assert beside == inside
+    assert inside["margin"] == "CosFace(m=0.4)" and inside["output"]["shape"] == ["N", SIZE]
+    # A state_dict and nothing else, as InsightFace's programs read it.
+    plain = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    assert list(plain) == list(embedder.network.state_dict())
+
+
+def test_an_onnx_that_embeds_otherwise_is_not_written(
+    embedder: TorchEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out" / "model.onnx"
+    export(embedder, target)
+    before = target.read_bytes()
+    write = export_module._write_onnx
+
+    def write_another(_: torch.nn.Module, *rest: object) -> None:
+        write(network(1), *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export_module, "_write_onnx", write_another)
+    with pytest.raises(ValueError, match=r"^an ONNX must embed as torch does, within 0.0001"):
+        export(embedder, target)
+    assert [file.name for file in target.parent.iterdir()] == ["model.onnx"]
+    assert target.read_bytes() == before
+
+
+def test_a_network_without_finite_embeddings_is_refused(
+    embedder: TorchEmbedder, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        next(embedder.network.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"finite embeddings to be exported, got nan"):
+        export(embedder, tmp_path / "out" / "model.onnx")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_targets_of_other_kinds_are_refused(embedder: TorchEmbedder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^target must end in .onnx or .pth or .safetensors, got"):
+        export(embedder, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"^uint8=true is for an .onnx"):
+        export(embedder, tmp_path / "model.pth", uint8=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilefacenet", "iresnet18", "resnet18", "vit_tiny_patch16_224"])
+def test_other_networks_become_onnx(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_backbone(name, SIZE)
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.rand(8, 3, 112, 112) * 2 - 1)
+    embedder = TorchEmbedder(model, SIZE, {}, torch.device("cpu"), False, 8)
+    assert export(embedder, tmp_path / "model.onnx")["difference"] <= 1e-4
+
+
+def test_the_program(run: Run, embedder: TorchEmbedder, tmp_path: Path) -> None:
+    arguments = ("checkpoint=best.ckpt", "target=model.onnx")
+    ended = run(*arguments, program="recipes/export.py")
+    assert ended.code == 0 and "iresnet_tiny" in ended.out
+    written = json.loads((ended.folder / "export.json").read_text())
+    assert written["target"] == "model.onnx" and written["cosine"] > 0.9999
+    found = load_embedder(tmp_path / "model.onnx")(noise(2))
+    assert torch.allclose(found, embedder(noise(2)), atol=1e-4)
+
+
+def test_the_program_takes_weights_of_any_network(run: Run, tmp_path: Path) -> None:
+    model = build_backbone("resnet18", SIZE).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    arguments = ("checkpoint=weights.pth", "network=resnet18", "target=model.safetensors")
+    ended = run(*arguments, program="recipes/export.py")
+    assert ended.code == 0, ended.err
+    found = load_embedder(tmp_path / "model.safetensors")  # which says what network it is of
+    assert torch.equal(found(noise(2)), load_embedder("weights.pth", "resnet18")(noise(2)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=absent.ckpt", "target=a.onnx"], "a model must be a file, got absent.ckpt"),
+        (["checkpoint=best.ckpt", "target=a.bin"], "target must end in .onnx or .pth"),
+        (["checkpoint=best.ckpt", "target=a.pth", "uint8=true"], "uint8=true is for an .onnx"),
+        (["checkpoint=best.ckpt"], "target"),
+    ],
+)
+@pytest.mark.usefixtures("embedder")
+def test_bad_input(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    ended = run(*arguments, program="recipes/export.py")
+    assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith("a.")]

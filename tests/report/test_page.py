@@ -1,0 +1,432 @@
+"""A run's page: whole for a whole run, with holes for less, and nobody's words become HTML."""
+
+import csv
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fastface_lightning.report.figures import MAX_POINTS, draw_loss, draw_response, thin
+from fastface_lightning.report.page import _stretches, duration, write_report
+
+HOSTILE = '<script>alert("1")</script>&$_{'
+HEADINGS = [
+    *("Settings", "Loss and learning rate", "Response against threshold", "Verification over time"),
+    *("ROC", "Throughput", "Data", "Environment", "Files"),
+]
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """What a browser would see, and a fault for each tag that is not closed where it should be."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.source = file.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.open[-1] if self.open else "", data.strip()))
+
+    @property
+    def text(self) -> str:
+        return " ".join(text for tag, text in self.texts if tag != "style")
+
+    def of(self, tag: str) -> list[str]:
+        return [text for inside, text in self.texts if inside == tag]
+
+
+def rows() -> list[dict[str, Any]]:
+    """A run of 200 steps, verified before, in and after it."""
+    trained = [
+        {
+            "step": step,
+            "epoch": step // 100,
+            "train/loss": 10 - step / 40,
+            "train/images_per_second": 100 + step % 3,
+            "lr-SGD": 0.02 if step < 100 else 0.01,
+            "fastface/response": 0.03 if step < 60 else 0.001,
+            "fastface/threshold": 0.01 if step > 9 else "",
+        }
+        for step in range(9, 200, 10)
+    ]
+    verified = [
+        {
+            "step": step,
+            "verify/accuracy": (a + b) / 2,
+            "verify/lfw/accuracy": a,
+            "verify/lfw/std": 0.01,
+            "verify/cfp_fp/accuracy": b,
+            "verify/cfp_fp/std": 0.02,
+        }
+        for step, a, b in ((0, 0.55, 0.51), (99, 0.91, 0.83), (199, 0.90, 0.82))
+    ]
+    return sorted(trained + verified, key=lambda row: row["step"])
+
+
+def results(**changes: Any) -> dict[str, Any]:
+    return {
+        "steps": 200,
+        "epochs": 2,
+        "final_loss": 5.1239,
+        "verification": {
+            "lfw": {"accuracy": 0.9, "std": 0.0123, "untrained_accuracy": 0.55},
+            "cfp_fp": {"accuracy": 0.82, "std": 0.02, "untrained_accuracy": None},
+        },
+        "best": {"step": 100, "accuracy": 0.87},
+        "lr_changes": [{"step": 97, "factor": 0.5, "lr": 0.01}],
+        "final_lr": 0.01,
+        "images": 12_800,
+        "bad_images": [],
+        "images_per_second": 101.4,
+        "wall_seconds": 131.6,
+        "peak_memory_bytes": 3 * 2**29,
+        "device": "AMD EPYC, 1 threads",
+        "precision": "32-true",
+        "environment": {"commit": "0123abc", "python": "3.11.2"},
+        **changes,
+    }
+
+
+def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
+    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as lines:
+        names = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(lines, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with everything in it."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "last.ckpt").write_bytes(bytes(2_300_000))
+    (folder / "config.yaml").write_text(
+        "model:\n  name: iresnet50\n"
+        "data:\n  _target_: fastface_lightning.data.RecordData\n  batch_size: 64\n"
+        "schedule:\n  _target_: fastface_lightning.FastFace\n"
+    )
+    (folder / "overrides.yaml").write_text("- data=ms1mv3\n- optimizer.lr=0.02\n")
+    write_metrics(folder, rows())
+    (folder / "results.json").write_text(json.dumps(results()))
+    roc = {"lfw": {"far": [0, 0.01, 0.1, 1], "tar": [0.2, 0.5, 0.9, 1]}}
+    (folder / "roc.json").write_text(json.dumps(roc))
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(folder / "samples.png")
+    return folder
+
+
+def test_a_whole_run_has_every_part(run: Path) -> None:
+    file = write_report(run)
+    page = Page(file)
+    assert file == run / "report.html"
+    assert page.of("h1") == page.of("title") == ["iresnet50 on ms1mv3, schedule FastFace"]
+    assert page.of("h2") == HEADINGS
+    assert page.tags["svg"] == 5 and page.tags["img"] == 1
+    assert len(page.of("figcaption")) == 6
+    assert "note" not in {value for _, name, value in page.attributes if name == "class"}
+    assert page.of("code") == ["data=ms1mv3", "optimizer.lr=0.02"]
+    assert page.of("pre") == [(run / "config.yaml").read_text().strip()]
+    assert list(zip(page.of("dt"), page.of("dd"), page.of("small"), strict=False)) == [
+        ("accuracy, lfw", "90.00%", "± 1.23%, untrained 55.00%"),
+        ("accuracy, cfp_fp", "82.00%", "± 2.00%"),
+        ("best step", "100", "mean accuracy 87.00%"),
+        ("final loss", "5.124", "mean of the last 100 batches"),
+        ("images/s", "101", "12,800 images in all"),
+        ("wall time", "2 min 12 s", "200 steps"),
+        ("peak memory", "1.50 GiB", "AMD EPYC, 1 threads"),
+    ]
+    assert "after step factor learning rate 97 \u00d7 0.5 0.01" in page.text
+    assert "commit 0123abc python 3.11.2" in page.text
+    links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")]
+    kept = [file.name for file in run.iterdir() if file.is_file() and file != run / "report.html"]
+    assert links == sorted(["checkpoints/last.ckpt", *kept])
+    assert "2 MB checkpoints/last.ckpt" in page.text
+
+
+def test_the_page_needs_no_other_file(run: Path) -> None:
+    page = Page(write_report(run))
+    assert not page.tags["script"] and not page.tags["link"] and not page.tags["metadata"]
+    for tag, name, value in page.attributes:
+        if not name.startswith("xmlns"):
+            assert "//" not in value or value.startswith("data:"), (tag, name, value)
+        if name in ("src", "xlink:href"):
+            assert value.startswith(("data:image/jpeg;base64,", "#"))
+    assert not re.search(r"@import|url\((?!#)", page.source)
+
+
+def test_ids_are_unique_and_all_that_is_referred_to_is_there(run: Path) -> None:
+    page = Page(write_report(run))
+    ids = Counter(value for _, name, value in page.attributes if name == "id")
+    assert max(ids.values()) == 1
+    referred = set(re.findall(r'url\(#(\w+)\)|xlink:href="#(\w+)"', page.source))
+    assert referred and {a or b for a, b in referred} <= set(ids)
+
+
+def test_a_name_is_never_markup(run: Path) -> None:
+    """Whoever named an identity, a set, a setting or a file."""
+    (run / "config.yaml").write_text(f"model:\n  name: '{HOSTILE}'\n# {HOSTILE}\n")
+    (run / "overrides.yaml").write_text(f"- 'data={HOSTILE}'\n- 'schedule={HOSTILE}'\n")
+    (run / f"{HOSTILE.replace('/', '|')} .txt").write_text("")
+    write_metrics(run, [{**row, f"verify/{HOSTILE}/accuracy": 0.5} for row in rows()])
+    found = {"accuracy": 0.9, "std": 0.01, "untrained_accuracy": None}
+    changed = results(
+        verification={HOSTILE: found},
+        bad_images=[HOSTILE],
+        device=HOSTILE,
+        environment={HOSTILE: HOSTILE},
+    )
+    (run / "results.json").write_text(json.dumps(changed))
+    (run / "roc.json").write_text(json.dumps({HOSTILE: {"far": [0, 1], "tar": [0, 1]}}))
+    page = Page(write_report(run))
+    assert not page.tags["script"]
+    assert page.of("h2") == HEADINGS
+    # Title twice, settings, a tile and its note, two legends, a list, the environment and a file.
+    assert page.text.count('alert("1")') >= 12
+    assert page.text.count(f"on {HOSTILE}") >= 3
+
+
+@pytest.mark.parametrize(
+    "name", ["_hidden", "日本", "a\udcffb", "tab\t", "\x00", "$_{$", "", "a/b"]
+)
+def test_any_name_of_a_set_is_drawn(run: Path, name: str) -> None:
+    (run / "roc.json").write_text(json.dumps({name: {"far": [0, 0.5, 1], "tar": [0, 0.5, 1]}}))
+    changed = results(verification={name: {"accuracy": 0.9, "std": 0.1}}, bad_images=[name])
+    (run / "results.json").write_text(json.dumps(changed))
+    page = Page(write_report(run))
+    assert page.tags["svg"] == 5
+    assert any(text.startswith("on") for text in page.of("text"))
+
+
+PARTS = {
+    "config.yaml": "There is no config.yaml",
+    "overrides.yaml": "Nothing differs from the defaults",
+    "metrics.csv": "No loss was logged.",
+    "results.json": "the run has not come to its end",
+    "roc.json": "There is no roc.json",
+    "samples.png": "There is no samples.png",
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_missing_file_leaves_a_hole_that_says_so(run: Path, name: str) -> None:
+    (run / name).unlink()
+    page = Page(write_report(run))
+    assert [part for part, words in PARTS.items() if words in page.text] == [name]
+    assert page.of("h2") == HEADINGS
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\x00\n\x00", b"[1, 2", b"null", b"- ${a: ["])
+def test_damaged_files_are_left_out(run: Path, content: bytes) -> None:
+    for name in PARTS:
+        (run / name).write_bytes(content)
+    page = Page(write_report(run))
+    assert page.of("h2") == HEADINGS
+    assert page.tags["svg"] == 0
+    for name in ("results.json", "roc.json", "samples.png"):
+        assert f"{name} cannot be read" in page.text
+
+
+@pytest.mark.parametrize(
+    ("kept", "title"),
+    [("config.yaml", "iresnet50 on RecordData, schedule FastFace"), ("metrics.csv", "Run run")],
+)
+def test_one_of_two_files_will_do(run: Path, kept: str, title: str) -> None:
+    for file in run.glob("*.*"):
+        if file.name != kept:
+            file.unlink()
+    page = Page(write_report(run))
+    assert page.of("h2") == HEADINGS
+    assert page.of("h1") == [title]
+
+
+def test_a_folder_of_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"must hold config\.yaml or metrics\.csv, got .*"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_killed_run_is_told_from_its_metrics(run: Path) -> None:
+    (run / "results.json").unlink()
+    page = Page(write_report(run))
+    assert list(zip(page.of("dt"), page.of("dd"), page.of("small"), strict=False)) == [
+        ("accuracy, lfw", "90.00%", "± 1.00%, untrained 55.00%"),
+        ("accuracy, cfp_fp", "82.00%", "± 2.00%, untrained 51.00%"),
+        ("best step", "99", "mean accuracy 87.00%"),
+        ("last logged loss", "5.025", "at step 199"),
+    ]
+    assert page.tags["svg"] == 5
+
+
+def test_an_older_run_has_fewer_figures(run: Path) -> None:
+    older = results(versions={"torch": "2.14.1"})
+    del older["best"], older["environment"]
+    (run / "results.json").write_text(json.dumps(older))
+    (run / "roc.json").unlink()
+    (run / "samples.png").unlink()
+    write_metrics(
+        run, [{k: v for k, v in row.items() if k != "train/images_per_second"} for row in rows()]
+    )
+    page = Page(write_report(run))
+    assert page.tags["svg"] == 3 and not page.tags["img"]
+    assert "torch 2.14.1" in page.text and "No speed was logged." in page.text
+
+
+def test_a_run_that_was_not_verified_says_so(run: Path) -> None:
+    (run / "results.json").write_text(
+        json.dumps(results(verification={}, best=None, final_loss=None, lr_changes=[]))
+    )
+    (run / "roc.json").write_text("{}")
+    write_metrics(run, [row for row in rows() if "train/loss" in row])
+    page = Page(write_report(run))
+    assert "The run was not verified" in page.text
+    assert "best step" not in page.text and "accuracy," not in page.of("dt")
+
+
+def test_losses_that_are_not_finite_are_counted(run: Path) -> None:
+    changed = rows()
+    lost = [row for row in changed if "train/loss" in row][3:6]
+    for row, value in zip(lost, ("nan", "inf", "-inf"), strict=True):
+        row["train/loss"] = value
+    write_metrics(run, changed)
+    page = Page(write_report(run))
+    assert "3 of 20 logged losses are not finite." in page.text
+    assert page.tags["svg"] == 5
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", ["nan", "0", "1e30", "-3", "1.2e"])
+def test_a_run_of_nothing_but_one_value_is_drawn(run: Path, value: str) -> None:
+    """A torn number, 1.2e, is none."""
+    write_metrics(run, [{k: value if k != "step" else v for k, v in row.items()} for row in rows()])
+    (run / "results.json").write_text(json.dumps(results(final_loss=float("nan"))))
+    assert Page(write_report(run)).tags["svg"] == 5
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_row_is_enough(run: Path) -> None:
+    write_metrics(run, [{**rows()[0], **rows()[1]}])
+    page = Page(write_report(run))
+    assert page.tags["svg"] == 5
+
+
+def test_rates_logged_apart_from_the_loss_are_drawn(run: Path) -> None:
+    """So does Lightning's monitor, a row of its own each, with a column for each group."""
+    changed = [{k: v for k, v in row.items() if not k.startswith("lr-")} for row in rows()]
+    changed += [{"step": s, "lr-SGD/pg1": 0.1 / (1 + s), "lr-SGD/pg2": 0.0} for s in range(9, 200)]
+    write_metrics(run, changed)
+    page = Page(write_report(run))
+    assert {"SGD/pg1", "SGD/pg2", "learning rate"} <= set(page.of("text"))
+
+
+def test_a_report_is_replaced_and_leaves_nothing_beside_it(run: Path) -> None:
+    first = write_report(run).read_text()
+    assert write_report(run).read_text() == first
+    assert not list(run.glob("*.part"))
+
+
+def test_a_long_run_makes_no_long_page(run: Path) -> None:
+    (run / "samples.png").unlink()
+    steps = range(20_000)
+    names = ("train/loss", "fastface/response", "fastface/threshold", "train/images_per_second")
+    noise = np.random.default_rng(0).normal(size=(len(steps), len(names)))
+    write_metrics(run, [{"step": s, **dict(zip(names, noise[s], strict=True))} for s in steps])
+    assert write_report(run).stat().st_size < 500_000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 s"),
+        (59.6, "1 min 0 s"),
+        (151.4, "2 min 31 s"),
+        (3600, "1 h 0 min"),
+        (1e6, "277 h 46 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@given(st.integers(0, 5 * MAX_POINTS), st.integers(0, 2**32 - 1))
+def test_thinning_keeps_order_and_extremes(count: int, seed: int) -> None:
+    y = np.random.default_rng(seed).random(count)
+    kept, values = thin(range(count), y)
+    assert len(kept) <= MAX_POINTS
+    assert (values == y[kept.astype(int)]).all() and (np.diff(kept) > 0).all()
+    if count:
+        assert values.min() == y.min() and values.max() == y.max()
+    assert count > MAX_POINTS or len(kept) == count
+
+
+@pytest.mark.parametrize(
+    ("flat", "stretches"),
+    [
+        ([0, 0, 0, 0], []),
+        ([1, 1, 1, 1], [(10, 30)]),
+        ([0, 1, 1, 0], [(20, 20)]),
+        ([1, 0, 0, 1], [(10, 10)]),
+        ([1, 0, 1, 1], [(10, 10), (30, 10)]),
+    ],
+)
+def test_a_flat_stretch_ends_where_the_next_point_is_not_flat(
+    flat: list[int], stretches: list[tuple[int, int]]
+) -> None:
+    assert _stretches(np.array([10.0, 20, 30, 40]), np.array(flat, bool)) == stretches
+    assert _stretches(np.empty(0), np.empty(0, bool)) == []
+
+
+def test_thinning_keeps_gaps() -> None:
+    y = np.ones(100_000)
+    y[777] = np.nan
+    _, values = thin(np.arange(len(y)), y)
+    assert np.isnan(values).sum() == 1
+
+
+def test_the_smoothed_loss_is_the_mean_of_the_finite_losses_around() -> None:
+    loss = np.random.default_rng(0).normal(size=250)
+    loss[40] = np.nan
+    axis = Figure().subplots()
+    draw_loss(axis, np.arange(250), loss)
+    smoothed = axis.lines[1].get_ydata()
+    expected = [np.nanmean(loss[max(i - 2, 0) : i + 3]) for i in range(250)]
+    np.testing.assert_allclose(smoothed, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 100])
+def test_the_threshold_is_always_in_sight(scale: float) -> None:
+    axis = Figure().subplots()
+    draw_response(axis, [0, 1, 2], [0.0, scale, -scale], [float("nan"), 0.5, 0.5])
+    low, high = axis.get_ylim()
+    assert low < 0.5 < high and high - low < 20 * 0.5 + 1e-9

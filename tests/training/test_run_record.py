@@ -1,0 +1,185 @@
+"""What a run leaves, held on a toy module: the checkpoints that it can be resumed from."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
+
+from fastface_lightning.training.run_record import LastAndBest
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+class Batches(Callback):
+    """Remembers (step, epoch, batch) of each batch."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[int, int, int]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: object, batch: object, i: int) -> None:
+        epoch = trainer.fit_loop.epoch_progress.current.processed
+        assert epoch == trainer.current_epoch
+        self.done.append((trainer.global_step, epoch, i))
+
+
+def fit(
+    folder: Path,
+    kill_at: int | None,
+    every: int | None,
+    accumulate: int = 1,
+    batches: Batches | None = None,
+    **length: int,
+) -> Trainer:
+    """Three epochs of ten steps, from the last checkpoint where there is one."""
+    last = folder / "last.ckpt"
+    trainer = Trainer(
+        **(length or {"max_epochs": 3}),
+        accelerator="cpu",
+        callbacks=[LastAndBest(folder, every), KillAt(kill_at), batches or Batches()],
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    loader = DataLoader(torch.randn(10 * accumulate, 32), batch_size=1)
+    trainer.fit(BoringModel(), loader, ckpt_path=last if last.exists() else None)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("every", [None, 1, 3, 5])
+def test_a_run_killed_again_and_again_takes_every_step_once(
+    tmp_path: Path, every: int | None, accumulate: int
+) -> None:
+    """Also when steps between two checkpoints divide the epoch."""
+    for kill_at in (12, 13, 20, 27):
+        with pytest.raises(Killed):
+            fit(tmp_path, kill_at, every, accumulate)
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"]
+        periods = [10] if every is None else [10, every]
+        assert saved == max(kill_at - kill_at % period for period in periods)
+    trainer = fit(tmp_path, None, every, accumulate)
+    assert (trainer.global_step, trainer.current_epoch) == (30, 3)
+    again = fit(tmp_path, None, every, accumulate)
+    assert again.global_step == 30
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("every", [None, 3, 5])
+@pytest.mark.parametrize("length", [{"max_epochs": -1}, {"max_epochs": 9}])
+def test_runs_that_end_by_steps_resume_at_their_batch(
+    tmp_path: Path, every: int | None, length: dict[str, int]
+) -> None:
+    """Lightning 2.6 alone would take an eleventh batch of an epoch that has ended."""
+    for kill_at in (10, 13, 20):
+        with pytest.raises(Killed):
+            fit(tmp_path, kill_at, every, max_steps=26, **length)
+        batches = Batches()
+        with pytest.raises(Killed):
+            fit(tmp_path, kill_at + 4, every, batches=batches, max_steps=26, **length)
+        assert batches.done == [(step, step // 10, step % 10) for step, _, _ in batches.done]
+    assert fit(tmp_path, None, every, max_steps=26, **length).global_step == 26
+
+
+class Scored(BoringModel):
+    """Its verifications find the given accuracies, one after the other."""
+
+    def __init__(self, accuracies: list[float]) -> None:
+        super().__init__()
+        self.accuracies = accuracies
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("verify/accuracy", self.accuracies[len(self.found)])
+        self.found.append(self.trainer.global_step)
+
+    found: list[int]
+
+
+def scored(folder: Path, accuracies: list[float], every: int, **settings: Any) -> Scored:
+    """Three epochs of ten steps, verified every so many."""
+    model = Scored(accuracies)
+    model.found = []
+    last = folder / "last.ckpt"
+    trainer = Trainer(
+        **({"max_epochs": 3} | settings),
+        accelerator="cpu",
+        callbacks=[LastAndBest(folder)],
+        check_val_every_n_epoch=None,
+        val_check_interval=every,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(torch.randn(10, 32), batch_size=1)
+    trainer.fit(model, loader, loader, ckpt_path=last if last.exists() else None)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("accuracies", "every", "best"),
+    [
+        ([0.5, 0.8, 0.7], 10, 20),  # epochs' ends
+        ([0.5, 0.8, 0.8], 10, 20),  # the earliest of equals
+        ([0.5, 0.6, 0.9, 0.7], 7, 21),  # within an epoch
+        ([0.9, 0.6, 0.5, 0.7, 0.6, 0.9], 5, 5),
+    ],
+)
+def test_the_best_checkpoint_is_of_the_highest_accuracy(
+    tmp_path: Path, accuracies: list[float], every: int, best: int
+) -> None:
+    model = scored(tmp_path, accuracies, every)
+    assert model.found == list(range(every, 31, every))
+    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert saved["global_step"] == best
+    assert saved["callbacks"]["LastAndBest"]["best"] == {
+        "step": best,
+        "accuracy": pytest.approx(max(accuracies)),
+    }
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 30
+    assert {file.name for file in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_best_is_remembered_over_a_resume(tmp_path: Path) -> None:
+    scored(tmp_path, [0.5, 0.8], 10, max_epochs=2)
+    scored(tmp_path, [0.7], 10)
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 20
+    scored(tmp_path, [0.9], 10, max_epochs=4)
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 40
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("every", [5, 7, 10])
+def test_a_run_goes_on_from_its_best_checkpoint(tmp_path: Path, every: int) -> None:
+    """Every later step once, be the best one within an epoch or at its end."""
+    scored(tmp_path, [0.5, 0.9, *[0.1] * 9], every)
+    (tmp_path / "best.ckpt").rename(tmp_path / "last.ckpt")
+    batches = Batches()
+    trainer = fit(tmp_path, None, None, batches=batches)
+    assert trainer.global_step == 30
+    wanted = range(2 * every, 30)
+    assert batches.done == [(step, step // 10, step % 10) for step in wanted]
+
+
+def test_checkpoints_need_a_period_of_a_step() -> None:
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        LastAndBest("folder", 0)
