@@ -1,10 +1,7 @@
 """The recipes of papers say what the papers say, cost what their heads say, and train."""
 
-import json
-import re
-import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -50,56 +47,13 @@ FASTFACE = {
 }
 
 
-def test_the_recipes_are_those_promised() -> None:
-    assert len(PAPERS) == 18
-    assert (len(FASTFACE), len(MHLR), len(BASELINES), len(F2C)) == (7, 2, 4, 4)
+def test_every_recipe_opens_with_its_command_and_the_published_accuracies() -> None:
     assert {*FASTFACE, *MHLR, *BASELINES, *F2C, "attfc_ms1mv3"} == set(PAPERS)
-
-
-# --------------------------------------------------------------------------------------- heads
-
-
-def head_of(paper: str) -> dict[str, str]:
-    """The comments that a recipe opens with, by what they tell of."""
-    first, *lines = (RECIPES / "paper" / f"{paper}.yaml").read_text().splitlines()
-    head = lines[: lines.index("defaults:")]
-    assert first == "# @package _global_" and all(line.startswith("# ") for line in head)
-    parts = re.split(r"\n# (?=[A-Z]\w+: |  python )", "\n" + "\n".join(head)[2:])
-    title, command, *others = (" ".join(part.replace("\n#", " ").split()) for part in parts)
-    assert title.endswith(".")
-    return {"command": command, **dict(other.split(": ", 1) for other in others)}
-
-
-def command_of(paper: str) -> list[str]:
-    return shlex.split(head_of(paper)["command"])
-
-
-@pytest.mark.parametrize("paper", PAPERS)
-def test_a_recipe_opens_with_what_one_needs_to_know(paper: str) -> None:
-    head = head_of(paper)
-    assert list(head) == ["command", "Data", "Batch", "Paper", "Accuracy", "Hours", "Memory"]
-    assert command_of(paper) == ["python", "train.py", f"+paper={paper}", "data.root=DIR"]
-    cfg = composed(*command_of(paper)[2:])
-    assert cfg.data.root == "DIR"
-    assert cfg.model.name == ("iresnet100" if "_r100" in paper else "iresnet50")
-    assert cfg.model.embedding_size == 512
-    size = f", {cfg.data.num_identities:,} identities, {cfg.data.num_images:,} images (docs/"
-    name = head["Data"].partition(size)[0]
-    assert name.lower() == cfg.data.name and size in head["Data"]
-    batch = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
-    assert str(batch) in re.findall(r"\d+", head["Batch"])
-
-
-@pytest.mark.parametrize("paper", PAPERS)
-def test_a_recipe_promises_what_the_paper_published(paper: str) -> None:
-    head = head_of(paper)
-    row = FASTFACE[paper].lfw_cfp_agedb_ijbb_ijbc if paper in FASTFACE else ()
-    if row:
-        told = "LFW {}, CFP-FP {}, AgeDB-30 {}; IJB-B {}, IJB-C {} (TAR at FAR 1e-4)"
-        assert head["Accuracy"] == f"{told.format(*row)}: the paper's row, not repeated here."
-    else:
-        assert head["Accuracy"].startswith("none promised: none was measured here")
-    assert ("30 on one RTX 4090" in head["Hours"]) == (paper == "webface12m_r100")
+    for paper in PAPERS:
+        text = (RECIPES / "paper" / f"{paper}.yaml").read_text()
+        assert f"\n#   python train.py +paper={paper} data.root=DIR\n" in text
+        for accuracy in FASTFACE[paper].lfw_cfp_agedb_ijbb_ijbc if paper in FASTFACE else ():
+            assert accuracy in text
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -233,75 +187,12 @@ def test_attfc() -> None:
     assert cfg.trainer.gradient_clip_val == 5
 
 
-def test_what_a_command_says_outdoes_a_recipe() -> None:
+def test_a_command_wins_over_a_recipe() -> None:
     cfg = composed("+paper=f2c_ms1m", "margin=arcface", "model=r100", "trainer.max_epochs=2")
     assert cfg.margin == composed("margin=arcface").margin
     assert (cfg.model.name, cfg.trainer.max_epochs) == ("iresnet100", 2)
     cfg = composed("+paper=webface12m_r100", "data=glint360k", "schedule.literal=false")
     assert (cfg.data.name, cfg.schedule.literal) == ("glint360k", False)
-
-
-# ---------------------------------------------------------------------------- what they cost
-
-
-def table_rows() -> dict[str, list[str]]:
-    """The cells of recipes/README.md's rows, by the command that a row opens with."""
-    rows = re.findall(r"^\| `python (.+?)` \| (.*) \|$", (RECIPES / "README.md").read_text(), re.M)
-    assert len(dict(rows)) == len(rows)
-    return {command: cells.split(" | ") for command, cells in rows}
-
-
-def test_every_recipe_has_its_row() -> None:
-    """And every row's recipe exists."""
-    named = {
-        re.sub(r"^(recipes/\w+\.py|train\.py.* \+\w+=\w+).*", r"\1", row) for row in table_rows()
-    }
-    papers = {f"train.py +paper={paper}" for paper in PAPERS}
-    sweeps = {f"train.py -m +sweep={file.stem}" for file in (RECIPES / "sweep").rglob("*.yaml")}
-    assert named == papers | sweeps | {f"recipes/{file.name}" for file in RECIPES.glob("*.py")}
-    for paper in PAPERS:
-        assert shlex.join(command_of(paper)[1:]) in table_rows()
-
-
-@pytest.fixture(scope="module")
-def planned() -> dict[str, Any]:
-    """The plans made so far; recipes that differ in schedule and length share one."""
-    return {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("paper", PAPERS)
-def test_head_and_row_say_what_the_plan_computes(
-    paper: str, run: Run, planned: dict[str, Any]
-) -> None:
-    """Memory to the digit, and hours; everything by one batch of the plan."""
-    cfg = composed(f"+paper={paper}")
-    held = OmegaConf.to_yaml(
-        OmegaConf.masked_copy(cfg, ["model", "data", "classifier", "optimizer"])
-    )
-    if held not in planned:
-        ended = run(*command_of(paper)[2:], "plan=24")
-        assert ended.code == 0, ended.err
-        planned[held] = json.loads((ended.folder / "plan.json").read_text())
-    plan = planned[held]
-    batches = cfg.data.num_images // cfg.data.batch_size * cfg.trainer.max_epochs
-    petaflop = plan["flops"] / plan["batches"] * batches / 1e15
-    hours = f"{petaflop * 1e15 / 44.2e12 / 3600:.3g}"
-    own = plan["heads"][plan["classifier"]]
-    peak = f"{own['peak'] / 2**30:.2f}"
-    assert own["fits"]
-    head = head_of(paper)
-    fits = f"{peak} GiB with classifier={plan['classifier']}, which fits a card of 24 (planned)"
-    assert head["Memory"].startswith(fits)
-    for figure, kind in re.findall(r"([\d.]+) with classifier=(\w+)", head["Memory"]):
-        assert figure == f"{plan['heads'][kind]['peak'] / 2**30:.2f}"
-    assert head["Hours"].startswith(f"{hours} (planned)")
-    cells = table_rows()[shlex.join(command_of(paper)[1:])]
-    assert cells[1].lower() == cfg.data.name
-    assert cells[2:] == [
-        *(f"{cfg.trainer.max_epochs}", f"{steps_of(cfg):,}", f"{petaflop:,.0f}", hours),
-        f"{peak} `{plan['classifier']}`",
-    ]
 
 
 # ------------------------------------------------------------------------------------ training
@@ -321,14 +212,15 @@ def two_steps(paper: str) -> list[str]:
     small = {"dcp": "classifier.pool_size=12", "attfc": "classifier.queue_size=12"}
     kind = "dcp" if paper in F2C else paper.partition("_")[0]
     return [
-        *command_of(paper)[2:],
+        f"+paper={paper}",
+        "data.root=DIR",
         *("data.batch_size=4", "data.num_workers=0", *([small[kind]] if kind in small else [])),
         *("trainer.max_steps=2", "trainer.log_every_n_steps=1"),
         "trainer.enable_progress_bar=false",
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.usefixtures("faces")
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_recipe_trains(paper: str, run: Run) -> None:
@@ -338,7 +230,7 @@ def test_a_recipe_trains(paper: str, run: Run) -> None:
     assert_followed(paper, ended.folder)
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.usefixtures("faces")
 def test_a_recipe_trains_its_own_network(run: Run) -> None:
     """Two steps of the ResNet-50."""
@@ -358,7 +250,7 @@ def assert_followed(paper: str, folder: Path) -> None:
     assert steps_done(folder) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.usefixtures("faces")
 def test_a_recipe_resumes(run: Run) -> None:
     """With resume=auto alone: the recipe is found again."""
