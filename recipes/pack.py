@@ -33,7 +33,7 @@ from fastface_lightning.data import (
     write_verification_bin,
 )
 from fastface_lightning.data.formats.names import write_names
-from fastface_lightning.data.formats.recordio import InsightFaceWriter
+from fastface_lightning.data.formats.recordio_writer import InsightFaceWriter
 from fastface_lightning.files import file_stamp, reason
 from fastface_lightning.report.image_grid import sheet_of
 

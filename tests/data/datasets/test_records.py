@@ -14,11 +14,11 @@ from fastface_lightning.data import RecordDataset, encode_jpeg
 from fastface_lightning.data.datasets import records
 from fastface_lightning.data.datasets.base import collate
 from fastface_lightning.data.formats.names import write_names
-from fastface_lightning.data.formats.recordio import (
+from fastface_lightning.data.formats.recordio import read_table
+from fastface_lightning.data.formats.recordio_writer import (
     InsightFaceWriter,
-    RecordWriter,
+    encode_record,
     pack_image,
-    read_table,
 )
 
 
@@ -29,6 +29,17 @@ def rec(tmp_path: Path) -> Path:
         for i, label in enumerate([3, 3, 5, 9, 9, 9]):
             writer.write_image(label, encode_jpeg(np.full((8, 8, 3), (40 * i, 10, 200), np.uint8)))
     return tmp_path / "train.rec"
+
+
+def write_plain(path: Path, payloads: dict[int, bytes]) -> Path:
+    """A pack of records by key, without InsightFace's header."""
+    data, lines = b"", ""
+    for key, payload in payloads.items():
+        lines += f"{key}\t{len(data)}\n"
+        data += encode_record(payload)
+    path.write_bytes(data)
+    path.with_suffix(".idx").write_text(lines)
+    return path
 
 
 def numbers(images: torch.Tensor) -> list[int]:
@@ -114,10 +125,8 @@ def test_an_incomplete_copy_says_so(rec: Path, caplog: pytest.LogCaptureFixture)
 def test_ten_damaged_records_are_named_and_the_others_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rec = tmp_path / "many.rec"
-    with RecordWriter(rec) as writer:
-        for key in range(14):
-            writer.write(b"short" if key != 5 else pack_image(8, 5, b"x"), key)
+    payloads = {key: b"short" if key != 5 else pack_image(8, 5, b"x") for key in range(14)}
+    rec = write_plain(tmp_path / "many.rec", payloads)
     for _ in range(2):
         caplog.clear()
         dataset = RecordDataset(rec, size=8, max_bad=13)
@@ -141,10 +150,8 @@ def test_names_of_identities_sort_as_their_numbers(tmp_path: Path) -> None:
 
 def test_records_are_served_by_ascending_key(tmp_path: Path) -> None:
     keys = [30, 4, 21, 100, 5]
-    with RecordWriter(tmp_path / "a.rec") as writer:
-        for key in keys:
-            writer.write(pack_image(key, key, b"image %d" % key), key)
-    dataset = RecordDataset(tmp_path / "a.rec")
+    payloads = {key: pack_image(key, key, b"image %d" % key) for key in keys}
+    dataset = RecordDataset(write_plain(tmp_path / "a.rec", payloads))
     assert [bytes(dataset.encoded(i)) for i in range(5)] == [b"image %d" % k for k in sorted(keys)]
 
 
@@ -177,10 +184,7 @@ def test_the_file_is_looked_at_once_until_it_changes(
     assert looked.call_count == 2
     RecordDataset(rec, size=8, reindex=True)
     assert looked.call_count == 3
-    for suffix in (".rec", ".idx"):
-        rec.with_suffix(suffix).unlink()
-    with RecordWriter(rec) as writer:
-        writer.write(pack_image(7, 0, encode_jpeg(np.zeros((8, 8, 3), np.uint8))))
+    write_plain(rec, {0: pack_image(7, 0, encode_jpeg(np.zeros((8, 8, 3), np.uint8)))})
     assert RecordDataset(rec, size=8).identities == ["7"] and looked.call_count == 4
 
 
