@@ -39,7 +39,14 @@ _BLOCK_WORDS = 1 << 22  # searched for heads together, 16 MB
 _MAX_DAMAGED = 10_000  # records; a file with more is not the one that was meant
 _PARTS = np.dtype([("offset", "i8"), ("end", "i8"), ("flag", "u1")])
 _RECORDS = np.dtype(
-    [("offset", "i8"), ("id", "u8"), ("label", "f4"), ("has_image", "?"), ("whole", "?")]
+    [
+        ("offset", "i8"),
+        ("id", "u8"),
+        ("id2", "u8"),
+        ("label", "f4"),
+        ("has_image", "?"),
+        ("whole", "?"),
+    ]
 )
 
 
@@ -313,7 +320,7 @@ def scan(
 
     Returns:
         The parts, by ascending offset: offset of the head, end of the part with its padding, flag;
-        and the records that begin with one: offset, id, first label, has_image, whole.
+        and the records that begin with one: offset, id, id2, first label, has_image, whole.
     """
     words = file.words
     parts, records = [np.empty(0, _PARTS)], [np.empty(0, _RECORDS)]
@@ -407,6 +414,7 @@ def _record_block(
     records = np.empty(len(offsets), _RECORDS)
     records["offset"], records["whole"] = offsets, whole
     records["id"] = word(4) | word(5).astype(np.uint64) << np.uint64(32)
+    records["id2"] = word(6) | word(7).astype(np.uint64) << np.uint64(32)
     records["label"] = np.where(count > 0, word(8), word(3)).view(np.float32)
     records["has_image"] = (count == 0) | (image_size > 0)
     for i in np.flatnonzero(~whole):  # split, or bad: then this says why
@@ -417,7 +425,7 @@ def _record_block(
                 damaged.append(str(error))
             continue
         has_image = not record.flag or len(record.image) > 0
-        records[i] = (offsets[i], record.id, record.labels[0], has_image, True)
+        records[i] = (offsets[i], record.id, record.id2, record.labels[0], has_image, True)
     return records
 
 

@@ -29,7 +29,7 @@ from .recordio import (
     scan,
 )
 
-_BUFFER = 1 << 22  # bytes written together
+_BUFFER = 1 << 18  # bytes written together
 
 
 def pack_image(
@@ -93,7 +93,7 @@ class InsightFaceWriter:
         resume: go on with the part if there is one.
 
     Attributes:
-        last_id2: of the last image that was there when resuming; None if there was none.
+        id2: (N,) uint64, of the images that were there when resuming.
 
     Raises:
         ValueError: one of the files exists, or a part that is not to be resumed or is not of this
@@ -111,7 +111,7 @@ class InsightFaceWriter:
         self._first_keys = array("q")  # of each identity, in order
         self._end = 0  # of the last record, bytes
         self._label = -1  # of the last image
-        self.last_id2: int | None = None
+        self.id2 = np.empty(0, np.uint64)
         part_exists = self._part.exists()
         for file in (self.path, self._idx):
             # A close that was interrupted between the two names leaves the index and the part.
@@ -241,7 +241,7 @@ class InsightFaceWriter:
             starts = np.flatnonzero(np.diff(images["label"], prepend=-1))
             self._first_keys = array("q", (starts + 1).tolist())
             self._label = int(images["label"][-1])
-            self.last_id2 = file.image_record(int(images["offset"][-1])).id2
+            self.id2 = images["id2"].copy()
         logger.info("resuming %s after %d images", self._part, len(images))
 
 
