@@ -63,6 +63,14 @@ def test_files_of_others_are_read(shared_data: Path, tmp_path: Path) -> None:
     assert sorted(again.labels.tolist()) == dataset.labels.tolist()
 
 
+def test_records_are_served_by_ascending_key_with_names_that_sort(tmp_path: Path) -> None:
+    keys = [30, 4, 21, 107, 5]
+    payloads = {key: pack_image(key, key, b"image %d" % key) for key in keys}
+    dataset = RecordDataset(write_plain(tmp_path / "a.rec", payloads))
+    assert [bytes(dataset.encoded(i)) for i in range(5)] == [b"image %d" % k for k in sorted(keys)]
+    assert list(dataset.identities) == ["004", "005", "021", "030", "107"]
+
+
 def test_labels_are_numbered_anew_and_keep_their_names(rec: Path) -> None:
     dataset = RecordDataset(rec, size=8)
     assert dataset.labels.tolist() == [0, 0, 1, 2, 2, 2]
@@ -133,26 +141,8 @@ def test_ten_damaged_records_are_named_and_the_others_counted(
         assert len(dataset) == 1 and len(dataset.damaged) == 13
         assert [m.startswith("left out: ") for m in caplog.messages] == [True] * 10 + [False]
         assert caplog.messages[10] == f"left out 3 more records of {rec}"
-    with pytest.raises(
-        ValueError, match=r"at most max_bad = 12 images .* got 13, the last because"
-    ):
+    with pytest.raises(ValueError, match=r"max_bad = 12 images .* got 13"):
         RecordDataset(rec, size=8, max_bad=12)
-
-
-def test_names_of_identities_sort_as_their_numbers(tmp_path: Path) -> None:
-    with InsightFaceWriter(tmp_path / "a.rec") as writer:
-        for label in (2, 10, 10, 107):
-            writer.write_image(label, b"x")
-    dataset = RecordDataset(tmp_path / "a.rec")
-    assert list(dataset.identities) == ["002", "010", "107"]
-    assert dataset.labels.tolist() == [0, 1, 1, 2]
-
-
-def test_records_are_served_by_ascending_key(tmp_path: Path) -> None:
-    keys = [30, 4, 21, 100, 5]
-    payloads = {key: pack_image(key, key, b"image %d" % key) for key in keys}
-    dataset = RecordDataset(write_plain(tmp_path / "a.rec", payloads))
-    assert [bytes(dataset.encoded(i)) for i in range(5)] == [b"image %d" % k for k in sorted(keys)]
 
 
 @pytest.mark.parametrize("broken", [1, 3])
@@ -186,14 +176,6 @@ def test_the_file_is_looked_at_once_until_it_changes(
     assert looked.call_count == 3
     write_plain(rec, {0: pack_image(7, 0, encode_jpeg(np.zeros((8, 8, 3), np.uint8)))})
     assert RecordDataset(rec, size=8).identities == ["7"] and looked.call_count == 4
-
-
-def test_absent_and_empty_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no record file .*gone\.rec"):
-        RecordDataset(tmp_path / "gone.rec")
-    (tmp_path / "empty.rec").write_bytes(b"")
-    with pytest.raises(ValueError, match="must hold records, got an empty file"):
-        RecordDataset(tmp_path / "empty.rec")
 
 
 def test_names_beside_the_file_are_the_identities(rec: Path) -> None:
