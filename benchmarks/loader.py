@@ -35,7 +35,7 @@ from fastface_lightning.data import (
     RecordDataset,
     SyntheticFaces,
 )
-from fastface_lightning.data.formats.recordio import InsightFaceWriter
+from fastface_lightning.data.formats.recordio_writer import InsightFaceWriter
 
 BATCH = 128
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,35 +7,21 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
 
 from fastface_lightning.cli import program
-from fastface_lightning.data import (
-    FaceDataModule,
-    FaceDataset,
-    align_face,
-    decode_into,
-    decode_original,
-    encode_jpeg,
-    is_packable,
-    pair_files,
-    read_landmarks,
-    write_verification_bin,
-)
-from fastface_lightning.data.formats.names import write_names
-from fastface_lightning.data.formats.recordio import InsightFaceWriter
-from fastface_lightning.files import file_stamp, reason
-from fastface_lightning.report.image_grid import sheet_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastface_lightning.data import FaceDataModule, FaceDataset
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 Prepared = tuple[int, bytes, str]  # place in the pack's order, JPEG or nothing, why there is none
@@ -50,23 +36,25 @@ def main(cfg: DictConfig) -> int:
         cfg.data.max_bad = sys.maxsize  # all of them are to be listed
     data: FaceDataModule = instantiate(cfg.data)
     started = time.perf_counter()
-    found: dict[str, Any] = {"target": cfg.target}
+    result: dict[str, Any] = {"target": cfg.target}
     if cfg.pairs is not None:
-        found |= pack_pairs(cfg, data)
+        result |= pack_pairs(cfg, data)
     else:
         faces = data.faces()
-        found |= {"source": str(faces), "identities": faces.num_classes, "images": len(faces)}
+        result |= {"source": str(faces), "identities": faces.num_classes, "images": len(faces)}
         if cfg.sheet:
+            from fastface_lightning.report.image_grid import sheet_of
+
             sheet_of(faces).save(folder / "sheet.png")
         if cfg.validate:
-            found["bad"] = validate(faces, cfg.data.num_workers)
+            result["bad"] = validate(faces, cfg.data.num_workers)
         if cfg.target is not None:
-            found |= pack(cfg, faces)
-    found["seconds"] = time.perf_counter() - started
-    report(found, folder)
-    if cfg.validate and found["bad"]:
+            result |= pack(cfg, faces)
+    result["seconds"] = time.perf_counter() - started
+    report(result, folder)
+    if cfg.validate and result["bad"]:
         sys.exit(1)
-    return len(found.get("bad", []))
+    return len(result.get("bad", []))
 
 
 def check(cfg: DictConfig) -> None:
@@ -85,77 +73,89 @@ def check(cfg: DictConfig) -> None:
     suffix = Path(cfg.target or "").suffix
     if suffix not in ("", ".rec", ".bin"):
         raise ValueError(f"target must be FILE.rec, FILE.bin or a folder, got {cfg.target}")
-    if suffix == ".bin" and cfg.pairs is None:
-        raise ValueError(f"a .bin is made of a pairs file: give pairs=PAIRS with {cfg.target}")
-    if suffix != ".bin" and cfg.pairs is not None:
-        raise ValueError(f"pairs={cfg.pairs} need a target=FILE.bin, got target={cfg.target}")
+    if (suffix == ".bin") != (cfg.pairs is not None):
+        raise ValueError(
+            f"a target=FILE.bin is made of pairs=PAIRS, and nothing else is, got"
+            f" target={cfg.target} and pairs={cfg.pairs}"
+        )
 
 
-def report(found: dict[str, Any], folder: Path) -> None:
+def report(result: dict[str, Any], folder: Path) -> None:
     """Print what was done and write it down."""
-    console = Console(highlight=False, soft_wrap=True)
-    bad = found.get("bad")
+    result["seconds"] = round(result["seconds"], 1)
     for key in ("source", "identities", "images", "target", "packed", "seconds"):
-        value = found.get(key)
-        if value is not None:
-            shown = f"{value:,}" if isinstance(value, int) else value
-            console.print(f"  {key:12}{f'{value:.1f}' if isinstance(value, float) else shown}")
-    if bad is not None:
-        console.print(f"  {'left out' if 'packed' in found else 'bad images':12}{len(bad):,}")
-        for line in bad[:20]:
-            console.print(f"    {line}", markup=False)
+        if result.get(key) is not None:
+            value = result[key]
+            print(f"  {key:12}{f'{value:,}' if isinstance(value, int) else value}")
+    if "bad" in result:
+        bad, file = result["bad"], folder / "bad_images.txt"
+        print(f"  {'left out' if 'packed' in result else 'bad images':12}{len(bad):,}")
+        print("".join(f"    {line}\n" for line in bad[:20]), end="")
         if bad:
-            file = folder / "bad_images.txt"
             file.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
-            console.print(f"    all are in {file}")
-    (folder / "pack.json").write_text(json.dumps(found, indent=2) + "\n")
-    console.print(f"  {'files':12}{folder}")
+            print(f"    all are in {file}")
+    (folder / "pack.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"  {'files':12}{folder}")
 
 
-class Validated(Dataset[str]):
-    """Why image i cannot be read; nothing if it can."""
+class Items:
+    """A data set whose item i is ``function(i)``, for a loader's workers."""
 
-    def __init__(self, faces: FaceDataset) -> None:
-        self.faces = faces
-        self.out = np.empty((faces.size, faces.size, 3), np.uint8)
+    def __init__(self, function: Callable[[int], Any]) -> None:
+        self.function = function
 
-    def __len__(self) -> int:
-        return len(self.faces)
+    def __getitem__(self, index: int) -> Any:
+        return self.function(index)
 
-    def __getitem__(self, index: int) -> str:
-        try:
-            self.faces.read_into(index, self.out)
-        except ValueError as error:
-            return str(error)
-        return ""
+
+def in_order(
+    function: Callable[[int], Any], indices: range, num_workers: int, what: str
+) -> Iterator[Any]:
+    """``function(i)`` of all indices, whichever process worked it out, behind a progress bar."""
+    from rich.progress import track
+    from torch.utils.data import DataLoader
+
+    items: Any = Items(function)
+    sampler: Any = indices
+    loader = DataLoader(items, 32, sampler=sampler, num_workers=num_workers, collate_fn=list)
+    for batch in track(loader, what, transient=True):
+        yield from batch
 
 
 def validate(faces: FaceDataset, num_workers: int) -> list[str]:
     """Read and decode every image; returns why some cannot be."""
     damaged = list(getattr(faces, "damaged", []))
-    loader = DataLoader(Validated(faces), 64, num_workers=num_workers, collate_fn=list)
-    batches = track(loader, "validating", transient=True)
-    return damaged + [why for batch in batches for why in batch if why]
+    reasons = in_order(partial(unreadable, faces), range(len(faces)), num_workers, "validating")
+    return damaged + [why for why in reasons if why]
 
 
-class Preparation(Dataset[Prepared]):
-    """Images as a pack holds them: JPEGs of one size, in the order of their identities."""
+def unreadable(faces: FaceDataset, index: int) -> str:
+    """Why image ``index`` cannot be read; nothing if it can."""
+    import numpy as np
+
+    try:
+        faces.read_into(index, np.empty((faces.size, faces.size, 3), np.uint8))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+class Preparation:
+    """Images as a pack holds them: JPEGs of one size, by ascending label."""
 
     def __init__(self, faces: FaceDataset, cfg: DictConfig) -> None:
         self.faces, self.size, self.quality = faces, cfg.size, cfg.quality
         labels = faces.labels
-        ascending = (np.diff(labels) >= 0).all()
+        ascending = (labels[1:] >= labels[:-1]).all()
         self.order = None if ascending else labels.argsort(kind="stable")
         self.points = None if cfg.landmarks is None else points_by_name(cfg.landmarks)
-
-    def __len__(self) -> int:
-        return len(self.faces)
 
     def source(self, place: int) -> int:
         """Index in the data set of the image at a place in the order."""
         return place if self.order is None else int(self.order[place])
 
-    def __getitem__(self, place: int) -> Prepared:
+    def at(self, place: int) -> Prepared:
+        """The image at a place in the order."""
         index = self.source(place)
         try:
             return place, self._prepared(index), ""
@@ -164,17 +164,23 @@ class Preparation(Dataset[Prepared]):
             return place, b"", why if name in why else f"cannot pack image {name}: {why}"
 
     def _prepared(self, index: int) -> bytes:
+        from fastface_lightning.data import align_face, decode_original, encode_jpeg
+
         data = self.faces.encoded(index)
-        if self.points is not None:
-            points = self.points.get(tail(self.faces.name(index)))
-            if points is None:
-                raise ValueError("the list of landmarks does not name it")
-            return encode_jpeg(align_face(decode_original(data), points, self.size), self.quality)
-        return packable(data, self.size, self.quality)
+        if self.points is None:
+            return packable(data, self.size, self.quality)
+        points = self.points.get(tail(self.faces.name(index)))
+        if points is None:
+            raise ValueError("the list of landmarks does not name it")
+        return encode_jpeg(align_face(decode_original(data), points, self.size), self.quality)
 
 
 def packable(data: bytes | memoryview, size: int, quality: int) -> bytes:
     """The bytes themselves if every reader sees them alike, else a JPEG of their picture."""
+    import numpy as np
+
+    from fastface_lightning.data import decode_into, encode_jpeg, is_packable
+
     if is_packable(data, size):
         return bytes(data)
     out = np.empty((size, size, 3), np.uint8)
@@ -183,66 +189,32 @@ def packable(data: bytes | memoryview, size: int, quality: int) -> bytes:
 
 
 def points_by_name(file: str) -> dict[str, np.ndarray]:
-    """Landmarks (5, 2) by the last two parts of their image's path."""
-    found: dict[str, np.ndarray] = {}
+    """Landmarks (5, 2) float32 by the last two parts of their image's path."""
+    from fastface_lightning.data import read_landmarks
+
+    points: dict[str, np.ndarray] = {}
     for face in read_landmarks(file):
         name = tail(face.name)
-        if name in found:
+        if name in points:
             raise ValueError(f"{file} must name {name} once, by its folder and file")
-        found[name] = face.points.astype(np.float32)
-    return found
+        points[name] = face.points.astype("float32")
+    return points
 
 
 def tail(path: str) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
-class Progress:
-    """What a pack that is not complete is made of, in ``<target>.part.json``.
-
-    The first line says what of, so that no other source goes on with it; then comes a line for
-    each bad image, with its place.
-    """
-
-    def __init__(self, target: Path, source: dict[str, Any]) -> None:
-        self.file = target.with_name(target.name + ".part.json")
-        self.bad: list[tuple[int, str]] = []
-        self.started = self.file.exists()
-        if not self.started:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            new = self.file.with_suffix(".new")
-            new.write_text(json.dumps(source) + "\n")
-            os.replace(new, self.file)
-            return
-        first, *bad = self.file.read_text().splitlines()
-        with self.file.open("a") as lines:  # after a line torn by the end of the run
-            lines.write("\n")
-        if json.loads(first) != source:
-            raise ValueError(
-                f"{target} was begun from another source or with other settings, {first}: delete"
-                f" {self.file} and the parts beside it to start anew"
-            )
-        for line in bad:
-            try:
-                self.bad.append(tuple(json.loads(line)))
-            except json.JSONDecodeError:  # torn, or empty
-                continue
-
-    def add(self, place: int, why: str, most: int) -> None:
-        """Keep a bad image; more than ``most`` of them end the run."""
-        self.bad.append((place, why))
-        with self.file.open("a") as lines:
-            lines.write(json.dumps([place, why]) + "\n")
-        if len(self.bad) > most:
-            raise ValueError(
-                f"at most data.max_bad = {most} images may be unreadable, got {len(self.bad)},"
-                f" the last because: {why}; the same command with another data.max_bad goes on"
-            )
-
-
 def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
-    """Pack all images into ``target``; returns their number and the bad ones."""
+    """Pack all images into ``target``; returns their number and why some were left out.
+
+    ``<target>.part.json`` says what a pack that is not complete is made of, so that no other
+    source goes on with it.
+    """
+    from fastface_lightning.files import write_text
+
     target = Path(cfg.target)
+    write = write_records if target.suffix == ".rec" else write_files
     images = Preparation(faces, cfg)
     source = {
         "source": str(faces),
@@ -251,48 +223,66 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
         "content": digest(faces, cfg),
         **{key: cfg[key] for key in ("size", "quality", "landmarks")},
     }
-    write = write_records if target.suffix == ".rec" else write_files
-    if target.suffix == ".rec" and target.exists():
-        raise ValueError(f"a record file must be new, but {target} exists")
-    begun = target.with_name(target.name + ".part.json").exists()
-    if write is write_files and not begun and target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"a folder to unpack into must be new or empty, got {target}")
-    progress = Progress(target, source)
-    packed = write(images, target, progress, cfg.data.num_workers)
-    progress.file.unlink()
-    return {"packed": packed, "bad": [why for _, why in progress.bad]}
+    stamp = target.with_name(target.name + ".part.json")
+    if stamp.exists():
+        if json.loads(stamp.read_text()) != source:
+            raise ValueError(
+                f"{target} was begun from another source or with other settings, {stamp} says"
+                f" which: delete it and the parts beside it to start anew"
+            )
+    elif target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ValueError(f"target must be new, or an empty folder, but {target} exists")
+    else:
+        write_text(stamp, json.dumps(source) + "\n")
+    bad: list[str] = []
+    packed = write(images, target, bad, cfg.data.num_workers)
+    stamp.unlink()
+    return {"packed": packed, "bad": bad}
+
+
+def leave_out(why: str, bad: list[str], max_bad: int) -> None:
+    """Note why an image is left out; more than ``max_bad`` of them end the run."""
+    bad.append(why)
+    if len(bad) > max_bad:
+        raise ValueError(
+            f"at most data.max_bad = {max_bad} images may be unreadable, got {len(bad)}, the last"
+            f" because: {why}; the same command with another data.max_bad goes on"
+        )
 
 
 def digest(faces: FaceDataset, cfg: DictConfig) -> str:
     """What tells a source from another: its labels, a thousand of its images, where it lies, and
     its landmarks."""
-    found = hashlib.sha256(faces.labels.tobytes())
-    for i in np.linspace(0, len(faces) - 1, 1000).astype(int).tolist():
-        found.update(faces.name(i).encode())
-    found.update(os.fsencode(os.path.realpath(cfg.data.get("root", ""))))
+    from fastface_lightning.files import file_stamp
+
+    content = hashlib.sha256(faces.labels.tobytes())
+    for i in range(0, len(faces), max(len(faces) // 1000, 1)):
+        content.update(faces.name(i).encode())
+    content.update(os.fsencode(os.path.realpath(cfg.data.get("root", ""))))
     if cfg.landmarks is not None:
-        found.update(str(file_stamp(cfg.landmarks)).encode())
-    return found.hexdigest()
+        content.update(str(file_stamp(cfg.landmarks)).encode())
+    return content.hexdigest()
 
 
-def prepared(images: Preparation, start: int, num_workers: int) -> Iterator[Prepared]:
-    """Images from a place on, in order, whichever process prepared them."""
-    rest: Any = range(start, len(images))
-    loader = DataLoader(images, 32, sampler=rest, num_workers=num_workers, collate_fn=list)
-    what = f"packing from image {start:,}" if start else "packing"
-    for batch in track(loader, what, transient=True):
-        yield from batch
+def write_records(images: Preparation, target: Path, bad: list[str], num_workers: int) -> int:
+    """A record file in InsightFace's layout, and the identities' names beside it.
 
+    An image's place in the order is its id2, so a pack that was begun says where to go on.
+    """
+    from fastface_lightning.data.formats.names import write_names
+    from fastface_lightning.data.formats.recordio_writer import InsightFaceWriter
 
-def write_records(images: Preparation, target: Path, progress: Progress, num_workers: int) -> int:
-    """A record file in InsightFace's layout, and the identities' names beside it."""
     faces = images.faces
-    with InsightFaceWriter(target, resume=progress.started) as writer:
-        start = 0 if writer.last_id2 is None else writer.last_id2 + 1
-        progress.bad = [bad for bad in progress.bad if bad[0] < start]  # others are tried again
-        for place, jpeg, why in prepared(images, start, num_workers):
+    with InsightFaceWriter(target, resume=True) as writer:
+        places = set(writer.id2.tolist())
+        start = max(places, default=-1) + 1
+        for place in sorted(set(range(start)) - places):
+            why = images.at(place)[2] or "it could not be read when this pack was begun"
+            leave_out(why, bad, faces.max_bad)
+        what = f"packing from image {start:,}" if start else "packing"
+        for place, jpeg, why in in_order(images.at, range(start, len(faces)), num_workers, what):
             if why:
-                progress.add(place, why, faces.max_bad)
+                leave_out(why, bad, faces.max_bad)
             else:
                 writer.write_image(int(faces.labels[images.source(place)]), jpeg, id2=place)
         if not len(writer):
@@ -301,34 +291,37 @@ def write_records(images: Preparation, target: Path, progress: Progress, num_wor
         return len(writer)
 
 
-def write_files(images: Preparation, target: Path, progress: Progress, num_workers: int) -> int:
+def write_files(images: Preparation, target: Path, bad: list[str], num_workers: int) -> int:
     """``<identity>/<image>.jpg`` in a folder; those that are there are taken to be done."""
-    faces = images.faces
-    count, progress.bad = 0, []
-    for place, jpeg, why in prepared(images, 0, num_workers):
+    from fastface_lightning.files import replacing
+
+    faces, count = images.faces, 0
+    for place, jpeg, why in in_order(images.at, range(len(faces)), num_workers, "packing"):
         index = images.source(place)
         identity = faces.identities[int(faces.labels[index])]
         if identity in ("", ".", "..") or "/" in identity or "\0" in identity:
             raise ValueError(f"an identity must be the name of a folder, got {identity!r}")
         if why:
-            progress.add(place, why, faces.max_bad)
+            leave_out(why, bad, faces.max_bad)
             continue
         file = target / identity / faces.file_name(index)
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f".{file.name}.part")
-            part.write_bytes(jpeg)
-            os.replace(part, file)
+            with replacing(file) as part:
+                part.write_bytes(jpeg)
         count += 1
     return count
 
 
 def pack_pairs(cfg: DictConfig, data: FaceDataModule) -> dict[str, Any]:
     """A ``.bin`` of a pairs file; a pair with an unreadable image is left out and named."""
-    root = data.verify_root or data.home
+    from rich.progress import track
+
+    from fastface_lightning.data import pair_files, write_verification_bin
+    from fastface_lightning.files import reason
+
     images: list[bytes] = []
     same, bad = [], []
-    pairs = pair_files(cfg.pairs, root)
+    pairs = pair_files(cfg.pairs, data.verify_root or data.home)
     for pair in track(pairs, "packing pairs", transient=True):
         try:
             images += [

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fastface_lightning.inference.embedding_file as embedding_file
 from fastface_lightning.data import encode_jpeg, write_verification_bin
-from fastface_lightning.data.formats.recordio import InsightFaceWriter
+from fastface_lightning.data.formats.recordio_writer import InsightFaceWriter
 from fastface_lightning.evaluation import tar_at_far, verification_accuracy
 from fastface_lightning.inference.embedder import load_embedder
 from fastface_lightning.inference.protocols import Templates, open_protocol

@@ -4,7 +4,6 @@ import base64
 import os
 import pickle
 import random
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -19,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastface_lightning.data import pairs as pairs_module
 from fastface_lightning.data.formats.verification_bin import (
     unpack_verification_bin,
     write_verification_bin,
@@ -36,13 +36,6 @@ IMAGES = [
 ]
 # Pickles of them and of one truth value, written by Python 2.7.18 with numpy 1.16.6.
 PYTHON_2 = {
-    "pickle 0 bytearray": base64.b64decode(
-        "KChscDAKY19fYnVpbHRpbl9fCmJ5dGVhcnJheQpwMQooVolQTkcNXHUwMDBhGlx1MDAwYQAAAA1JSERSAAAAAQ"
-        "AAAAEIAAAAADp+m1UAAABcdTAwMGFJREFUeJxjMAIAADQAM86DJG8AAAAASUVORK5CYIIKcDIKUydsYXRpbi0x"
-        "JwpwMwp0cDQKUnA1CmFnMQooVolQTkcNXHUwMDBhGlx1MDAwYQAAAA1JSERSAAAAAQAAAAEIAAAAADp+m1UAAA"
-        "BcdTAwMGFJREFUeJxjmAYAAJgAlyCPOIUAAAAASUVORK5CYIIKcDYKUydsYXRpbi0xJwpwNwp0cDgKUnA5CmEo"
-        "bHAxMApJMDAKYXRwMTEKLg=="
-    ),
     "pickle 2 bytearray": base64.b64decode(
         "gAJdcQAoY19fYnVpbHRpbl9fCmJ5dGVhcnJheQpxAVhKAAAAwolQTkcNChoKAAAADUlIRFIAAAABAAAAAQgAAA"
         "AAOn7Cm1UAAAAKSURBVHjCnGMwAgAANAAzw47CgyRvAAAAAElFTkTCrkJgwoJxAlUHbGF0aW4tMXEDhnEEUnEF"
@@ -71,11 +64,6 @@ PYTHON_2 = {
         "BceDAwXHg5OFx4MDBceDk3IFx4OGY4XHg4NVx4MDBceDAwXHgwMFx4MDBJRU5EXHhhZUJgXHg4MicKcDMKYShs"
         "cDQKSTAxCmF0cDUKLg=="
     ),
-    "cPickle 1 str": base64.b64decode(
-        "KF1xAShVQ4lQTkcNChoKAAAADUlIRFIAAAABAAAAAQgAAAAAOn6bVQAAAApJREFUeJxjMAIAADQAM86DJG8AAA"
-        "AASUVORK5CYIJxAlVDiVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGOYBgAAmACX"
-        "II84hQAAAABJRU5ErkJggnEDZV1xBEkwMQphdHEFLg=="
-    ),
     "cPickle 2 numpy": base64.b64decode(
         "gAJdcQEoY251bXB5LmNvcmUubXVsdGlhcnJheQpfcmVjb25zdHJ1Y3QKcQJjbnVtcHkKbmRhcnJheQpxA0sAhV"
         "UBYodScQQoSwFLQ4VjbnVtcHkKZHR5cGUKcQVVAnUxSwBLAYdScQYoSwNVAXxOTk5K/////0r/////SwB0YolV"
@@ -83,11 +71,6 @@ PYTHON_2 = {
         "5CYIJ0YmgCaANLAIVVAWKHUnEHKEsBS0OFaAaJVUOJUE5HDQoaCgAAAA1JSERSAAAAAQAAAAEIAAAAADp+m1UA"
         "AAAKSURBVHicY5gGAACYAJcgjziFAAAAAElFTkSuQmCCdGJlXXEIY251bXB5LmNvcmUubXVsdGlhcnJheQpzY2"
         "FsYXIKcQloBVUCYjFLAEsBh1JxCihLA1UBfE5OTkr/////Sv////9LAHRiVQEBhlJxC2GGcQwu"
-    ),
-    "cPickle 2 str": base64.b64decode(
-        "gAJdcQEoVUOJUE5HDQoaCgAAAA1JSERSAAAAAQAAAAEIAAAAADp+m1UAAAAKSURBVHicYzACAAA0ADPOgyRvAA"
-        "AAAElFTkSuQmCCcQJVQ4lQTkcNChoKAAAADUlIRFIAAAABAAAAAQgAAAAAOn6bVQAAAApJREFUeJxjmAYAAJgA"
-        "lyCPOIUAAAAASUVORK5CYIJxA2VdcQSIYYZxBS4="
     ),
 }
 
@@ -142,22 +125,25 @@ TRUTH_KINDS: dict[str, Callable[[list[bool]], Any]] = {
     "array": np.array,
 }
 SETS = st.lists(st.tuples(st.binary(), st.binary(), st.booleans()), min_size=1, max_size=5)
+few = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=20
+)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("image_kind", IMAGE_KINDS)
+@few
 @given(
     SETS,
-    st.sampled_from(PROTOCOLS),
-    st.sampled_from(list(IMAGE_KINDS)),
     st.sampled_from(list(TRUTH_KINDS)),
     st.sampled_from([b"numpy._core", b"numpy.core"]),
     st.sampled_from([list, tuple]),
 )
 def test_all_types_in_all_protocols(
     bin_file: Bin,
-    pairs: list[tuple[bytes, bytes, bool]],
-    protocol: int,
     image_kind: str,
+    protocol: int,
+    pairs: list[tuple[bytes, bytes, bool]],
     truth_kind: str,
     numpy_core: bytes,
     outer: type,
@@ -171,7 +157,17 @@ def test_all_types_in_all_protocols(
     assert unpack_verification_bin(bin_file(data)) == (images, same)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_file_of_many_frames(bin_file: Bin, protocol: int) -> None:
+    """Images below and above the size at which the pickler leaves its frames."""
+    rng = random.Random(0)
+    images = [rng.randbytes(size) for size in [100, 5000] * 40 + [200_000] * 2]
+    same = [i % 3 == 0 for i in range(41)]
+    data = pickle.dumps((images, same), protocol)
+    assert unpack_verification_bin(bin_file(data)) == (images, same)
+
+
+@few
 @given(st.lists(st.tuples(st.binary(min_size=1), st.binary(min_size=1), st.booleans()), min_size=1))
 def test_what_is_written_every_reader_takes(
     tmp_path: Path, pairs: list[tuple[bytes, bytes, bool]]
@@ -180,13 +176,20 @@ def test_what_is_written_every_reader_takes(
     images = [image for a, b, _ in pairs for image in (a, b)]
     same = [truth for *_, truth in pairs]
     file = tmp_path / "set.bin"
-    write_verification_bin(file, images, same)
+    write_verification_bin(file, images, np.array(same))  # type: ignore[arg-type]
     assert unpack_verification_bin(file) == (images, same)
     data = file.read_bytes()
-    assert data[:2] == b"\x80\x02"  # what Python 2 knows
+    assert data[:2] == b"\x80\x02" and b"numpy" not in data  # what Python 2 knows
     for encoding in ("ASCII", "bytes", "latin1"):
         assert pickle.loads(data, encoding=encoding) == (images, same)
     assert sorted(tmp_path.iterdir()) == [file]
+
+
+def test_absent_files_and_bad_sizes(tmp_path: Path, bin_file: Bin) -> None:
+    with pytest.raises(ValueError, match="no verification set"):
+        read_verification_bin(tmp_path)
+    with pytest.raises(ValueError, match="size"):
+        read_verification_bin(bin_file(b""), size=0)
 
 
 def test_fixture(shared_data: Path) -> None:
@@ -211,113 +214,65 @@ def test_an_undecodable_image_loses_its_pair(
     assert [line.split(":")[0] for line in pairs.missing] == [
         "image 0 and image 1", "image 4 and image 5", "image 6 and image 7"
     ]  # fmt: skip
-    assert f"cannot read image 5 of {file}: " in pairs.missing[1]
     assert "3 of the 4 pairs" in caplog.text
-    with pytest.raises(ValueError, match=r"none of the 1 pairs of .*set.bin can be read: image 0"):
+    with pytest.raises(ValueError, match="none of the 1 pairs"):
         read_verification_bin(bin_file(pickle.dumps(([b"a", b"b"], [True]))), size=8)
 
 
 def test_repeated_images_are_decoded_once(bin_file: Bin, monkeypatch: pytest.MonkeyPatch) -> None:
     """Good or bad; a real set may use them in many pairs, but not without bounds."""
-    from fastface_lightning.data import pairs as verification
-
     calls: list[bytes] = []
-    decode = verification.decode_into
+    decode = pairs_module.decode_into
     monkeypatch.setattr(
-        verification, "decode_into", lambda data, out: (calls.append(data), decode(data, out))
+        pairs_module, "decode_into", lambda data, out: (calls.append(data), decode(data, out))
     )
     images = [IMAGES[0], b"bad", *IMAGES] * 5
     pairs = read_verification_bin(bin_file(pickle.dumps((images, [True] * 10))), size=2)
     assert len(pairs.same) == len(pairs.missing) == 5 and sorted(calls) == sorted({*images})
-    monkeypatch.setattr(verification, "_MOST_IMAGES", 10)
+    monkeypatch.setattr(pairs_module, "_MOST_IMAGES", 10)
     read_verification_bin(bin_file(pickle.dumps((IMAGES * 100, [True] * 100))), size=2)
-    with pytest.raises(ValueError, match=r"at most 100 times .*, got 2 different ones in 202 pl"):
+    with pytest.raises(ValueError, match="at most 100 times"):
         read_verification_bin(bin_file(pickle.dumps((IMAGES * 101, [True] * 101))), size=2)
 
 
 # Malformed files
 
+MALFORMED = {
+    "nothing": ([], []),
+    "no truth": (IMAGES, []),
+    "half a pair": ([IMAGES[0]], [True]),
+    "truth of 2": (IMAGES, [2]),
+    "truth of text": (IMAGES, ["yes"]),
+    "truth of 2 in a bool array": (IMAGES, np.array([2], np.uint8).view(bool)),
+    "numpy floats": (IMAGES, [np.float64(1)]),
+    "bytes for a list": (b"ab", [True]),
+    "lists for images": ([IMAGES, IMAGES], [True]),
+    "int32 images": ([IMAGES[0], np.zeros(4, np.int32)], [True]),
+    "text beyond a byte": ([IMAGES[0], "\u0100"], [True]),
+    "object arrays": ([np.array([b"a", None]), 1], [True]),
+    "structured arrays": ([np.zeros(1, "u1,O"), 1], [True]),
+    "three parts": (IMAGES, [True], []),
+    "a dict": {"images": IMAGES},
+    "a set": (IMAGES, {True}),
+    "a huge number": (IMAGES, [1 << 1000]),
+}
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (([], []), "two images for each truth value, got 0 images for 0 truth values"),
-        ((IMAGES, []), "two images for each truth value, got 2 images for 0 truth values"),
-        ((IMAGES, [True] * 2), "got 2 images for 2 truth values"),
-        (([IMAGES[0]], [True]), "got 1 images for 1 truth values"),
-        ((IMAGES, [2]), "got the truth value 2"),
-        ((IMAGES, [-1]), "got the truth value -1"),
-        ((IMAGES, [None]), "got the truth value None"),
-        ((IMAGES, ["yes"]), "got the truth value 'yes'"),
-        ((IMAGES, True), "got True instead of a list of truth values"),
-        ((b"ab", [True]), "got b'ab' instead of a list of images"),
-        ((IMAGES, np.array([3])), "got the truth value 3"),
-        ((IMAGES, np.array([2], np.uint8).view(bool)), "got the truth value 2"),
-        (([IMAGES, IMAGES], [True]), "got a list as image 0"),
-        (([IMAGES[0], 7], [True]), "got 7 as image 1"),
-        (([IMAGES[0], np.zeros(4, np.int32)], [True]), "got an array of numpy's .*'i4' as image 1"),
-        (IMAGES, r"got b'\\x89PNG.* instead of a list of images"),
-        (3, "got 3 instead of images and truth values"),
-        ((IMAGES, [True], []), "got a tuple instead of images and truth values"),
-        (([IMAGES[0], "\u0100"], [True]), "got a broken one .UnicodeEncodeError"),
-        ({"images": IMAGES}, "got the opcode EMPTY_DICT"),
-        ((IMAGES, [1.0]), "got the opcode BINFLOAT"),
-        ((IMAGES, [np.float64(1)]), "got numpy's dtype 'f8'"),
-        (([np.array(IMAGES), 1], [True]), "got numpy's dtype 'S67'"),
-        (([np.array([b"a", None]), 1], [True]), "got numpy's dtype 'O8'"),
-        (([np.zeros(1, "u1,O"), 1], [True]), "got numpy's dtype 'V9'"),
-        (([np.zeros(1, "2u1,u1"), 1], [True]), "got numpy's dtype 'V3'"),
-        ((IMAGES, {True}), "got (the opcode EMPTY_SET|a call of builtins.set)"),
-        ((IMAGES, [1 << 4000]), "got the opcode LONG4"),
-        ((IMAGES, [1 << 1000]), "got the truth value 1071508607"),
-    ],
-)
-def test_other_contents_are_named(bin_file: Bin, content: Any, message: str) -> None:
-    for protocol in (3, 4):
-        file = bin_file(pickle.dumps(content, protocol))
-        with pytest.raises(ValueError, match=message) as caught:
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_other_contents_are_refused(bin_file: Bin, name: str) -> None:
+    for protocol in PROTOCOLS:
+        file = bin_file(pickle.dumps(MALFORMED[name], protocol))
+        with pytest.raises(ValueError) as caught:
             unpack_verification_bin(file)
         assert str(caught.value).startswith(f"{file} must ") and len(str(caught.value)) < 400
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "is truncated: it ends before its pickle does"),
-        (b"\xff\xd8\xff\xe0", r"got the byte b'\\xff', which is no opcode"),
-        (b".", "got a broken one"),
-        (b"PK\x03\x04", "got the opcode PERSID"),
-        (b"I1x\n.", "got a broken one .ValueError"),
-        (b"h\x05.", "got a broken one .KeyError"),
-        (b"\x8c\x01\xff.", "got a broken one .UnicodeDecodeError"),
-        (b"Sabc\n.", "got the string b'abc' without its quotes"),
-        (b"S'a\\u00ff'\n.", "got an unknown escape in the string"),
-        (b"S'a\\'\n.", "got an unknown escape in the string"),
-        (b"I" + b"1" * 40 + b"\n.", r"got the line b'1{33}' of more than 32 characters"),
-        (b"c" + b"m" * 300 + b"\n.", "of more than 256 characters"),
-        (b"K\x01\x85" * 2 + b"a.", "got an append to a tuple"),
-    ],
-)
-def test_what_is_no_such_pickle_is_named(bin_file: Bin, data: bytes, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        unpack_verification_bin(bin_file(data))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_truncation_is_noticed(bin_file: Bin, protocol: int) -> None:
     data = pickle.dumps((IMAGES, [True]), protocol)
-    for length in range(len(data)):
-        with pytest.raises(ValueError, match=r"set.bin is truncated: it ends before its pickle d"):
+    for length in range(0, len(data), 3):
+        with pytest.raises(ValueError, match="is truncated"):
             unpack_verification_bin(bin_file(data[:length]))
-
-
-def test_absent_files_and_bad_sizes(tmp_path: Path, bin_file: Bin) -> None:
-    with pytest.raises(ValueError, match=r"^no verification set .*gone.bin$"):
-        read_verification_bin(tmp_path / "gone.bin")
-    with pytest.raises(ValueError, match=r"^no verification set "):
-        read_verification_bin(tmp_path)
-    with pytest.raises(ValueError, match=r"^size must be at least 1 pixel, got 0$"):
-        read_verification_bin(bin_file(b""), size=0)
 
 
 # Hostile files
@@ -357,7 +312,7 @@ def canary(bin_file: Bin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     """Must stay silent; nor may the file ``marker`` appear."""
     monkeypatch.chdir(tmp_path)
     Image.init()  # imports all its plugins
-    read_verification_bin(bin_file(PYTHON_2["pickle 0 bytearray"]), size=8)  # imports its codecs
+    read_verification_bin(bin_file(PYTHON_2["pickle 2 bytearray"]), size=8)  # imports its codecs
     canary_of_session.events = []
     yield canary_of_session
     assert not canary_of_session.events and not (tmp_path / "marker").exists()
@@ -383,118 +338,89 @@ class Call:
         return self.reduced
 
 
-class Stateful(Call):
-    """Pickles as a call, and a state for its result."""
-
-    def __reduce__(self) -> Any:
-        return *self.reduced, {"__class__": Call}
-
-
 SHELL = "touch marker"
-SET = b"(lp0\n"  # protocol 0, unfinished
-TOUCH = b"(S'touch marker'\ntR."
-EMPTY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
-UINT8 = b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb"
-
 HOSTILE_OBJECTS = {
-    "os.system": (Call(os.system, SHELL), "a call of posix.system"),
-    "subprocess": (Call(subprocess.Popen, ["touch", "marker"]), "a call of .*.Popen"),
-    "eval": (Call(eval, "open('marker', 'w')"), "a call of (builtins|__builtin__).eval"),
-    "exec": (Call(exec, "open('marker', 'w')"), "a call of (builtins|__builtin__).exec"),
-    "getattr": (Call(getattr, os, "system"), "."),
-    "import": (Call(__import__, "antigravity"), "a call of (builtins|__builtin__).__import__"),
-    "open": (Call(open, "marker", "w"), r"a call of (io|_io|__builtin__|builtins).open"),
-    "bytes of a number": (Call(bytes, 10**10), "an encoding of 10000000000"),
-    "bytearray of a number": (Call(bytearray, 10**10), "an encoding of 10000000000"),
-    "numpy.load": (Call(np.load, "x.npy", None, True), "a call of numpy.load"),
-    "numpy.fromfile": (Call(np.fromfile, "/dev/zero"), "a call of numpy.*fromfile"),
-    "numpy.zeros": (Call(np.zeros, 10**10), "a call of numpy.*zeros"),
-    "ndarray": (Call(np.ndarray, (10**10,)), "a call of numpy.ndarray"),
-    "path": (Path("marker"), "a call of pathlib"),
-    "state": (Stateful(list), "(a call of .*list|the opcode)"),
-    "nested": (([[Call(os.system, SHELL)]],), "a call of posix.system"),
-    "in a dtype": (Call(np.dtype, Call(os.system, SHELL)), "a call of posix.system"),
-    "object array": (np.array([Call(os.system, SHELL)], object), "numpy's dtype 'O8'"),
-    "object dtype": (np.dtype(object), "numpy's dtype 'O8'"),
-    "dates": (np.zeros(3, "M8[s]"), "numpy's dtype 'M8'"),
-    "subarray dtype": (np.dtype((np.uint8, (10**5, 10**4))), "numpy's dtype 'V1000000000'"),
+    "os.system": Call(os.system, SHELL),
+    "eval": Call(eval, "open('marker', 'w')"),
+    "getattr": Call(getattr, Path, "cwd"),
+    "import": Call(__import__, "antigravity"),
+    "bytes of a number": Call(bytes, 10**10),
+    "numpy.zeros": Call(np.zeros, 10**10),
+    "ndarray": Call(np.ndarray, (10**10,)),
+    "path": Path("marker"),
+    "nested": ([[Call(os.system, SHELL)]],),
+    "in a dtype": Call(np.dtype, Call(os.system, SHELL)),
+    "object array": np.array([Call(os.system, SHELL)], object),
+    "object dtype": np.dtype(object),
+    "dates": np.zeros(3, "M8[s]"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("name", HOSTILE_OBJECTS)
-def test_hostile_objects_are_refused(
-    bin_file: Bin, canary: Canary, name: str, protocol: int
-) -> None:
-    hostile, message = HOSTILE_OBJECTS[name]
-    if name == "getattr" and protocol < 4:
-        hostile = Call(getattr, Path, "cwd")  # modules do not pickle
-    try:
+def test_hostile_objects_are_refused(bin_file: Bin, canary: Canary, name: str) -> None:
+    hostile = HOSTILE_OBJECTS[name]
+    for protocol in PROTOCOLS:
         file = bin_file(pickle.dumps(([hostile, hostile], [True]), protocol))
-    except TypeError:  # what this protocol cannot say
-        pytest.skip("does not pickle")
-    with (
-        canary,
-        pytest.raises(ValueError, match=r"set.bin must hold images .* alone, got " + message),
-    ):
-        read_verification_bin(file)
+        with canary, pytest.raises(ValueError, match=r"set\.bin must "):
+            read_verification_bin(file)
 
 
+TOUCH = b"(S'touch marker'\ntR."
+EMPTY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+UINT8 = b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb"
 HOSTILE_BYTES = {
-    "GLOBAL": (SET + b"cos\nsystem\n" + TOUCH, "a call of os.system"),
-    "GLOBAL of a dotted name": (b"cnumpy\nndarray.tofile\n.", "a call of numpy.ndarray.tofile"),
-    "GLOBAL in a module": (b"cnumpy.core\nmultiarray._reconstruct.__globals__\n.", "__globals__"),
-    "STACK_GLOBAL": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "a call of os.system"),
-    "STACK_GLOBAL of no names": (b"\x80\x04]]\x93.", "a list instead of a name"),
-    "INST": (b"(S'touch marker'\nios\nsystem\n.", "the opcode INST"),
-    "OBJ": (b"(cnumpy\ndtype\nS'O'\no.", "the opcode OBJ"),
-    "NEWOBJ": (b"cnumpy\nndarray\n(I9\nt\x81.", "the opcode NEWOBJ"),
-    "NEWOBJ_EX": (b"\x80\x04cnumpy\nndarray\n)}\x92.", "the opcode EMPTY_DICT"),
-    "PERSID": (b"Pmarker\n.", "the opcode PERSID"),
-    "BINPERSID": (b"S'marker'\nQ.", "the opcode BINPERSID"),
-    "EXT1": (b"\x80\x02\x82\x01.", "the opcode EXT1"),
-    "EXT2": (b"\x80\x02\x83\x01\x00.", "the opcode EXT2"),
-    "EXT4": (b"\x80\x02\x84\x01\x00\x00\x00.", "the opcode EXT4"),
-    "NEXT_BUFFER": (b"\x80\x05\x97.", "the opcode NEXT_BUFFER"),
-    "DUP": (b"]22222.", "the opcode DUP"),
-    "BUILD of a list": (b"](S'__class__'\nNtb.", "the opcode BUILD of a list"),
-    "BUILD of a function": (b"cnumpy\ndtype\n(NNtb.", "the opcode BUILD of a function"),
-    "BUILD with a dict": (EMPTY + b"}b.", "the opcode EMPTY_DICT"),
-    "BUILD with a list": (EMPTY + b"(I1\n(I1\nt" + UINT8 + b"I0\n]tb.", "an array made of a list"),
-    "REDUCE of a string": (b"S'os.system'\n" + TOUCH, "a call of b'os.system'"),
-    "REDUCE of an array": (EMPTY + b"(tR.", "a call of an array"),
-    "REDUCE without a tuple": (b"cnumpy\ndtype\n]R.", "a call of a function"),
-    "reconstruct of a dtype": (EMPTY.replace(b"cnumpy\nndarray", b"cnumpy\ndtype") + b".", "_r"),
-    "reconstruct of a shape": (EMPTY.replace(b"I0", b"I99999999999") + b".", "_reconstruct"),
-    "reconstruct of nothing": (EMPTY.replace(b"cnumpy\nndarray\n", b"N") + b".", "_reconstruct"),
-    "dtype of a list": (b"cnumpy\ndtype\n(]I0\nI1\ntR.", "a list instead of a name"),
-    "dtype of a comma": (b"cnumpy\ndtype\n(S'u1,O'\nI0\nI1\ntR.", "numpy's dtype b?'u1,O'"),
-    "object": (b"cnumpy\ndtype\n(S'object'\nI0\nI1\ntR.", "numpy's dtype b?'object'"),
-    "|O": (b"cnumpy\ndtype\n(S'|O'\nI0\nI1\ntR.", "numpy's dtype"),
-    "fields": (UINT8.replace(b"NNN", b"N(S'f'\nt]") + b".", "a structured dtype"),
-    "subarray": (UINT8.replace(b"NNN", b"(S'u1'\n(I9\nttNN") + b".", "a structured dtype"),
-    "byte order": (UINT8.replace(b"'|'", b"'O'") + b".", "a dtype of byte order 'O'"),
-    "rot13": (b"c_codecs\nencode\n(Vabc\nVrot13\ntR.", "the encoding 'rot13'"),
-    "zip": (b"c_codecs\nencode\n(Vabc\nVzip\ntR.", "the encoding 'zip'"),
-    "utf-32": (b"c_codecs\nencode\n(Vabc\nVutf-32\ntR.", "the encoding 'utf-32'"),
-    "error handler": (b"c_codecs\nencode\n(Vabc\nVlatin1\nVx\ntR.", "TypeError"),
-    "negative shape": (EMPTY + b"(I1\n(I-1\nI-1\nt" + UINT8 + b"I0\nS'a'\ntb.", "no valid shape"),
-    "multiplied shape": (
-        EMPTY + b"(I1\n(" + b"L99999999999999L\n" * 60 + b"t" + UINT8 + b"I0\nS'a'\ntb.",
-        "an array of shape",
+    "nothing a pickle has": b"\xff\xd8\xff\xe0",
+    "STOP alone": b".",
+    "a zip": b"PK\x03\x04",
+    "GET of nothing": b"h\x05.",
+    "text that is not UTF-8": b"\x8c\x01\xff.",
+    "STRING without quotes": b"Sabc\n.",
+    "STRING that ends in an escape": b"S'a\\'\n.",
+    "protocol 6": b"\x80\x06].",
+    "GLOBAL": b"(lp0\ncos\nsystem\n" + TOUCH,
+    "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
+    "STACK_GLOBAL of no names": b"\x80\x04]]\x93.",
+    "INST": b"(S'touch marker'\nios\nsystem\n.",
+    "OBJ": b"(cnumpy\ndtype\nS'O'\no.",
+    "NEWOBJ": b"cnumpy\nndarray\n(I9\nt\x81.",
+    "NEWOBJ_EX": b"\x80\x04cnumpy\nndarray\n)}\x92.",
+    "PERSID": b"Pmarker\n.",
+    "EXT1": b"\x80\x02\x82\x01.",
+    "NEXT_BUFFER": b"\x80\x05\x97.",
+    "DUP": b"]22222.",
+    "BUILD of a list": b"](S'__class__'\nNtb.",
+    "BUILD of a function": b"cnumpy\ndtype\n(NNtb.",
+    "BUILD of an encoder": b"c_codecs\nencode\n(N(S'x'\ntt(NVa\ntb.",
+    "BUILD with a dict": EMPTY + b"}b.",
+    "BUILD with a list": EMPTY + b"(I1\n(I1\nt" + UINT8 + b"I0\n]tb.",
+    "BUILD with itself": EMPTY + b"p0\n(I1\n(I1\nt" + UINT8 + b"I0\ng0\ntb.",
+    "REDUCE of an array": EMPTY + b"(tR.",
+    "REDUCE without a tuple": b"cnumpy\ndtype\n]R.",
+    "REDUCE with too many": b"c_codecs\nencode\n(Vabc\nVlatin1\nVx\ntR.",
+    "_reconstruct of a dtype": EMPTY.replace(b"cnumpy\nndarray", b"cnumpy\ndtype") + b".",
+    "_reconstruct of a shape": EMPTY.replace(b"I0", b"I99999999999") + b".",
+    "_frombuffer of a shape": (
+        b"cnumpy.core.numeric\n_frombuffer\n(S'a'\n" + UINT8 + b"(I99999999999\ntS'C'\ntR."
     ),
-    "many dimensions": (
-        EMPTY + b"(I1\n(" + b"I1\n" * 65 + b"t" + UINT8 + b"I0\nS'a'\ntb.",
-        "an array without a shape",
-    ),
+    "scalar of two": b"cnumpy.core.multiarray\nscalar\n(" + UINT8 + b"S'ab'\ntR.",
+    "dtype of a list": b"cnumpy\ndtype\n(]I0\nI1\ntR.",
+    "dtype of objects": b"cnumpy\ndtype\n(S'|O'\nI0\nI1\ntR.",
+    "fields": UINT8.replace(b"NNN", b"N(S'f'\nt]") + b".",
+    "subarray": UINT8.replace(b"NNN", b"(S'u1'\n(I9\nttNN") + b".",
+    "byte order": UINT8.replace(b"'|'", b"'O'") + b".",
+    "zip encoding": b"c_codecs\nencode\n(Vabc\nVzip\ntR.",
+    "negative shape": EMPTY + b"(I1\n(I-1\nI-1\nt" + UINT8 + b"I0\nS'a'\ntb.",
+    "many dimensions": EMPTY + b"(I1\n(" + b"I1\n" * 65 + b"t" + UINT8 + b"I0\nS'a'\ntb.",
+    # The unpickler would skip what is left of the frame, and read on where nothing was checked.
+    "opcode across a frame's end": b"\x80\x04\x95\x05" + bytes(7) + b"](X\x03\0\0\0abc.",
+    "frame in a frame": b"\x80\x04" + 2 * (b"\x95\x0c" + bytes(7)) + b"].........",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE_BYTES)
 def test_hostile_opcodes_are_refused(bin_file: Bin, canary: Canary, name: str) -> None:
-    data, message = HOSTILE_BYTES[name]
-    file = bin_file(data)
-    with canary, pytest.raises(ValueError, match=r"set.bin must .*, got .*" + message):
+    file = bin_file(HOSTILE_BYTES[name])
+    with canary, pytest.raises(ValueError, match=r"set\.bin must "):
         read_verification_bin(file)
 
 
@@ -508,101 +434,80 @@ LAUGHS = b"]q\x00" + b"".join(
 )
 TEXT = b"X" + wide(100_000, 4) + b"\xc3\xbf" * 50_000
 LONG_TEXT = b"X" + wide(4_000_000, 4) + b"\xc3\xbf" * 2_000_000
-MANY = b"q\x00" + b"h\x00" * 29_999 + b"e](" + b"\x88" * 15_000 + b"e\x86."
+MANY = b"q\x00" + b"h\x00" * 21_999 + b"e](" + b"\x88" * 11_000 + b"e\x86."
 EMPTY_UINT8 = EMPTY + b"(I1\n(I0\nt" + UINT8 + b"I0\nS''\ntb"
-MEGABYTE = 1 << 20
-TRUNCATED, LONE = "is truncated", "instead of images and truth values"
+# One megabyte in a bytearray, and arrays that share it.
+BUFFER = b"\x96" + wide(1_000_000) + bytes(1_000_000) + b"q\x00"
+SHARING = EMPTY + b"(I1\n(L1000000L\nt" + UINT8 + b"I0\nh\x00tb"
 BOMBS = {
-    "BINBYTES8": (b"\x80\x04\x8e" + wide(10**10) + b"abc", TRUNCATED),
-    "BINBYTES8 of 2^64": (b"\x80\x04\x8e" + wide(2**64 - 1) + b"abc", TRUNCATED),
-    "BYTEARRAY8": (b"\x80\x05\x96" + wide(10**10) + b"abc", TRUNCATED),
-    "BINUNICODE8": (b"\x80\x04\x8d" + wide(10**10) + b"abc", TRUNCATED),
-    "BINBYTES": (b"\x80\x03B" + wide(2**32 - 1, 4) + b"abc", TRUNCATED),
-    "BINSTRING": (b"\x80\x02T" + wide(2**31 - 1, 4) + b"abc", TRUNCATED),
-    "negative BINSTRING": (b"\x80\x02T" + wide(2**32 - 1, 4) + b"abc", TRUNCATED),
-    "FRAME": (b"\x80\x04\x95" + wide(2**63) + b"]", TRUNCATED),
-    "LONG4": (b"\x80\x02\x8b" + wide(2**31 - 1, 4) + b"1", "the opcode LONG4"),
-    "LONG_BINPUT": (b"]r" + wide(2**32 - 1, 4) + b".", LONE),
-    "LONG_BINGET": (b"]j" + wide(2**32 - 1, 4) + b".", "a broken one .KeyError"),
-    "PUT": (b"]p" + b"9" * 30 + b"\n.", LONE),
-    "digits": (b"I" + b"9" * 100_000 + b"\n.", "of more than 32 characters"),
-    "long digits": (b"L" + b"9" * 100_000 + b"L\n.", "of more than 32 characters"),
-    "an empty array of a shape": (
-        EMPTY + b"(I1\n(L10000000000L\nt" + UINT8 + b"I0\nS''\ntb.",
-        r"an array of shape \(10000000000,\) in 0 bytes",
+    "BINBYTES8": b"\x80\x04\x8e" + wide(10**10) + b"abc",
+    "BINBYTES8 of 2^64": b"\x80\x04\x8e" + wide(2**64 - 1) + b"abc",
+    "BINUNICODE8": b"\x80\x04\x8d" + wide(10**10) + b"abc",
+    "negative BINSTRING": b"\x80\x02T" + wide(2**32 - 1, 4) + b"abc",
+    "FRAME": b"\x80\x04\x95" + wide(2**40) + b"].",
+    "LONG4": b"\x80\x02\x8b" + wide(2**31 - 1, 4) + b"1",
+    "LONG_BINPUT": b"]r" + wide(2**32 - 1, 4) + b".",
+    "PUT": b"]p" + b"9" * 18 + b"\n.",
+    "a long name": b"c" + b"m" * 100_000 + b"\nn\n.",
+    "an empty array of a shape": EMPTY + b"(I1\n(L10000000000L\nt" + UINT8 + b"I0\nS''\ntb.",
+    "a product of lengths": (
+        EMPTY + b"(I1\n(" + b"L99999999999999L\n" * 60 + b"t" + UINT8 + b"I0\nS'a'\ntb."
     ),
     "encoded again and again": (
         TEXT + b"q\x00X\x06\x00\x00\x00latin1q\x01c_codecs\nencode\nq\x02"
-        + b"h\x02h\x00h\x01\x86R" * 20_000 + b".",
-        "more encoded bytes than the file has",
+        + b"h\x02h\x00h\x01\x86R" * 20_000 + b"."
     ),
-    "one text as many images": (b"](" + LONG_TEXT + MANY, "at most 100 times on average"),
-    "one array as many images": (b"](" + EMPTY_UINT8 + MANY, "at most 100 times on average"),
-    "billion laughs": (LAUGHS + b".", "a tuple as image 0"),
-    "billion laughs as images": (LAUGHS + b"](h\xc8h\xc8e](\x88e\x86.", "a tuple as image 0"),
-    "billion laughs as truth": (
-        LAUGHS + b"](C\x01aC\x01ae](h\xc8e\x86.", "got the truth value a tuple"
+    "one text as many images": b"](" + LONG_TEXT + MANY,
+    "one array as many images": b"](" + EMPTY_UINT8 + MANY,
+    "many arrays in one buffer": (
+        b"\x80\x05" + BUFFER + b"(" + SHARING * 2000 + b"l(" + b"\x88" * 999 + b"l\x86."
     ),
-    "billion laughs as a shape": (
-        LAUGHS + EMPTY + b"(I1\nh\xc8" + UINT8 + b"I0\nS''\ntb.", "no valid shape"
-    ),
-    "billion laughs as a name": (LAUGHS + b"cnumpy\ndtype\n(h\xc8I0\nI1\ntR.", "of a name"),
-    "billion laughs as an encoding": (
-        LAUGHS + b"c_codecs\nencode\n(Va\nh\xc8tR.", "a tuple instead of a name"
-    ),
-    "billion laughs as a call": (LAUGHS + b")R.", "a call of a tuple"),
-    "billion laughs as an empty shape": (
-        LAUGHS + EMPTY.replace(b"(I0\nt", b"h\xc8") + b".", "numpy's _reconstruct"
-    ),
-    "a list in itself": (b"]q\x00h\x00ah\x00h\x00\x86.", "got a list as image 0"),
-    "a list in itself as image": (b"]q\x00h\x00ah\x00a](\x88e\x86.", "got a list as image 0"),
-    "deep lists": (b"]" * 200_000 + b"a" * 199_999 + b".", LONE),
-    "deep tuples": (b")" + b"\x85" * 200_000 + b".", LONE),
-    "deep marks": (b"(" * 200_000 + b"t" * 200_000 + b".", LONE),
+    "billion laughs": LAUGHS + b".",
+    "billion laughs as images": LAUGHS + b"](h\xc8h\xc8e](\x88e\x86.",
+    "billion laughs as truth": LAUGHS + b"](C\x01aC\x01ae](h\xc8e\x86.",
+    "billion laughs as a shape": LAUGHS + EMPTY + b"(I1\nh\xc8" + UINT8 + b"I0\nS''\ntb.",
+    "billion laughs as a name": LAUGHS + b"cnumpy\ndtype\n(h\xc8I0\nI1\ntR.",
+    "billion laughs as an encoding": LAUGHS + b"c_codecs\nencode\n(Va\nh\xc8tR.",
+    "billion laughs as arguments": LAUGHS + b"cnumpy\ndtype\nh\xc8R.",
+    "a list in itself": b"]q\x00h\x00ah\x00h\x00\x86.",
+    "a list in itself as image": b"]q\x00h\x00ah\x00a](\x88e\x86.",
+    "deep lists": b"]" * 50_000 + b"a" * 49_999 + b".",
+    "deep tuples": b")" + b"\x85" * 50_000 + b".",
+    "deep marks": b"(" * 50_000 + b"t" * 50_000 + b".",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_cost_no_more_than_their_size(bin_file: Bin, canary: Canary, name: str) -> None:
-    """At most 2 MB, or 300 times the file, and a few seconds."""
-    data, message = BOMBS[name]
+    """At most 2 MB, or 300 times the file up to 20 MB, or 10 times it; and a few seconds."""
+    data = BOMBS[name]
     file = bin_file(data)
     tracemalloc.start()
     start = time.perf_counter()
     try:
-        with canary, pytest.raises(ValueError, match=r"set\.bin .*" + message) as caught:
+        with canary, pytest.raises(ValueError) as caught:
             read_verification_bin(file)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 2 * MEGABYTE + 300 * len(data)
+    assert peak < (2 << 20) + max(10 * len(data), min(300 * len(data), 20 << 20))
     assert time.perf_counter() - start < 20
     assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+def test_opcodes_are_counted(bin_file: Bin, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = pickle.dumps((IMAGES * 100, [True] * 100))
+    monkeypatch.setattr("fastface_lightning.data.formats.verification_bin._MAX_OPCODES", 100)
+    with pytest.raises(ValueError, match="100 opcodes"):
+        unpack_verification_bin(bin_file(data))
 
 
 # Fuzzing
 
 
-def seeds() -> list[bytes]:
-    content = [bytes(IMAGES[0]), bytearray(IMAGES[1]), *map(writable, IMAGES)], [True, np.True_]
-    modern = [pickle.dumps(content, protocol) for protocol in PROTOCOLS]
-    old_numpy = [data.replace(b"numpy._core", b"numpy.core") for data in modern[:4]]
-    return [*PYTHON_2.values(), *modern, *old_numpy]
-
-
-PIECES = [data for data, _ in HOSTILE_BYTES.values()] + [
-    b"R",
-    b"b",
-    b"0",
-    b"(",
-    b"t",
-    b"\x93",
-    b".",
-]
-
-
 def mutated(data: bytes, rng: random.Random) -> bytes:
     """One to three random changes: bits, bytes, cuts, copies, hostile pieces."""
+    pieces = [*HOSTILE_BYTES.values(), *(b"R", b"b", b"0", b"(", b"t", b"\x93", b".")]
     out = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         i, j = sorted(rng.randrange(len(out) + 1) for _ in range(2))
@@ -616,15 +521,15 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
             case 3:
                 out[i:i] = out[i : min(j, i + 50)]
             case 4:
-                out[i:i] = rng.choice(PIECES)
+                out[i:i] = rng.choice(pieces)
             case 5:
-                out[i : i + 1] = rng.choice(PIECES).rstrip(b".")
+                out[i : i + 1] = rng.choice(pieces).rstrip(b".")
             case 6:
                 out[i:i] = rng.randbytes(rng.randint(1, 8))
     return bytes(out)
 
 
-def outcome(file: Path, size: int) -> bool:
+def is_read(file: Path, size: int) -> bool:
     """Whether it is a set; if not, there is one short sentence that names the file."""
     try:
         pairs = read_verification_bin(file, size)
@@ -637,59 +542,53 @@ def outcome(file: Path, size: int) -> bool:
     return True
 
 
-def test_mutations_give_pairs_or_one_sentence(bin_file: Bin, canary: Canary) -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of escapes that are none
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_mutations_give_pairs_or_one_sentence(
+    bin_file: Bin, canary: Canary, shared_data: Path, count: int
+) -> None:
+    content = [bytes(IMAGES[0]), bytearray(IMAGES[1]), *map(writable, IMAGES)], [True, np.True_]
+    modern = [pickle.dumps(content, protocol) for protocol in PROTOCOLS]
+    seeds = [*PYTHON_2.values(), *modern, *(m.replace(b"_core", b"core") for m in modern[:4])]
     rng = random.Random(0)
-    start = time.perf_counter()
     read = 0
-    for _ in range(100):
-        for seed in seeds():
+    for _ in range(count):
+        for seed in seeds:
             file = bin_file(mutated(seed, rng))
             with canary:
-                read += outcome(file, 4)
-    assert 50 < read < 1500, "mutations must be neither harmless nor all fatal"
-    assert time.perf_counter() - start < 60
-
-
-def test_mutations_of_the_fixture(bin_file: Bin, canary: Canary, shared_data: Path) -> None:
-    data = (shared_data / "fixtures" / "small_lfw.bin").read_bytes()
-    rng = random.Random(1)
-    for _ in range(100):
-        file = bin_file(mutated(data, rng))
+                read += is_read(file, 4)
+    assert 0.02 < read / count / len(seeds) < 0.8, "neither harmless nor all fatal"
+    fixture = (shared_data / "fixtures" / "small_lfw.bin").read_bytes()
+    for _ in range(count):
+        file = bin_file(mutated(fixture, rng))
         with canary:
-            outcome(file, 112)
+            is_read(file, 112)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@few
 @given(st.binary(max_size=200))
 def test_any_bytes_give_one_sentence(bin_file: Bin, data: bytes) -> None:
-    outcome(bin_file(data), 4)
+    is_read(bin_file(data), 4)
 
 
 # Writing
 
 
 @pytest.mark.parametrize(
-    ("images", "same", "message"),
+    ("images", "same"),
     [
-        ([], [], "set.bin must hold pairs, .*, got 0 images for 0 truth values"),
-        ([b"a"], [True], "got 1 images for 1 truth values"),
-        ([b"a", b""], [True], "image 1 must be bytes, got b''"),
-        (["a", b"b"], [True], "image 0 must be bytes, got 'a'"),
-        ([b"a", None], [True], "image 1 must be bytes, got None"),
-        ([b"a", b"b"], [2], "same must hold bools, got 2"),
+        ([], []),
+        ([b"a"], [True]),
+        ([b"a", b""], [True]),
+        (["a", b"b"], [True]),
+        ([b"a", b"b"], [2]),
     ],
 )
-def test_what_is_no_set_is_not_written(
-    tmp_path: Path, images: Any, same: Any, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_what_is_no_set_is_not_written(tmp_path: Path, images: Any, same: Any) -> None:
+    with pytest.raises(ValueError):
         write_verification_bin(tmp_path / "set.bin", images, same)
     assert not list(tmp_path.iterdir())
-
-
-def test_numpy_bools_are_written_as_bools(tmp_path: Path) -> None:
-    write_verification_bin(tmp_path / "set.bin", IMAGES, np.array([True]))  # type: ignore[arg-type]
-    assert b"numpy" not in (tmp_path / "set.bin").read_bytes()
 
 
 def test_impossible_places_are_errors_of_the_system(tmp_path: Path, bin_file: Bin) -> None:
