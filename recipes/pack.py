@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastface_lightning.cli import program
 from fastface_lightning.data import (
+    ARCFACE_POINTS,
     FaceDataModule,
     FaceDataset,
     align_face,
@@ -32,10 +33,11 @@ from fastface_lightning.data import (
     read_landmarks,
     write_verification_bin,
 )
+from fastface_lightning.data.datasets.sample import sample_of
 from fastface_lightning.data.formats.names import write_names
 from fastface_lightning.data.formats.recordio import InsightFaceWriter
 from fastface_lightning.files import file_stamp, reason
-from fastface_lightning.report.image_grid import sheet_of
+from fastface_lightning.report.image_grid import plot_faces
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 Prepared = tuple[int, bytes, str]  # place in the pack's order, JPEG or nothing, why there is none
@@ -57,7 +59,7 @@ def main(cfg: DictConfig) -> int:
         faces = data.faces()
         found |= {"source": str(faces), "identities": faces.num_classes, "images": len(faces)}
         if cfg.sheet:
-            sheet_of(faces).save(folder / "sheet.png")
+            plot_faces(folder / "sheet.png", *sample_of(faces), ARCFACE_POINTS)
         if cfg.validate:
             found["bad"] = validate(faces, cfg.data.num_workers)
         if cfg.target is not None:

@@ -60,6 +60,25 @@ def plot_schedule(
     figure.savefig(path, dpi=130)
 
 
+def readable(text: str, limit: int = 100) -> str:
+    """A stranger's text as matplotlib draws it: its first ``limit`` characters, a ``$`` taken for
+    itself.
+
+    What the font has no shape for is escaped as Python does: control characters, marks of writing
+    direction, undecodable bytes of a file name (``\\udc..``) and other scripts.
+    """
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))  # comes with matplotlib
+    shown = (
+        char
+        if char.isprintable() and font.get_char_index(ord(char))
+        else char.encode("unicode_escape").decode("ascii")
+        for char in text[:limit]
+    )
+    return "".join(shown).replace("$", r"\$") + ("…" if len(text) > limit else "")
+
+
 def draw_loss(axis: Axes, steps: ArrayLike, loss: ArrayLike) -> None:
     """The loss, and over it the mean of a fiftieth of the run."""
     axis.plot(*thin(steps, loss), color="0.75", linewidth=0.8, label="loss", **_dots(loss))

@@ -23,8 +23,7 @@ from PIL import Image
 
 from ..files import printable, write_text
 from .curves import plot_roc
-from .figures import draw_loss, draw_lr, draw_response, legend_above, mark_changes, thin
-from .image_grid import readable
+from .figures import draw_loss, draw_lr, draw_response, legend_above, mark_changes, readable, thin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
