@@ -135,8 +135,8 @@ def print_rows(rows: Sequence[Row]) -> None:
         console.print(table)
     for row in rows:
         if row["error"]:
-            values = settings(row)
-            name = " ".join([row["folder"], *(f"{k}={values[k]}" for k in keys if k in values)])
+            of_job = settings(row)
+            name = " ".join([row["folder"], *(f"{k}={of_job[k]}" for k in keys if k in of_job)])
             console.print(f"failed: {name}: {row['error']}", markup=False, soft_wrap=True)
 
 
