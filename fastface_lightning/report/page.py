@@ -290,49 +290,32 @@ def environment_of(run: Run) -> dict[str, str]:
 # Figures ------------------------------------------------------------------------------------------
 
 
-def loss_and_lr(run: Run) -> Figure | None:
-    """Loss over learning rate, with what the schedule took for plateaus."""
-    lrs = {name: curve for name, curve in run.metrics.items() if name.startswith("lr-")}
+def schedule(run: Run) -> Figure | None:
+    """Loss, the detector's response and learning rate, with what was taken for plateaus."""
     if "train/loss" not in run.metrics:
         return None
-    figure, axes = _figure(4.4 if lrs else 2.8, 1 + bool(lrs))
+    lrs = {name: curve for name, curve in run.metrics.items() if name.startswith("lr-")}
+    steps, responses = run.metrics.get("fastface/response", NO_CURVE)
+    panels = 1 + bool(len(steps)) + bool(lrs)
+    figure, axes = _figure(1.2 + 1.6 * panels, panels)
     draw_loss(axes[0], *run.metrics["train/loss"])
     for number, (name, curve) in enumerate(lrs.items()):
-        draw_lr(axes[1], *curve, label=name.removeprefix("lr-"), color=f"C{number + 2}")
+        draw_lr(axes[-1], *curve, label=name.removeprefix("lr-"), color=f"C{number + 2}")
     if len(lrs) > 1:
-        legend_above(axes[1])
-    _mark(run, axes)
-    return figure
-
-
-def response(run: Run) -> Figure | None:
-    """The detector's response and its threshold."""
-    if "fastface/response" not in run.metrics:
-        return None
-    figure, axes = _figure(2.8)
-    draw_response(axes[0], *_response(run))
-    _mark(run, axes)
-    return figure
-
-
-def _response(run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Steps, response and threshold, which is NaN at the first steps, where there is none yet."""
-    steps, values = run.metrics.get("fastface/response", NO_CURVE)
-    thresholds = dict(zip(*run.metrics.get("fastface/threshold", NO_CURVE), strict=True))
-    return steps, values, np.array([thresholds.get(step, np.nan) for step in steps])
-
-
-def _mark(run: Run, axes: NDArray[Any]) -> None:
-    """Changes of the learning rate as lines, and flat stretches as gray ground."""
+        legend_above(axes[-1])
     mark_changes(list(axes), [change["step"] for change in run.results.get("lr_changes", [])])
-    steps, values, threshold = _response(run)
     if not len(steps):
-        return
+        return figure
+    # At the first steps there may be no threshold yet.
+    of_step = dict(zip(*run.metrics.get("fastface/threshold", NO_CURVE), strict=True))
+    thresholds = np.array([of_step.get(step, np.nan) for step in steps])
+    draw_response(axes[1], steps, responses, thresholds)
     places = np.linspace(steps[0], steps[-1], 1000)  # a finer stretch is not seen
-    flat = (values < threshold)[np.searchsorted(steps, places, side="right") - 1]
+    flat = (responses < thresholds)[np.searchsorted(steps, places, side="right") - 1]
     for axis in axes:
         ground = {"transform": axis.get_xaxis_transform(), "color": "0.5", "linewidth": 0}
         axis.fill_between(places, 0, 1, where=flat, alpha=0.13, **ground)
+    return figure
 
 
 def verification_over_time(run: Run) -> Figure | None:
@@ -395,18 +378,12 @@ def throughput(run: Run) -> Figure | None:
 PLOTS = (
     Plot(
         "Loss and learning rate",
-        loss_and_lr,
-        "Red lines are changes of the learning rate, and on gray ground the response is below its "
-        "threshold: there the smoothed loss should be flat, and fall again after a change.",
+        schedule,
+        "The response is how fast the loss falls. Where it is below the dashed threshold, on gray "
+        "ground, the smoothed loss should be flat; once it has long been there the learning rate "
+        "decays, at a red line, and the loss should fall again. A first peak of the response may "
+        "be cut off.",
         "No loss was logged.",
-    ),
-    Plot(
-        "Response against threshold",
-        response,
-        "The response is how fast the loss falls: where it has long been below the dashed "
-        "threshold the learning rate decays, and it should rise again; a first peak may be cut "
-        "off.",
-        "This schedule does not watch the loss, or nothing was logged.",
     ),
     Plot(
         "Verification over time",
