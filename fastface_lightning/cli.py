@@ -95,8 +95,9 @@ def sweep_job(task: Task, config: DictConfig) -> Any:
         return task(config)
     except BaseException as error:
         answer = sentence(error)
-        line = answer or " ".join(f"{type(error).__name__}: {error}".split())
-        log.error("this job failed: %s", line, exc_info=None if answer else error)
+        line = answer or " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+        fault = answer is None and isinstance(error, Exception)
+        log.error("this job failed: %s", line, exc_info=fault)
         if is_first_rank():
             failure.write_text(line + "\n", encoding="utf-8")
         raise

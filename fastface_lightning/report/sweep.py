@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from ..files import write_text
+from .figures import readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -254,9 +255,9 @@ def draw_map(axis: Axes, grid: Grid, values: NDArray[np.float64], form: str) -> 
         else:
             text, color = "none" if cell else "", "black"
         axis.text(i, j, text, ha="center", va="center", color=color, fontsize=8)
-    axis.set_xticks(range(len(grid.xs)), grid.xs)
-    axis.set_yticks(range(len(grid.ys)), grid.ys)
-    axis.set_xlabel(grid.x)
-    axis.set_ylabel(grid.y)
+    axis.set_xticks(range(len(grid.xs)), [readable(x, 20) for x in grid.xs])
+    axis.set_yticks(range(len(grid.ys)), [readable(y, 20) for y in grid.ys])
+    axis.set_xlabel(readable(grid.x))
+    axis.set_ylabel(readable(grid.y))
     if not grid.y:
         axis.tick_params(left=False)
