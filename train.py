@@ -23,11 +23,12 @@ from torch import nn
 from fastface_lightning import FastFaceCallback
 from fastface_lightning.classifiers import Classifier, MomentumClassifier, chunk_that_fits
 from fastface_lightning.cli import check_numbers, program, torch_schedule
-from fastface_lightning.data import FaceDataModule
+from fastface_lightning.data import ARCFACE_POINTS, FaceDataModule
+from fastface_lightning.data.datasets.sample import sample_of
 from fastface_lightning.data.formats.names import write_names
 from fastface_lightning.files import write_text
 from fastface_lightning.report.figures import print_plan, print_summary
-from fastface_lightning.report.image_grid import sheet_of
+from fastface_lightning.report.image_grid import plot_faces
 from fastface_lightning.schedule import PlateauSchedule
 from fastface_lightning.training.module import FaceModule, check_sparse, moves_rows
 from fastface_lightning.training.plan import (
@@ -89,7 +90,7 @@ def main(cfg: DictConfig) -> float | None:
         save_settings(folder, OmegaConf.to_yaml(cfg, resolve=True), OmegaConf.to_yaml(overrides))
         write_names(folder / "identities.txt", data.train_set.identities)
         if checkpoint is None:
-            sheet_of(data.train_set).save(folder / "samples.png")
+            plot_faces(folder / "samples.png", *sample_of(data.train_set), ARCFACE_POINTS)
     record.train_set = data.train_set
     trainer = build_trainer(cfg, folder, schedule, record, resume_step)
 

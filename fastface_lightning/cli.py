@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,12 +20,8 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
-from .report.sweep import add_row, job_row, report_sweep
 
 log = logging.getLogger(__name__)
 Task = Callable[[DictConfig], Any]
@@ -32,10 +29,10 @@ BAD_INPUT = (
     ValueError,
     OSError,  # absent files, full disks, places where one may not write
     ModuleNotFoundError,
-    MisconfigurationException,
     HydraException,
     OmegaConfBaseException,
 )
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning's, in its order
 
 
 def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[], None]]:
@@ -51,41 +48,37 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
     """
 
     def decorate(task: Task) -> Callable[[], None]:
-        traceback_wanted = "HYDRA_FULL_ERROR" in os.environ
-        sweeps: list[Path] = []  # the folder of the sweep, once a job of one has started
-
-        @functools.wraps(task)
-        def job(config: DictConfig) -> Any:
-            sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-            if not traceback_wanted:  # the processes it starts must not take this for a wish
-                os.environ.pop("HYDRA_FULL_ERROR", None)
-            try:
-                if not sweeping:
-                    return task(config)
-                sweeps[:] = [Path(HydraConfig.get().sweep.dir)]
-                return recorded(task, config)
-            except Exception as error:
-                # A sweep goes on with its other jobs, and Hydra raises the error at its end.
-                if traceback_wanted or sweeping:
-                    raise
-                stop(error)
-            finally:
-                os.environ["HYDRA_FULL_ERROR"] = "1"
-
         @functools.wraps(task)
         def main() -> None:
             find_recipes(config_path)
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback of its own
-            run = hydra.main(str(config_path), config_name, version_base="1.3")
+            stderr, hydra_stderr = sys.stderr, io.StringIO()
+            sweeps: list[Path] = []  # the folder of the sweep, once a job of one has started
+
+            @functools.wraps(task)
+            def job(config: DictConfig) -> Any:
+                with redirect_stderr(stderr):
+                    if HydraConfig.get().mode != RunMode.MULTIRUN:
+                        return task(config)
+                    sweeps[:] = [Path(HydraConfig.get().sweep.dir)]
+                    return sweep_job(task, config)
+
+            error: Exception | None = None
             try:
-                try:
-                    run(job)()
-                finally:  # also when jobs failed, or when the sweep was stopped
-                    for folder in sweeps:
-                        rank_zero_only(report_sweep)(folder)
-            except Exception as error:
-                if traceback_wanted:
+                # Hydra prints an error in its own way and exits: what it prints is kept back.
+                with redirect_stderr(hydra_stderr):
+                    hydra.main(str(config_path), config_name, version_base="1.3")(job)()
+            except SystemExit as end:
+                if end.code != 1 or not isinstance(end.__context__, Exception):
                     raise
+                error = end.__context__
+            finally:
+                if error is None:
+                    stderr.write(hydra_stderr.getvalue())
+                if sweeps and is_first_rank():  # also when jobs failed, or the sweep was stopped
+                    from .report.sweep import report_sweep
+
+                    report_sweep(sweeps[0])
+            if error is not None:
                 stop(error)
 
         return main
@@ -93,33 +86,26 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
     return decorate
 
 
-def recorded(task: Task, config: DictConfig) -> Any:
-    """Run a job of a sweep, and write into the sweep's folder what came of it."""
-    this, schedule = HydraConfig.get(), config.get("schedule") or {}
-    started = time.perf_counter()
-
-    @rank_zero_only
-    def record(error: str | None) -> None:
-        row = job_row(
-            Path(this.runtime.output_dir),
-            Path(this.sweep.dir),
-            list(this.overrides.task),
-            {key: schedule[key] for key in ("ema_window", "haar_window") if key in schedule},
-            time.perf_counter() - started,
-            error,
-        )
-        add_row(Path(this.sweep.dir), row)
-
+def sweep_job(task: Task, config: DictConfig) -> Any:
+    """Run a job of a sweep; why it failed is left in its folder, as ``failure.txt``."""
+    failure = Path(HydraConfig.get().runtime.output_dir) / "failure.txt"
+    if is_first_rank():
+        failure.unlink(missing_ok=True)
     try:
-        result = task(config)
-    except Exception as error:
-        told = sentence(error)
-        line = told or " ".join(f"{type(error).__name__}: {error}".split())
-        log.error("this job failed: %s", line, exc_info=None if told else error)
-        record(line)
+        return task(config)
+    except BaseException as error:
+        answer = sentence(error)
+        line = answer or " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+        fault = answer is None and isinstance(error, Exception)
+        log.error("this job failed: %s", line, exc_info=fault)
+        if is_first_rank():
+            failure.write_text(line + "\n", encoding="utf-8")
         raise
-    record(None)
-    return result
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the only one or the first of those that train together."""
+    return next((os.environ[key] for key in RANKS if key in os.environ), "0") == "0"
 
 
 class Recipes(SearchPathPlugin):
@@ -138,24 +124,6 @@ def find_recipes(config_path: Path) -> None:
     """Let commands name the recipes that lie beside a folder of configs, wherever one works."""
     Recipes.folder = config_path.parent / "recipes"
     Plugins.instance().register(Recipes)
-
-
-def steps(share: float, *, _root_: Any) -> int | str:
-    """`${steps:0.5}` in a config: half of the run, in optimizer steps, once its length is known."""
-    known = _root_.total_steps
-    return f"{share} of the run" if known is None else int(share * known)
-
-
-OmegaConf.register_new_resolver("steps", steps, replace=True)
-
-
-def torch_schedule(config: DictConfig, optimizer: Any, total_steps: int) -> Any:
-    """One of torch's own schedulers, its milestones resolved for a run of ``total_steps``."""
-    config.total_steps = total_steps
-    own = {}
-    if "max_lr" in config.schedule:  # OneCycleLR would give every group the same
-        own["max_lr"] = [group["lr"] for group in optimizer.param_groups]
-    return instantiate(config.schedule)(optimizer, **own)
 
 
 def check_numbers(config: DictConfig, *keys: str) -> None:
@@ -179,16 +147,38 @@ def stop(error: Exception) -> NoReturn:
     sys.exit(2)
 
 
-def sentence(error: Exception) -> str | None:
+def sentence(error: BaseException) -> str | None:
     """What to tell of bad input, in one line; None of any other error."""
-    cause: BaseException = error
+    cause = error
     while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
         cause = cause.__cause__
-    # A setting that the object built from it does not know shows as TypeError.
-    if not isinstance(cause, BAD_INPUT) and not (
-        cause is not error and isinstance(cause, TypeError)
-    ):
+    # A setting that the object built from it does not know shows as TypeError: at once, or when
+    # what is built in two parts (_partial_) gets its last arguments.
+    unknown = isinstance(cause, TypeError) and (
+        cause is not error or "unexpected keyword argument" in str(cause)
+    )
+    # Known by its name, since nothing here loads Lightning.
+    misconfigured = type(cause).__name__ == "MisconfigurationException"
+    if not (isinstance(cause, BAD_INPUT) or unknown or misconfigured):
         return None
     text = str(cause).split("\n    full_key:")[0].split("\nConfig search path:")[0]
     text = text.rpartition("\nValueError: ")[2]  # what a loader's worker died of
     return " ".join(text.split())
+
+
+def steps(share: float, *, _root_: Any) -> int | str:
+    """`${steps:0.5}` in a config: half of the run, in optimizer steps, once its length is known."""
+    known = _root_.total_steps
+    return f"{share} of the run" if known is None else int(share * known)
+
+
+OmegaConf.register_new_resolver("steps", steps, replace=True)
+
+
+def torch_schedule(config: DictConfig, optimizer: Any, total_steps: int) -> Any:
+    """One of torch's own schedulers, its milestones resolved for a run of ``total_steps``."""
+    config.total_steps = total_steps
+    own = {}
+    if "max_lr" in config.schedule:  # OneCycleLR would give every group the same
+        own["max_lr"] = [group["lr"] for group in optimizer.param_groups]
+    return instantiate(config.schedule)(optimizer, **own)

@@ -26,7 +26,7 @@ from fastface_lightning.inference.embedder import Embedder, load_embedder
 from fastface_lightning.inference.embedding_file import embed_to_file
 from fastface_lightning.inference.protocols import Pairs, Protocol, open_protocol
 from fastface_lightning.report.curves import plot_curves, plot_scores, thin_curve
-from fastface_lightning.report.image_grid import pairs_sheet
+from fastface_lightning.report.image_grid import plot_pairs
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 WORST = 24  # pairs on a sheet
@@ -159,12 +159,13 @@ def draw_worst(protocol: Pairs, file: Path) -> None:
     """A picture of the pairs that the model gets most wrong."""
     worst = protocol.worst(WORST)
     assert protocol.scores is not None and protocol.same is not None
-    pairs_sheet(
+    plot_pairs(
+        file,
         [protocol.pairs.images[2 * i : 2 * i + 2] for i in worst],
         [bool(protocol.same[i]) for i in worst],
         [f"pair {i}: {protocol.scores[i]:.3f}" for i in worst],
         f"{protocol.name}: the pairs most mistaken, with their cosines",
-    ).save(file)
+    )
 
 
 def write(cfg: DictConfig, folder: Path, embedder: Embedder, found: Found) -> str:

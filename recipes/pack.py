@@ -43,9 +43,11 @@ def main(cfg: DictConfig) -> int:
         faces = data.faces()
         result |= {"source": str(faces), "identities": faces.num_classes, "images": len(faces)}
         if cfg.sheet:
-            from fastface_lightning.report.image_grid import sheet_of
+            from fastface_lightning.data import ARCFACE_POINTS
+            from fastface_lightning.data.datasets.sample import sample_of
+            from fastface_lightning.report.image_grid import plot_faces
 
-            sheet_of(faces).save(folder / "sheet.png")
+            plot_faces(folder / "sheet.png", *sample_of(faces), ARCFACE_POINTS)
         if cfg.validate:
             result["bad"] = validate(faces, cfg.data.num_workers)
         if cfg.target is not None:

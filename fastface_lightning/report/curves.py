@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .figures import readable
+
 LOWEST_FAR = 1e-7
 
 
@@ -20,8 +22,8 @@ def thin_curve(far: ArrayLike) -> NDArray[np.int64]:
     """
     far = np.asarray(far)
     wanted = np.concatenate([np.geomspace(LOWEST_FAR, 1, 300), np.linspace(0, 1, 200)])
-    found = np.searchsorted(far, wanted, side="right") - 1  # the highest TAR at that FAR or below
-    return np.unique(np.concatenate([[0], found, [len(far) - 1]]))
+    indices = np.searchsorted(far, wanted, side="right") - 1  # highest TAR at that FAR or below
+    return np.unique(np.concatenate([[0], indices, [len(far) - 1]]))
 
 
 def plot_roc(axis: Any, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
@@ -33,12 +35,13 @@ def plot_roc(axis: Any, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> No
     """
     for name, (far, tar) in curves.items():
         far, tar = np.asarray(far), np.asarray(tar)
-        seen = far > 0
+        positive = far > 0
         # Left of the first false acceptance a curve is its highest TAR without one.
-        lowest = far[seen].min() if seen.any() else 1.0
-        start = tar[~seen].max() if (~seen).any() else 0.0
-        x = np.concatenate([[lowest / 3, lowest], far[seen]])
-        axis.step(x, np.concatenate([[start, start], tar[seen]]), where="post", label=name)
+        lowest = far[positive].min(initial=1.0)
+        start = tar[~positive].max(initial=0.0)
+        x = np.concatenate([[lowest / 3, lowest], far[positive]])
+        y = np.concatenate([[start, start], tar[positive]])
+        axis.step(x, y, where="post", label=legend_label(name))
     axis.set_xscale("log")
     axis.set_xlabel("false acceptance rate")
     axis.set_ylabel("true acceptance rate")
@@ -47,17 +50,17 @@ def plot_roc(axis: Any, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> No
     axis.legend(loc="lower right", frameon=False)
 
 
-def plot_curves(
-    path: str | Path,
-    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
-    title: str = "",
-) -> None:
+def legend_label(name: str) -> str:
+    """A set's name as a legend takes it: one that begins with _ would be left out."""
+    return " " + readable(name, 40)
+
+
+def plot_curves(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
     """Draw :func:`plot_roc` into an image file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     plot_roc(figure.subplots(), curves)
-    figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
 
@@ -75,15 +78,15 @@ def plot_scores(path: str | Path, scores: Mapping[str, Sequence[NDArray[Any]]]) 
     for axis, (name, (same, different)) in zip(axes, scores.items(), strict=True):
         few = len(same) + len(different) < 5000
         bins = np.linspace(-1, 1, 41 if few else 101)
-        for kind, values, colour in (
+        for people, values, color in (
             ("two people", different, "tab:orange"),
             ("one person", same, "tab:blue"),
         ):
             if len(values):
                 shares = np.full(len(values), 1 / len(values))
-                label = f"{kind} ({len(values):,})"
-                axis.hist(values, bins, weights=shares, color=colour, alpha=0.6, label=label)
-        axis.set_title(name, loc="left", fontsize=10)
+                label = f"{people} ({len(values):,})"
+                axis.hist(values, bins, weights=shares, color=color, alpha=0.6, label=label)
+        axis.set_title(readable(name), loc="left", fontsize=10)
         axis.set_ylabel("share of pairs")
         axis.legend(loc="upper left", frameon=False)
         axis.grid(alpha=0.2)

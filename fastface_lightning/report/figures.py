@@ -60,6 +60,25 @@ def plot_schedule(
     figure.savefig(path, dpi=130)
 
 
+def readable(text: str, limit: int = 100) -> str:
+    """A stranger's text as matplotlib draws it: its first ``limit`` characters, a ``$`` taken for
+    itself.
+
+    What the font has no shape for is escaped as Python does: control characters, marks of writing
+    direction, undecodable bytes of a file name (``\\udc..``) and other scripts.
+    """
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))  # comes with matplotlib
+    shown = (
+        char
+        if char.isprintable() and font.get_char_index(ord(char))
+        else char.encode("unicode_escape").decode("ascii")
+        for char in text[:limit]
+    )
+    return "".join(shown).replace("$", r"\$") + ("…" if len(text) > limit else "")
+
+
 def draw_loss(axis: Axes, steps: ArrayLike, loss: ArrayLike) -> None:
     """The loss, and over it the mean of a fiftieth of the run."""
     axis.plot(*thin(steps, loss), color="0.75", linewidth=0.8, label="loss", **_dots(loss))
@@ -124,8 +143,8 @@ def thin(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.float64]]
         return x, y
     # NaN is the lowest and the highest of its stretch: a gap stays one.
     stretches = np.array_split(np.arange(len(y)), MAX_POINTS // 2)
-    pick = np.unique([part[end(y[part])] for part in stretches for end in (np.argmin, np.argmax)])
-    return x[pick], y[pick]
+    kept = [part[end(y[part])] for part in stretches for end in (np.argmin, np.argmax)]
+    return x[np.unique(kept)], y[np.unique(kept)]
 
 
 def _dots(values: ArrayLike) -> dict[str, Any]:
@@ -144,10 +163,10 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _around(response: NDArray[np.float64], threshold: NDArray[np.float64]) -> tuple[float, float]:
     """Limits that show the threshold, be the response's first peak far above it or all below."""
-    seen = response[np.isfinite(response)]
+    finite = response[np.isfinite(response)]
     limit = float(threshold[np.isfinite(threshold)].max())
-    low = min(float(np.percentile(seen, 1)) if len(seen) else 0.0, 0.0)
-    high = max(float(seen.max()) if len(seen) else 0.0, 1.2 * limit)
+    low = min(float(np.percentile(finite, 1)) if len(finite) else 0.0, 0.0)
+    high = float(finite.max(initial=1.2 * limit))
     return max(low, -8 * limit), min(high, 12 * limit) or 1.0
 
 
@@ -159,10 +178,10 @@ def print_summary(results: dict[str, Any], folder: str | Path) -> None:
     table = Table(title="Run", title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    for name, found in results["verification"].items():
-        accuracy = f"{found['accuracy']:.2%} ± {found['std']:.2%}"
-        if found["untrained_accuracy"] is not None:
-            accuracy += f" (untrained {found['untrained_accuracy']:.2%}, chance 50 %)"
+    for name, verified in results["verification"].items():
+        accuracy = f"{verified['accuracy']:.2%} ± {verified['std']:.2%}"
+        if verified["untrained_accuracy"] is not None:
+            accuracy += f" (untrained {verified['untrained_accuracy']:.2%}, chance 50 %)"
         table.add_row(f"verification {name}", accuracy)
     if results["best"]:
         best = results["best"]
@@ -170,9 +189,8 @@ def print_summary(results: dict[str, Any], folder: str | Path) -> None:
     if results["final_loss"] is not None:
         table.add_row("loss", f"{results['final_loss']:.4f} (mean of the last 100 batches)")
     changes = ", ".join(f"step {c['step']}: {c['lr']:.3g}" for c in results["lr_changes"])
-    table.add_row(
-        "learning rate", f"{results['final_lr']:.3g}" + (f" ({changes})" if changes else "")
-    )
+    lr = f"{results['final_lr']:.3g}"
+    table.add_row("learning rate", f"{lr} ({changes})" if changes else lr)
     table.add_row("trained", f"{results['steps']:,} steps, {results['images']:,} images")
     table.add_row("speed", f"{results['images_per_second']:,.0f} images/s on {results['device']}")
     table.add_row("time", f"{results['wall_seconds']:,.0f} s")
@@ -186,13 +204,13 @@ def print_plan(plan: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, this = Console(), plan["classifier"]
+    console, chosen = Console(), plan["classifier"]
     title = (
         f"Plan: {plan['model']}, {plan['num_classes']:,} identities, batch {plan['batch_size']}, "
         f"{plan['precision']}, on {plan['device']}"
     )
     held = Table(title=title, title_justify="left", box=None, padding=(0, 2))
-    for column in ("held", "backbone", f"classifier={this}"):
+    for column in ("held", "backbone", f"classifier={chosen}"):
         held.add_column(column, justify="left" if column == "held" else "right")
     for row, key in {
         "weights": "weights",
@@ -202,7 +220,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         "logits, working memory": "work",
         "optimizer's temporaries": "update",
     }.items():
-        held.add_row(row, _size(plan["backbone"][key]), _size(plan["heads"][this][key]))
+        held.add_row(row, _size(plan["backbone"][key]), _size(plan["heads"][chosen][key]))
     fits = Table(box=None, padding=(0, 2))
     fits.add_column("with")
     fits.add_column("peak", justify="right")
@@ -220,7 +238,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         text += (
             f": at least {plan['hours']:.3g} hours, at the speed of the paper's RTX 4090 and where "
             f"the data come as fast. Peaks include "
-            f"{_size(plan['reserve'])} for the card's own libraries"
+            f"{_size(plan['reserve'])} for the GPU's own libraries"
         )
     console.print(text + ".", soft_wrap=True)
     if any(head["encoded"] for head in plan["heads"].values()):
@@ -228,7 +246,7 @@ def print_plan(plan: dict[str, Any]) -> None:
             "  a + b images: in a step a go through the network, and b through its second encoder.",
             soft_wrap=True,
         )
-    if not plan["heads"][this]["fits"]:
+    if not plan["heads"][chosen]["fits"]:
         console.print(f"  {_advice(plan['heads'])}", soft_wrap=True)
 
 

@@ -1,0 +1,162 @@
+"""A program's contract: bad input in one sentence, a sweep that says what came of every job."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import ROOT, Run
+
+TOY = """
+import functools, json
+from pathlib import Path
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from fastface_lightning.cli import program
+
+@program(config_path=Path(__file__).parent / "conf", config_name="toy")
+def main(cfg):
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if cfg.what == "fault":
+        raise RuntimeError("out of\\n memory")
+    if cfg.what == "stop":
+        raise KeyboardInterrupt
+    if cfg.what == "bad":
+        raise ValueError("what must be good, got bad")
+    if cfg.what == "partial":
+        functools.partial(Path(__file__).with_suffix, milestones=[1])()
+    if (folder / "results.json").exists():
+        raise ValueError("the run folder must be new")
+    verification = {"lfw": {"accuracy": float(cfg.seed) / 10}}
+    (folder / "results.json").write_text(json.dumps({"verification": verification}))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> str:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "toy.yaml").write_text("what: good\nseed: 1\n")
+    (tmp_path / "toy.py").write_text(TOY)
+    return str(tmp_path / "toy.py")
+
+
+def jobs_of(sweep: Path) -> list[dict[str, Any]]:
+    return json.loads((sweep / "sweep.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("what=bad", "what must be good, got bad"),
+        ("nothing=1", "Could not override 'nothing'"),
+        ("seed=${nothing}", "nothing"),
+        ("what=partial", "unexpected keyword argument 'milestones'"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(
+    run: Run, toy: str, argument: str, words: str
+) -> None:
+    ended = run(argument, program=toy)
+    assert ended.code == 2 and words in ended.err
+    (line,) = ended.err.strip().splitlines()
+    assert line.startswith("error: ")
+
+
+def test_what_is_no_bad_input_is_raised(run: Run, toy: str) -> None:
+    with pytest.raises(RuntimeError, match="memory"):
+        run("what=fault", program=toy)
+
+
+def test_the_traceback_is_shown_on_demand(toy: str, tmp_path: Path) -> None:
+    for argument in ("what=bad", "nothing=1"):
+        done = subprocess.run(
+            [sys.executable, toy, argument, f"hydra.run.dir={tmp_path / 'run'}"],
+            env={"HYDRA_FULL_ERROR": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1 and "\nTraceback" in "\n" + done.stderr
+
+
+def test_arguments_that_are_none_are_hydras_to_refuse(run: Run, toy: str) -> None:
+    ended = run("--nonsense", program=toy)
+    assert ended.code == 2 and "unrecognized arguments: --nonsense" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("jobs", "end", "errors"),
+    [
+        ("good,bad,better", SystemExit, [None, "what must be good, got bad", None]),
+        ("fault,good", RuntimeError, ["RuntimeError: out of memory", None]),
+        ("good,stop,bad", KeyboardInterrupt, [None, "KeyboardInterrupt"]),
+    ],
+)
+def test_what_ended_is_kept_however_a_sweep_ends(
+    run: Run,
+    toy: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    jobs: str,
+    end: type[BaseException],
+    errors: list[str | None],
+) -> None:
+    sweep = tmp_path / "sweep"
+    arguments = ["-m", f"what={jobs}", f"hydra.sweep.dir={sweep}"]
+    if end is SystemExit:
+        code, out, err, _ = run(*arguments, program=toy)
+        assert code == 2 and err == "error: what must be good, got bad\n"
+    else:
+        with pytest.raises(end):
+            run(*arguments, program=toy)
+        out, _ = capfd.readouterr()
+    assert [job["error"] for job in jobs_of(sweep)] == errors
+    assert f"Sweep of {len(errors)} jobs" in out
+    for number, (what, error) in enumerate(zip(jobs.split(","), errors, strict=False)):
+        assert error is None or f"failed: {number} what={what}: {error}\n" in out
+    (log,) = (sweep / "0").glob("*.log")
+    assert ("Traceback" in log.read_text()) == (end is RuntimeError)
+
+
+def test_a_sweep_goes_on_in_its_folder(run: Run, toy: str, tmp_path: Path) -> None:
+    """A job that is refused keeps what it achieved, unless it was another job."""
+    sweep = tmp_path / "sweep"
+
+    def results(*arguments: str) -> list[tuple[float | None, bool]]:
+        run("-m", *arguments, f"hydra.sweep.dir={sweep}", program=toy)
+        return [(job["result"], bool(job["error"])) for job in jobs_of(sweep)]
+
+    assert results("seed=1,2,x") == [(0.1, False), (0.2, False), (None, True)]
+    assert results("seed=1,2,3") == [(0.1, False), (0.2, False), (0.3, False)]
+    assert results("seed=1,7") == [(0.1, False), (None, True), (0.3, False)]
+
+
+def test_a_sweep_that_does_not_compose_leaves_nothing(run: Run, toy: str, tmp_path: Path) -> None:
+    ended = run("-m", "nothing=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}", program=toy)
+    assert ended.code == 2 and ended.err.startswith("error: Could not override 'nothing'")
+    assert not list(tmp_path.rglob("sweep.json"))
+
+
+def test_only_the_first_of_the_ranks_writes(
+    run: Run, toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    ended = run("-m", "what=bad,good", f"hydra.sweep.dir={tmp_path / 'sweep'}", program=toy)
+    assert ended.code == 2
+    assert not list(tmp_path.rglob("sweep.json")) and not list(tmp_path.rglob("failure.txt"))
+
+
+def test_a_program_starts_with_hydra_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastface_lightning.cli, sys; print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {"torch", "lightning", "numpy", "matplotlib", "rich"} & set(done.stdout.split())
