@@ -8,42 +8,21 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import RUN, SIZE, network, noise, save_checkpoint
+from models import FLOATS, RUN, SIZE, network, noise, onnx_file, save_checkpoint
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import fastface_lightning
 from fastface_lightning.backbones import build_backbone
-from fastface_lightning.inference.embedder import OnnxEmbedder, load_embedder
+from fastface_lightning.inference.embedder import load_embedder
+from fastface_lightning.inference.onnx_embedder import OnnxEmbedder
 from fastface_lightning.training.module import FaceModule
 
 
 def plain(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model((images.float() - 127.5) / 127.5)
-
-
-def onnx_file(
-    file: Path, inputs: list[Any], output: list[Any] = ("N", 3), op: str = "ReduceMean"
-) -> Path:
-    """A graph that gives the mean of each channel, or something else, of inputs so described."""
-    values = [helper.make_tensor_value_info(n, t, s) for n, t, s in inputs]
-    nodes = [helper.make_node("Cast", [inputs[0][0]], ["floats"], to=TensorProto.FLOAT)]
-    if op == "ReduceMean":
-        axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
-        nodes.append(helper.make_node(op, ["floats", "axes"], ["out"], keepdims=0))
-    else:
-        axes = None
-        nodes.append(helper.make_node(op, ["floats"], ["out"]))
-    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, list(output))
-    graph = helper.make_graph(nodes, "g", values, [out], [axes] if axes else [])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    onnx.save(model, file)
-    return file
-
-
-FLOATS = ("images", TensorProto.FLOAT, ["N", 3, 112, 112])
 
 
 def test_a_checkpoint_embeds_as_its_backbone(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from safetensors import safe_open
 
 import fastface_lightning.inference.export as export_module
 from fastface_lightning.backbones import build_backbone, load_weights
-from fastface_lightning.inference.embedder import TorchEmbedder, load_embedder
+from fastface_lightning.inference.embedder import load_embedder
 from fastface_lightning.inference.export import export
+from fastface_lightning.inference.torch_embedder import TorchEmbedder
 
 
 @pytest.fixture
