@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from allocation import LargestAllocation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastface_lightning.evaluation import IdentificationResult, identification
 
@@ -177,40 +177,14 @@ def test_a_hit_must_be_first_and_above_the_threshold() -> None:
     assert result.tpir == [1 / 3, 2 / 3]
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the most numbers in any tensor that an operation returns."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("each", [1, 2])
 def test_holds_no_more_than_a_block(each: int) -> None:
     probes, gallery = torch.randn(2000, 4), torch.randn(1000, 4)
-    with Largest() as largest:
+    with LargestAllocation() as largest:
         identification(
             probes, torch.arange(2000), gallery, torch.arange(1000) // each, block=20_000
         )
-    assert largest.numbers <= 20_000
-
-
-def test_large_galleries_are_searched_one_probe_at_a_time() -> None:
-    faces = some_faces(20, 12, 8)
-    assert identification(*faces, RANKS, FPIR, block=1) == twin(*faces)
-
-
-def test_order_of_probes_and_entries_says_nothing() -> None:
-    probes, probe_ids, gallery, gallery_ids = some_faces(60, 20, 15)
-    p, g = torch.randperm(60), torch.randperm(20)
-    assert identification(probes[p], probe_ids[p], gallery[g], gallery_ids[g]) == identification(
-        probes, probe_ids, gallery, gallery_ids
-    )
+    assert largest.bytes <= 4 * 20_000
 
 
 UNIT, IDS = torch.eye(4), torch.arange(4)

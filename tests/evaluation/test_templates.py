@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from allocation import LargestAllocation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastface_lightning.evaluation import template_embeddings, template_scores
 
@@ -68,34 +68,6 @@ def test_a_long_video_counts_as_much_as_a_photograph() -> None:
     torch.testing.assert_close(found, torch.tensor([[0.5, 0.5]]).sqrt())
 
 
-def test_a_media_shared_by_templates_is_one_of_each() -> None:
-    """One video may show two people: its number joins nothing across templates."""
-    templates, media = torch.tensor([1, 1, 2, 2]), torch.tensor([9, 9, 9, 9])
-    features = torch.tensor([[3.0, 0.0], [5.0, 0.0], [0.0, 1.0], [0.0, 7.0]])
-    assert torch.equal(template_embeddings(features, templates, media), torch.eye(2))
-
-
-def test_rows_ascend_with_the_template_number() -> None:
-    templates = torch.tensor([50, -3, 700])
-    found = template_embeddings(torch.eye(3), templates, torch.zeros(3, dtype=torch.int64))
-    assert templates.unique().tolist() == [-3, 50, 700]
-    assert torch.equal(found, torch.eye(3)[[1, 0, 2]])
-
-
-@given(seed=st.integers(0, 2**31))
-def test_a_common_length_cancels(seed: int) -> None:
-    features, templates, media = some_images(seed=seed)
-    found = template_embeddings(features, templates, media)
-    torch.testing.assert_close(template_embeddings(1e3 * features, templates, media), found)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(found), dtype=torch.float64))
-
-
-def test_a_long_feature_weighs_more_in_its_template() -> None:
-    features, templates = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([8, 8])
-    found = template_embeddings(features, templates, media=torch.tensor([1, 2]))
-    torch.testing.assert_close(found, torch.tensor([[0.6, 0.8]]))
-
-
 def test_tiny_features_keep_their_direction() -> None:
     """Squares of 1e-30 are zero in float32, so lengths are taken in float64."""
     features, one = torch.tensor([[3e-30, 4e-30]]), torch.ones(1, dtype=torch.int64)
@@ -113,24 +85,10 @@ def test_features_in_a_memory_mapped_file(tmp_path: Path) -> None:
     assert torch.equal(found, template_embeddings(features, templates, media))
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the most bytes of any memory that an operation adds to that of its inputs."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return result
-
-
 def test_embeddings_need_no_copy_of_the_features() -> None:
     features = torch.randn(5000, 256)
     templates, media = torch.arange(5000) // 100, torch.arange(5000) // 4
-    with Largest() as largest:
+    with LargestAllocation() as largest:
         template_embeddings(features, templates, media)
     assert largest.bytes <= features.nbytes / 50
 
@@ -193,7 +151,7 @@ def test_float32_scores() -> None:
 
 def test_scores_hold_no_more_than_a_block() -> None:
     embeddings, pairs = torch.randn(50, 512), torch.randint(50, (100_000, 2))
-    with Largest() as largest:
+    with LargestAllocation() as largest:
         template_scores(embeddings, pairs, block=1000)
     assert largest.bytes <= 100_000 * 8  # a number a pair, not 512
 
