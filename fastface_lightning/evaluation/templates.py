@@ -15,8 +15,8 @@ def template_embeddings(features: Tensor, templates: Tensor, media: Tensor) -> T
         e_t = \frac{s_t}{\|s_t\|}, \qquad
         s_t = \sum_{m} \frac{1}{|I_{tm}|} \sum_{i \in I_{tm}} f_i
 
-    where :math:`I_{tm}` are the images of template t that come from media m: the mean over the
-    frames of each media, and the sum over the medias. Features come as the protocol has them: not
+    where :math:`I_{tm}` are the images of template t that come from medium m: the mean over the
+    frames of each medium, and the sum over the media. Features come as the protocol has them: not
     normalised, their length telling the image's quality, and times the detector's score if wanted.
 
     One weighted sum a template, in the dtype of ``features`` and in the order of its images;
