@@ -2,7 +2,7 @@
 
 The field's scripts, written plainly with loops over thresholds, templates and batches of pairs,
 against this project's functions: as many cores as each makes use of, which for loops in numpy is
-one, on the same drawn data, with the same results.
+one, on the same synthetic data, with the same results.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--run", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.run:
-        what, folder = asked.run
+    arguments = parser.parse_args()
+    if arguments.run:
+        what, folder = arguments.run
         return run(what, Path(folder))
-    rows = table(Sizes(), asked.repeats)
+    rows = table(Sizes(), arguments.repeats)
     sizes = Sizes()._asdict()
     report(
         "evaluation",
@@ -75,7 +75,7 @@ def table(sizes: Sizes, repeats: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = [folds(sizes, repeats)]
-        draw(sizes, folder)
+        write_inputs(sizes, folder)
         for protocol in ("templates", "search"):
             rows.append(apart(protocol, folder, repeats))
     return rows
@@ -105,17 +105,17 @@ def folds(sizes: Sizes, repeats: int) -> dict[str, Any]:
     same = torch.arange(sizes.folds) % 2 == 0
     other = torch.where(same[:, None], shown, torch.randn_like(shown))
     a, b = (torch.nn.functional.normalize(x + 1.6 * torch.randn_like(x)) for x in (shown, other))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def ours() -> None:
         accuracy, tar = verification_accuracy(a, b, same), verification_tar(a, b, same, FAR)
-        found["ours"] = [accuracy.accuracy, accuracy.std, *tar]
+        results["ours"] = [accuracy.accuracy, accuracy.std, *tar]
 
     def plain() -> None:
-        found["plain"] = plain_folds(a.numpy(), b.numpy(), same.numpy())
+        results["plain"] = plain_folds(a.numpy(), b.numpy(), same.numpy())
 
     taken = medians({"ours": ours, "plain": plain}, repeats)
-    agree("folds", **found, within=1e-9)
+    agree("folds", **results, within=1e-9)
     return row("10 folds: accuracy and TAR@FAR", taken)
 
 
@@ -156,8 +156,8 @@ def plain_rates(threshold: float, distance: Array, same: Array) -> tuple[float, 
 # Templates and search, each side in a process of its own
 
 
-def draw(sizes: Sizes, folder: Path) -> None:
-    """Write lists and features like IJB-C's to files.
+def write_inputs(sizes: Sizes, folder: Path) -> None:
+    """Write synthetic lists and features like IJB-C's to files.
 
     Few templates have many images, an image is a still or one of some frames of a video, and images
     come in no order. Of the pairs, in ascending order, each probe meets its own subject's entry
@@ -189,11 +189,11 @@ def draw(sizes: Sizes, folder: Path) -> None:
     features.flush()
 
     probes = sizes.templates - sizes.subjects
-    own = subject[sizes.subjects :] * probes + np.arange(probes)
+    true_pairs = subject[sizes.subjects :] * probes + np.arange(probes)
     is_other = np.ones(sizes.subjects * probes, bool)
-    is_other[own] = False
+    is_other[true_pairs] = False
     others = rng.choice(np.flatnonzero(is_other), sizes.pairs - probes, replace=False)
-    code = np.sort(np.concatenate([own, others]))
+    code = np.sort(np.concatenate([true_pairs, others]))
     pairs = np.stack([code // probes, code % probes + sizes.subjects], 1)
     for name, array in {
         "templates": templates,
@@ -212,15 +212,15 @@ def apart(protocol: str, folder: Path, repeats: int) -> dict[str, Any]:
     sides = ("ours", "plain")
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     gigabytes: dict[str, list[float]] = {side: [] for side in sides}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for _ in range(repeats):
         for side in sides:
             command = [sys.executable, __file__, "--run", f"{protocol} {side}", str(folder)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            took, held, found[side] = json.loads(done.stdout)
+            took, held, results[side] = json.loads(done.stdout)
             seconds[side].append(took)
             gigabytes[side].append(held)
-    agree(protocol, **found, within=1e-3)
+    agree(protocol, **results, within=1e-3)
     return row(
         TITLES[protocol],
         {side: median(values) for side, values in seconds.items()},
@@ -233,9 +233,9 @@ def run(what: str, folder: Path) -> None:
     names, side = SIDES[what]
     arrays = [np.load(folder / f"{name}.npy") for name in names]
     start = time.perf_counter()
-    found = side(*arrays)
+    result = side(*arrays)
     seconds = time.perf_counter() - start
-    print(json.dumps([seconds, resident("VmHWM") / 1e9, found]))
+    print(json.dumps([seconds, resident("VmHWM") / 1e9, result]))
 
 
 def our_templates(*arrays: Array) -> list[float]:
@@ -271,9 +271,9 @@ def plain_templates(
 
 def our_search(embeddings: Array, subject: Array) -> list[float]:
     probes, ids, gallery, gallery_ids = map(torch.from_numpy, searched(embeddings, subject))
-    found = identification(probes, ids, gallery, gallery_ids, RANKS, FPIR)
-    assert found.tpir is not None
-    return found.rank + found.tpir
+    result = identification(probes, ids, gallery, gallery_ids, RANKS, FPIR)
+    assert result.tpir is not None
+    return result.rank + result.tpir
 
 
 def plain_search(embeddings: Array, subject: Array) -> list[float]:
@@ -285,11 +285,11 @@ def plain_search(embeddings: Array, subject: Array) -> list[float]:
     mated = np.isin(ids, gallery_ids)
     best = np.take_along_axis(scores, order[:, :1], 1)[:, 0]
     strangers = np.sort(best[~mated])[::-1]
-    found = [float(hit[mated, :rank].any(1).mean()) for rank in RANKS]
+    rates = [float(hit[mated, :rank].any(1).mean()) for rank in RANKS]
     for rate in FPIR:
         threshold = strangers[int(rate * len(strangers))]
-        found.append(float((hit[mated, 0] & (best[mated] > threshold)).mean()))
-    return found
+        rates.append(float((hit[mated, 0] & (best[mated] > threshold)).mean()))
+    return rates
 
 
 def searched(embeddings: Array, subject: Array) -> tuple[Array, Array, Array, Array]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from hydra.core.hydra_config import HydraConfig
-from numpy.typing import NDArray
 from omegaconf import DictConfig
-from rich.console import Console
 
 from fastface_lightning.cli import check_numbers, program
-from fastface_lightning.data import ImageFiles, find_images, read_landmarks
-from fastface_lightning.data.formats.names import write_names
-from fastface_lightning.inference.embedder import load_embedder
-from fastface_lightning.inference.embedding_file import embed_to_file
-from fastface_lightning.inference.protocols import stamp
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -33,24 +29,32 @@ def main(cfg: DictConfig) -> int:
     if cfg.landmarks is not None and listed.resolve() == Path(cfg.landmarks).resolve():
         raise ValueError(f"target must have another name, its list would replace {cfg.landmarks}")
     check_numbers(cfg, "batch_size", "num_workers")
+
+    import numpy as np
+    from rich.console import Console
+
+    from fastface_lightning.data import ImageFiles, find_images
+    from fastface_lightning.data.formats.names import write_names
+    from fastface_lightning.inference.embedder import load_embedder
+    from fastface_lightning.inference.embedding_file import (
+        embed_to_file,
+        embedding_key,
+        files_digest,
+    )
+
     embedder = load_embedder(
         cfg.checkpoint, cfg.network, cfg.device, mirror=cfg.mirror, batch_size=cfg.batch_size
     )
     names = find_images(root)
     points = None if cfg.landmarks is None else landmarks_of(names, cfg.landmarks)
     files = ImageFiles([str(root / name) for name in names], points)
-    digest = hashlib.sha256(embedder.fingerprint.encode())
-    digest.update(b"" if points is None else points.tobytes())
-    for path in files.paths:
-        digest.update(stamp(path))
-    rows = embed_to_file(
-        target, digest.hexdigest()[:16], files, len(files), embedder, embedder, cfg.num_workers
-    )
+    key = embedding_key(embedder, files_digest(files.paths, *[] if points is None else [points]))
+    rows = embed_to_file(target, key, files, len(files), embedder, embedder, cfg.num_workers)
     write_names(listed, names)
     bad = [files.why(int(i)) for i in np.flatnonzero(np.isnan(rows[:, 0]))]
     folder = Path(HydraConfig.get().runtime.output_dir)
-    found = {"target": str(target), "images": len(names), "bad": bad, "model": embedder.about}
-    (folder / "embed.json").write_text(json.dumps(found, indent=2) + "\n")
+    written = {"target": str(target), "images": len(names), "bad": bad, "model": embedder.about}
+    (folder / "embed.json").write_text(json.dumps(written, indent=2) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{target}: {rows.shape[0]:,} embeddings of {rows.shape[1]}", markup=False)
     for line in bad[:20]:
@@ -66,6 +70,10 @@ def landmarks_of(names: Sequence[str], file: str) -> NDArray[np.float64]:
     Raises:
         ValueError: the list lacks an image.
     """
+    import numpy as np
+
+    from fastface_lightning.data import read_landmarks
+
     listed = {face.name: face.points for face in read_landmarks(file)}
     absent = [name for name in names if name not in listed]
     if absent:

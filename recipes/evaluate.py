@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.markdown import Markdown
-from torch import Tensor
 
-from fastface_lightning.backbones.weights import read_about
 from fastface_lightning.cli import check_numbers, program
-from fastface_lightning.data import FaceDataModule
-from fastface_lightning.evaluation import roc_curve
-from fastface_lightning.files import write_text
-from fastface_lightning.inference.embedder import Embedder, load_embedder
-from fastface_lightning.inference.embedding_file import embed_to_file
-from fastface_lightning.inference.protocols import Pairs, Protocol, open_protocol
-from fastface_lightning.report.curves import plot_curves, plot_scores, thin_curve
-from fastface_lightning.report.image_grid import plot_pairs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastface_lightning.inference.embedder import Embedder
+    from fastface_lightning.inference.protocols import Outcome, Pairs, Protocol
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 WORST = 24  # pairs on a sheet
@@ -45,81 +37,93 @@ PUBLISHED = {
     ("webface12m", "iresnet50"): (99.80, 99.09, 97.92, 95.25, 96.85),
     ("webface12m", "iresnet100"): (99.83, 99.17, 98.02, 95.68, 97.20),
 }
-Curves = dict[str, tuple[Any, Any]]
-Found = dict[str, dict[str, Any]]
+Results = dict[str, dict[str, Any]]
 
 
 @program(config_path=CONF, config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate every set, write after each what is known so far, and print the table."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
     check_numbers(cfg, "batch_size", "num_workers")
-    if isinstance(cfg.verify, str):
-        cfg.verify = [cfg.verify]
-    paths = [] if cfg.verify is None else cfg.verify
-    if not isinstance(paths, Sequence) or not all(isinstance(path, str) for path in paths):
-        raise ValueError(f"verify must be a list of paths, as [lfw.bin,IJBC], got {cfg.verify}")
-    for path in paths:  # before what takes long
-        if not Path(path).exists():
-            raise ValueError(f"verify must name what is there, as DIR/lfw.bin, got {path}")
+    paths = verify_paths(cfg)
+
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from fastface_lightning.inference.embedder import load_embedder
+    from fastface_lightning.inference.protocols import Pairs
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
     embedder = load_embedder(
         cfg.checkpoint, cfg.network, cfg.device, mirror=cfg.mirror, batch_size=cfg.batch_size
     )
     cache = Path(cfg.cache or Path(cfg.checkpoint).parent / "embeddings")
-    found: Found = {}
-    curves: Curves = {}
-    scores: dict[str, tuple[Any, Any]] = {}
-    for protocol in protocols(cfg):
+    results: Results = {}
+    outcomes: dict[str, Outcome] = {}
+    for protocol in protocols(cfg, paths):
         started = time.perf_counter()
         features = embedded(protocol, embedder, cache, cfg.num_workers)
-        found[protocol.name] = protocol.evaluate(features)
-        found[protocol.name]["seconds"] = time.perf_counter() - started
-        if protocol.scores is not None and protocol.same is not None:
-            take_figures(protocol, curves, scores)
+        outcome = outcomes[protocol.name] = protocol.evaluate(features)
+        seconds = time.perf_counter() - started
+        results[protocol.name] = {**outcome.results, "seconds": seconds}
         if isinstance(protocol, Pairs):
-            draw_worst(protocol, folder / f"worst_{protocol.name}.png")
-        text = write(cfg, folder, embedder, found)
-    if curves:
-        plot_curves(folder / "roc.png", curves)
-    if scores:
-        plot_scores(folder / "scores.png", scores)
+            draw_worst(protocol, outcome, folder / f"worst_{protocol.name}.png")
+        text = write(cfg, folder, embedder, results)
+    draw_figures(outcomes, folder)
     console = Console()
     console.print(Markdown(text))
     console.print(f"evaluation.json, evaluation.md and figures are in {folder}", soft_wrap=True)
 
 
-def protocols(cfg: DictConfig) -> Iterator[Protocol]:
-    """The sets that are asked for, one at a time; without any, those that the run was verified on.
+def verify_paths(cfg: DictConfig) -> list[str]:
+    """The sets that the command names, before anything takes long.
+
+    Raises:
+        ValueError: something else than paths, or nothing is there.
+    """
+    paths = [cfg.verify] if isinstance(cfg.verify, str) else cfg.verify or []
+    if not isinstance(paths, Sequence) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"verify must be a list of paths, as [lfw.bin,IJBC], got {cfg.verify}")
+    for path in paths:
+        if not Path(path).exists():
+            raise ValueError(f"verify must name what is there, as DIR/lfw.bin, got {path}")
+    return list(paths)
+
+
+def protocols(cfg: DictConfig, paths: Sequence[str]) -> Iterator[Protocol]:
+    """The sets at ``paths``, one at a time; without any, those that the run was verified on.
 
     Raises:
         ValueError: there is none, or two have one name.
     """
     names = set()
-    for protocol in map(_opener(cfg), cfg.verify) if cfg.verify else run_sets(cfg.checkpoint):
+    for protocol in opened(paths, cfg.verify_root) if paths else run_sets(cfg.checkpoint):
         if protocol.name in names:
             raise ValueError(f"sets must have different names, got {protocol.name} twice")
         names.add(protocol.name)
         yield protocol
 
 
-def _opener(cfg: DictConfig) -> Callable[[str], Protocol]:
-    def opened(path: str) -> Protocol:
-        try:
-            return open_protocol(path, cfg.verify_root)
-        except ValueError as error:  # a setting has another name here
-            raise ValueError(str(error).replace("image_root", "verify_root")) from error
+def opened(paths: Sequence[str], verify_root: str | None) -> Iterator[Protocol]:
+    from fastface_lightning.inference.protocols import open_protocol
 
-    return opened
+    for path in paths:
+        try:
+            yield open_protocol(path, verify_root)
+        except ValueError as error:  # the setting has another name here
+            raise ValueError(str(error).replace("image_root", "verify_root")) from error
 
 
 def run_sets(checkpoint: str) -> Iterator[Protocol]:
     """The verification sets of the run that a checkpoint comes from."""
+    from fastface_lightning.backbones.weights import read_about
+    from fastface_lightning.inference.protocols import Pairs
+
     about = {} if Path(checkpoint).suffix.lower() == ".onnx" else read_about(checkpoint)
     if "config" not in about:
         raise ValueError(
             f"verify must name sets, as [lfw.bin]: {checkpoint} does not say which its run had"
         )
-    data: FaceDataModule = instantiate(about["config"]["data"])
+    data = instantiate(about["config"]["data"])
     data.setup()
     if not data.sets:
         raise ValueError(f"verify must name sets, as [lfw.bin]: the run of {checkpoint} had none")
@@ -128,9 +132,14 @@ def run_sets(checkpoint: str) -> Iterator[Protocol]:
 
 
 def embedded(protocol: Protocol, embedder: Embedder, cache: Path, num_workers: int) -> Tensor:
-    """(count, D) features of a set's images, from their file if this model has met them before."""
+    """(count, D) features of a set's images, from their file if this model has embedded them."""
+    import torch
+
+    from fastface_lightning.inference.embedding_file import embed_to_file, embedding_key
+    from fastface_lightning.inference.protocols import Pairs
+
     print(f"{protocol.name}: {protocol.count:,} images", flush=True)
-    key = hashlib.sha256((embedder.fingerprint + protocol.digest()).encode()).hexdigest()[:16]
+    key = embedding_key(embedder, protocol.digest())
     rows = embed_to_file(
         cache / f"{protocol.name}-{key}.npy",
         key,
@@ -144,59 +153,72 @@ def embedded(protocol: Protocol, embedder: Embedder, cache: Path, num_workers: i
     return torch.from_numpy(rows)
 
 
-def take_figures(protocol: Protocol, curves: Curves, scores: dict[str, tuple[Any, Any]]) -> None:
-    """What the figures show of a set."""
-    assert protocol.scores is not None and protocol.same is not None
-    same, other = protocol.scores[protocol.same], protocol.scores[~protocol.same]
-    scores[protocol.name] = (same.numpy(), other.numpy())
-    if len(same) and len(other):
-        roc = roc_curve(protocol.scores, protocol.same)
-        taken = thin_curve(roc.far)
-        curves[protocol.name] = (roc.far[taken], roc.tar[taken])
+def draw_figures(outcomes: dict[str, Outcome], folder: Path) -> None:
+    """roc.png and scores.png of the sets that have pairs."""
+    from fastface_lightning.evaluation import roc_curve
+    from fastface_lightning.report.curves import plot_curves, plot_scores, thin_curve
+
+    curves, scores = {}, {}
+    for name, (_, cosines, same) in outcomes.items():
+        if len(cosines) == 0:
+            continue
+        scores[name] = (cosines[same].numpy(), cosines[~same].numpy())
+        if same.any() and not same.all():
+            roc = roc_curve(cosines, same)
+            taken = thin_curve(roc.far)
+            curves[name] = (roc.far[taken], roc.tar[taken])
+    if curves:
+        plot_curves(folder / "roc.png", curves)
+    if scores:
+        plot_scores(folder / "scores.png", scores)
 
 
-def draw_worst(protocol: Pairs, file: Path) -> None:
+def draw_worst(protocol: Pairs, outcome: Outcome, file: Path) -> None:
     """A picture of the pairs that the model gets most wrong."""
-    worst = protocol.worst(WORST)
-    assert protocol.scores is not None and protocol.same is not None
+    from fastface_lightning.inference.protocols import worst_pairs
+    from fastface_lightning.report.image_grid import plot_pairs
+
+    worst = worst_pairs(outcome, WORST)
     plot_pairs(
         file,
         [protocol.pairs.images[2 * i : 2 * i + 2] for i in worst],
-        [bool(protocol.same[i]) for i in worst],
-        [f"pair {i}: {protocol.scores[i]:.3f}" for i in worst],
+        [bool(outcome.same[i]) for i in worst],
+        [f"pair {i}: {outcome.scores[i]:.3f}" for i in worst],
         f"{protocol.name}: the pairs most mistaken, with their cosines",
     )
 
 
-def write(cfg: DictConfig, folder: Path, embedder: Embedder, found: Found) -> str:
+def write(cfg: DictConfig, folder: Path, embedder: Embedder, results: Results) -> str:
     """Write evaluation.json and evaluation.md; returns the latter's text."""
+    from fastface_lightning.files import write_text
+
     written = {
         "checkpoint": str(cfg.checkpoint),
         "mirror": cfg.mirror,
         "model": embedder.about,
-        "sets": found,
+        "sets": results,
     }
     write_text(folder / "evaluation.json", json.dumps(written, indent=2) + "\n")
     how = "" if cfg.mirror else ", without mirror images"
-    text = f"# {cfg.checkpoint}{how}\n\n{headline(embedder.about, found)}\n"
-    text += "".join(f"\n{details(name, result)}\n" for name, result in found.items())
+    text = f"# {cfg.checkpoint}{how}\n\n{headline(embedder.about, results)}\n"
+    text += "".join(f"\n{details(name, result)}\n" for name, result in results.items())
     write_text(folder / "evaluation.md", text)
     return text
 
 
-def headline(about: dict[str, Any], found: Found) -> str:
+def headline(about: dict[str, Any], results: Results) -> str:
     """The paper's columns, this model and what was published for its data and backbone (or all that
     was), percent; sets that the paper has not come after them."""
-    numbers = {name: percent(headline_number(result)) for name, result in found.items()}
-    columns = COLUMNS if found.keys() & COLUMNS.keys() else {}
-    others = [name for name in found if name not in COLUMNS]
+    numbers = {name: percent(headline_number(result)) for name, result in results.items()}
+    columns = COLUMNS if results.keys() & COLUMNS.keys() else {}
+    others = [name for name in results if name not in COLUMNS]
     rows = [["this model", *(numbers.get(name, "") for name in (*columns, *others))]]
-    this = (about.get("data"), about.get("network", {}).get("name"))
+    model = (about.get("data"), about.get("network", {}).get("name"))
     for key, published in PUBLISHED.items():
-        if columns and (key == this or this not in PUBLISHED):
+        if columns and (key == model or model not in PUBLISHED):
             label = f"published: {key[1].replace('iresnet', 'r')}, {key[0]}"
             rows.append([label, *(f"{value:.2f}" for value in published), *("" for _ in others)])
-    rank_1 = {name for name in others if found[name]["protocol"] == "identities"}
+    rank_1 = {name for name in others if results[name]["protocol"] == "identities"}
     titles = [f"{name} rank 1" if name in rank_1 else name for name in others]
     return table(["%", *columns.values(), *titles], rows)
 
@@ -222,7 +244,9 @@ def details(name: str, result: dict[str, Any]) -> str:
         if folds:
             rows.append(["TAR at FAR 0.001, ten folds", spread(folds["tar"], folds["std"])])
     for far, tar in result.get("tar", {}).items():
-        rows.append([f"TAR at FAR {float(far):g}", f"{percent(tar)} %"])
+        threshold = result["cosine_thresholds"][far]
+        accepts = "" if threshold is None else f", cosine {threshold:.4f} or more"
+        rows.append([f"TAR at FAR {float(far):g}", f"{percent(tar)} %{accepts}"])
     if "auc" in result and result["auc"] is None:
         rows.append(["rates", "none: all pairs are of one kind"])
     if result.get("auc") is not None:

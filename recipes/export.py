@@ -8,11 +8,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 
 from fastface_lightning.cli import program
-from fastface_lightning.inference.embedder import TorchEmbedder, load_embedder
-from fastface_lightning.inference.export import check_target, export
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -20,6 +17,12 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 @program(config_path=CONF, config_name="export")
 def main(cfg: DictConfig) -> None:
     """Export, print what is in the file, leave export.json."""
+    from rich.console import Console
+
+    from fastface_lightning.inference.embedder import load_embedder
+    from fastface_lightning.inference.export import check_target, export
+    from fastface_lightning.inference.torch_embedder import TorchEmbedder
+
     target = Path(cfg.target)
     check_target(target, cfg.uint8)
     embedder = load_embedder(cfg.checkpoint, cfg.network, device="cpu")

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 
 from fastface_lightning.backbones import build_backbone
@@ -50,3 +52,25 @@ def save_checkpoint(file: Path, model: nn.Module, run: dict[str, Any] | None = R
 def noise(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, 112, 112), dtype=torch.uint8, generator=generator)
+
+
+def onnx_file(
+    file: Path, inputs: list[Any], output: list[Any] = ("N", 3), op: str = "ReduceMean"
+) -> Path:
+    """A graph that gives the mean of each channel, or something else, of inputs so described."""
+    values = [helper.make_tensor_value_info(n, t, s) for n, t, s in inputs]
+    nodes = [helper.make_node("Cast", [inputs[0][0]], ["floats"], to=TensorProto.FLOAT)]
+    if op == "ReduceMean":
+        axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
+        nodes.append(helper.make_node(op, ["floats", "axes"], ["out"], keepdims=0))
+    else:
+        axes = None
+        nodes.append(helper.make_node(op, ["floats"], ["out"]))
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, list(output))
+    graph = helper.make_graph(nodes, "g", values, [out], [axes] if axes else [])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, file)
+    return file
+
+
+FLOATS = ("images", TensorProto.FLOAT, ["N", 3, 112, 112])

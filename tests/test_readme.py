@@ -18,8 +18,9 @@ from PIL import Image
 from programs import load
 
 from fastface_lightning.data import write_verification_bin
-from fastface_lightning.inference.embedder import TorchEmbedder, load_embedder
+from fastface_lightning.inference.embedder import load_embedder
 from fastface_lightning.inference.export import export
+from fastface_lightning.inference.torch_embedder import TorchEmbedder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

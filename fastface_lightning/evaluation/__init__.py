@@ -3,17 +3,17 @@
 from .identification import Identification, IdentificationResult, identification
 from .roc import (
     ROC,
-    ROCAUC,
-    EqualErrorRate,
+    OperatingPoint,
     ROCCurve,
     TARAtFAR,
     all_pairs,
     equal_error_rate,
+    operating_points,
     roc_auc,
     roc_curve,
     tar_at_far,
 )
-from .templates import TemplateVerification, template_embeddings, template_scores
+from .templates import template_embeddings, template_scores
 from .verification import (
     VerificationAccuracy,
     VerificationResult,
@@ -24,19 +24,18 @@ from .verification import (
 
 __all__ = [
     "ROC",
-    "ROCAUC",
-    "EqualErrorRate",
     "Identification",
     "IdentificationResult",
+    "OperatingPoint",
     "ROCCurve",
     "TARAtFAR",
-    "TemplateVerification",
     "VerificationAccuracy",
     "VerificationResult",
     "VerificationTAR",
     "all_pairs",
     "equal_error_rate",
     "identification",
+    "operating_points",
     "roc_auc",
     "roc_curve",
     "tar_at_far",

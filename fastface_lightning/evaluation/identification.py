@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from .verification import pair_numbers, protocol_order
+from .checks import check_column, check_embeddings, check_fraction
+from .row_metric import RowMetric
 
 
 class IdentificationResult(NamedTuple):
@@ -91,9 +90,11 @@ def identification(
         >>> identification(probes, ids, gallery, torch.tensor([0, 1, 2]), ranks=(1, 2), fpir=[1.0])
         IdentificationResult(rank=[0.5, 1.0], tpir=[0.5], mated=2, unmated=1)
     """
-    _check_wanted(ranks, fpir)
-    _check_embeddings(probes, probe_ids, "probes")
-    _check_embeddings(gallery, gallery_ids, "gallery")
+    _check_rates(ranks, fpir)
+    check_embeddings(probes, "probes")
+    check_embeddings(gallery, "gallery")
+    check_column(probe_ids, "probe_ids", len(probes), torch.int64)
+    check_column(gallery_ids, "gallery_ids", len(gallery), torch.int64)
     if probes.shape[1] != gallery.shape[1] or probes.dtype != gallery.dtype:
         raise ValueError(
             "probes and gallery must share one width and dtype, "
@@ -115,67 +116,47 @@ def identification(
             return products
         return torch.segment_reduce(products, "max", lengths=entries, axis=0)
 
-    # The own score comes out of the product it is compared with, so equal scores are equal.
-    own, place = [], []
+    # The true score comes out of the product it is compared with, so equal scores are equal.
+    true_scores, places = [], []
     for rows in is_mated.nonzero().squeeze(1).split(at_once):
         score = scores(rows)
-        mine = score.gather(0, torch.searchsorted(ids, probe_ids[rows])[None])
-        own.append(mine.squeeze(0))
-        place.append((score >= mine).sum(0))
+        true_score = score.gather(0, torch.searchsorted(ids, probe_ids[rows])[None])
+        true_scores.append(true_score.squeeze(0))
+        places.append((score >= true_score).sum(0))
     best = [scores(rows).amax(0) for rows in (~is_mated).nonzero().squeeze(1).split(at_once)]
-    return _rates(torch.cat(own), torch.cat(place), torch.cat(best), ranks, fpir)
+    return _rates(torch.cat(true_scores), torch.cat(places), torch.cat(best), ranks, fpir)
 
 
 def _rates(
-    own: Tensor, place: Tensor, best: Tensor, ranks: Sequence[int], fpir: Sequence[float]
+    true_scores: Tensor, places: Tensor, best: Tensor, ranks: Sequence[int], fpir: Sequence[float]
 ) -> IdentificationResult:
     """Count hits, given score and place of each mated probe and the best score of the others."""
-    mated, unmated = len(own), len(best)
-    rank = [(place <= r).double().mean().item() for r in ranks]
+    mated, unmated = len(true_scores), len(best)
+    rank = [(places <= r).double().mean().item() for r in ranks]
     if unmated == 0:
         return IdentificationResult(rank, None, mated, unmated)
-    found = own[place == 1]
+    first = true_scores[places == 1]
     # All unmated probes may raise an alarm where k = |U|, so the last threshold is below any score.
     lowest = best.new_tensor([-torch.inf])
     thresholds = torch.cat([best.sort(descending=True).values, lowest])
     share = torch.arange(1, unmated + 1, dtype=torch.float64) / unmated
     allowed = [int((share <= f).sum()) for f in fpir]
-    tpir = [int((found > thresholds[k]).sum()) / mated for k in allowed]
+    tpir = [int((first > thresholds[k]).sum()) / mated for k in allowed]
     return IdentificationResult(rank, tpir, mated, unmated)
 
 
-def _check_wanted(ranks: Sequence[int], fpir: Sequence[float]) -> None:
+def _check_rates(ranks: Sequence[int], fpir: Sequence[float]) -> None:
     for r in ranks:
         if r < 1:
             raise ValueError(f"ranks must be at least 1, got {r}")
     for f in fpir:
-        if not 0 <= f <= 1:
-            raise ValueError(f"fpir must lie in [0, 1], got {f}")
+        check_fraction(f, "fpir")
 
 
-def _check_embeddings(embeddings: Tensor, ids: Tensor, name: str) -> None:
-    if embeddings.ndim != 2 or not embeddings.is_floating_point():
-        raise ValueError(
-            f"{name} must be (n, D) float, got {tuple(embeddings.shape)} {embeddings.dtype}"
-        )
-    if ids.shape != embeddings.shape[:1] or ids.dtype != torch.int64:
-        raise ValueError(
-            f"ids must be ({len(embeddings)},) int64, one for each of {name}, "
-            f"got {tuple(ids.shape)} {ids.dtype}"
-        )
-    broken = (~embeddings.isfinite().all(1)).nonzero()
-    if len(broken) > 0:
-        raise ValueError(f"{name} must be finite, got NaN or infinity in row {int(broken[0])}")
-
-
-class Identification(Metric):
+class Identification(RowMetric):
     """:func:`identification` of embeddings that arrive in batches, on one process or many.
 
-    The order of the rows does not matter. Where a sampler spreads them over processes, give each
-    row's number as ``index``: the repetitions by which a distributed sampler fills its last batch
-    are then dropped. All embeddings are kept. Call ``update`` with each batch rather than the
-    metric itself: a batch alone has no gallery.
-
+    The order of the rows does not matter; all embeddings are kept, see :class:`RowMetric`.
     ``compute()`` gives a dict of scalars, one a rank and one a rate, ready for ``self.log_dict``::
 
         {"rank_1": tensor(0.97), "rank_5": tensor(0.98), "tpir_0.01": tensor(0.94), ...}
@@ -191,8 +172,7 @@ class Identification(Metric):
         result: the :class:`IdentificationResult` of the last ``compute()``, None before.
 
     Raises:
-        ValueError: in the cases of :func:`identification`, or from ``compute()`` if only some
-            updates had an ``index``.
+        ValueError: in the cases of :class:`RowMetric` and of :func:`identification`.
 
     Example:
         >>> metric = Identification(ranks=[1])
@@ -202,26 +182,16 @@ class Identification(Metric):
         {'rank_1': tensor(0.5000)}
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-
-    embeddings: list[Tensor]
-    ids: list[Tensor]
-    is_gallery: list[Tensor]
-    index: list[Tensor]
+    columns = ("embeddings", "ids", "is_gallery")
+    result: IdentificationResult | None = None
 
     def __init__(
         self, ranks: Sequence[int] = (1, 5), fpir: Sequence[float] = (0.01, 0.1), **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        _check_wanted(ranks, fpir)
+        _check_rates(ranks, fpir)
         self.ranks, self.fpir = ranks, fpir
-        self.result: IdentificationResult | None = None
-        self.add_state("embeddings", [], dist_reduce_fx="cat")
-        self.add_state("ids", [], dist_reduce_fx="cat")
-        self.add_state("is_gallery", [], dist_reduce_fx="cat")
-        self.add_state("index", [], dist_reduce_fx="cat")
 
     def update(
         self, embeddings: Tensor, ids: Tensor, is_gallery: Tensor, index: Tensor | None = None
@@ -234,37 +204,17 @@ class Identification(Metric):
             is_gallery: whether a row is enrolled, (n,) bool; the others are searched for.
             index: number of each row in the whole set, (n,) int64, at least 0.
         """
-        _check_embeddings(embeddings, ids, "embeddings")
-        if is_gallery.shape != ids.shape or is_gallery.dtype != torch.bool:
-            raise ValueError(
-                f"is_gallery must be ({len(ids)},) bool, one for each row, "
-                f"got {tuple(is_gallery.shape)} {is_gallery.dtype}"
-            )
-        index = pair_numbers(index, ids)  # refused before anything is kept
-        self.embeddings.append(embeddings.detach())
-        self.ids.append(ids)
-        self.is_gallery.append(is_gallery)
-        self.index.append(index)
+        check_embeddings(embeddings)
+        check_column(ids, "ids", len(embeddings), torch.int64)
+        check_column(is_gallery, "is_gallery", len(embeddings), torch.bool)
+        self.keep(index, embeddings, ids, is_gallery)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the rates by name, each a scalar."""
-        order = protocol_order(dim_zero_cat(self.index))
-        is_gallery = dim_zero_cat(self.is_gallery)[order]
-        enrolled, searched = order[is_gallery], order[~is_gallery]
-        embeddings, ids = dim_zero_cat(self.embeddings), dim_zero_cat(self.ids)
-        self.result = identification(
-            embeddings[searched],
-            ids[searched],
-            embeddings[enrolled],
-            ids[enrolled],
-            self.ranks,
-            self.fpir,
-        )
+        embeddings, ids, is_gallery = self.rows()
+        probes, gallery = ((embeddings[side], ids[side]) for side in (~is_gallery, is_gallery))
+        self.result = identification(*probes, *gallery, self.ranks, self.fpir)
         rates = {f"rank_{r}": v for r, v in zip(self.ranks, self.result.rank, strict=True)}
         if self.result.tpir is not None:
             rates |= {f"tpir_{f}": v for f, v in zip(self.fpir, self.result.tpir, strict=True)}
         return {name: torch.tensor(rate, device=self.device) for name, rate in rates.items()}
-
-    def reset(self) -> None:
-        super().reset()
-        self.result = None

@@ -9,12 +9,10 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from .verification import check_far, check_finite, check_same, pair_numbers, protocol_order
+from .checks import check_column, check_finite, check_fraction
+from .row_metric import RowMetric
 
 
 class ROC(NamedTuple):
@@ -69,12 +67,23 @@ def roc_curve(scores: Tensor, same: Tensor) -> ROC:
     )
 
 
-@overload
-def tar_at_far(scores: Tensor, same: Tensor, far: float) -> float: ...
-@overload
-def tar_at_far(scores: Tensor, same: Tensor, far: Sequence[float]) -> list[float]: ...
-def tar_at_far(scores: Tensor, same: Tensor, far: float | Sequence[float]) -> float | list[float]:
-    """True accept rate at the ROC point nearest in FAR, as IJB-B and IJB-C report it.
+class OperatingPoint(NamedTuple):
+    """A point of the ROC.
+
+    Attributes:
+        far: false accept rate, a fraction.
+        tar: true accept rate, a fraction.
+        threshold: the lowest score accepted there, so that ``score >= threshold`` gives both rates;
+            infinity where none is.
+    """
+
+    far: float
+    tar: float
+    threshold: float
+
+
+def operating_points(scores: Tensor, same: Tensor, far: Sequence[float]) -> list[OperatingPoint]:
+    """The ROC point nearest in FAR to each of ``far``, as IJB-B and IJB-C report it.
 
     Of points with equal FAR the one with the largest TAR counts. Where two FARs are equally near,
     one below and one above, the one above counts. With N pairs of two persons FARs are multiples of
@@ -85,13 +94,15 @@ def tar_at_far(scores: Tensor, same: Tensor, far: float | Sequence[float]) -> fl
     points on straight lines unless told not to, and the nearest point that is left then may have
     another FAR, and another TAR.
 
+    By selection in O(n), as only the scores around each of ``far`` need their place.
+
     Args:
         scores: likeness of each pair, (n,) float of any range, finite.
         same: whether a pair shows one person, (n,) bool; both kinds must occur.
-        far: wanted false accept rate, a fraction in [0, 1], or several.
+        far: wanted false accept rates, fractions in [0, 1].
 
     Returns:
-        The true accept rate, a fraction; for several ``far`` a list of them.
+        A point for each of ``far``, in their order.
 
     Raises:
         ValueError: in the cases of :func:`roc_curve`, or if a ``far`` lies outside [0, 1].
@@ -101,17 +112,57 @@ def tar_at_far(scores: Tensor, same: Tensor, far: float | Sequence[float]) -> fl
         Benchmark - C, 2018: 1:1 verification.
 
     Example:
+        >>> scores = torch.tensor([0.875, 0.75, 0.5, 0.25])
+        >>> operating_points(scores, torch.tensor([True, False, True, False]), [0.4])
+        [OperatingPoint(far=0.5, tar=1.0, threshold=0.5)]
+    """
+    for value in far:
+        check_fraction(value, "far")
+    _check_pairs(scores, same)
+    scores, same = scores.detach().cpu(), same.cpu()
+    values = scores.to(torch.promote_types(scores.dtype, torch.float32)).numpy()
+    genuine, impostor = values[same.numpy()], values[~same.numpy()]
+    n = len(impostor)
+    places = [max(0, n - 1 - int(value * n)) for value in far]
+    ranked = np.partition(impostor, np.array(places, np.int64))
+    points = []
+    for value, place in zip(far, places, strict=True):
+        limit = ranked[place]  # what is above it is accepted
+        below = np.count_nonzero(impostor > limit) / n  # the two FARs around the wanted one
+        above = np.count_nonzero(impostor >= limit) / n
+        if value - below >= above - value:  # equal scores pass too: the next lower is the limit
+            below, limit = above, impostor[impostor < limit].max(initial=-np.inf)
+        tar = float((genuine > limit).mean())
+        lowest = min(side[side > limit].min(initial=np.inf) for side in (genuine, impostor))
+        points.append(OperatingPoint(float(below), tar, float(lowest)))
+    return points
+
+
+@overload
+def tar_at_far(scores: Tensor, same: Tensor, far: float) -> float: ...
+@overload
+def tar_at_far(scores: Tensor, same: Tensor, far: Sequence[float]) -> list[float]: ...
+def tar_at_far(scores: Tensor, same: Tensor, far: float | Sequence[float]) -> float | list[float]:
+    """True accept rate at the ROC point nearest in FAR, see :func:`operating_points`.
+
+    Args:
+        scores: likeness of each pair, (n,) float of any range, finite.
+        same: whether a pair shows one person, (n,) bool; both kinds must occur.
+        far: wanted false accept rate, a fraction in [0, 1], or several.
+
+    Returns:
+        The true accept rate, a fraction; for several ``far`` a list of them.
+
+    Raises:
+        ValueError: in the cases of :func:`operating_points`.
+
+    Example:
         >>> scores = torch.tensor([0.9, 0.7, 0.6, 0.1])
         >>> same = torch.tensor([True, False, True, False])
         >>> tar_at_far(scores, same, [0.1, 0.4])
         [0.5, 1.0]
     """
-    wanted = _wanted(far)
-    _check_pairs(scores, same)
-    scores, same = scores.detach().cpu(), same.cpu()
-    values = scores.to(torch.promote_types(scores.dtype, torch.float32)).numpy()
-    right, wrong = values[same.numpy()], values[~same.numpy()]
-    tar = [float((right > limit).mean()) for limit in _limits(wrong, wanted)]
+    tar = [point.tar for point in operating_points(scores, same, _several(far))]
     return tar[0] if isinstance(far, float | int) else tar
 
 
@@ -233,66 +284,17 @@ def _check_pairs(scores: Tensor, same: Tensor) -> None:
 def _check_scores(scores: Tensor, same: Tensor) -> None:
     if scores.ndim != 1 or not scores.is_floating_point():
         raise ValueError(f"scores must be (n,) float, got {tuple(scores.shape)} {scores.dtype}")
-    check_same(same, len(scores))
+    check_column(same, "same", len(scores), torch.bool)
 
 
-def _wanted(far: float | Sequence[float]) -> list[float]:
-    """Return one or several wanted FARs as a list, refusing what is no fraction."""
-    wanted = [far] if isinstance(far, float | int) else [float(value) for value in far]
-    for value in wanted:
-        check_far(value)
-    return wanted
+def _several(far: float | Sequence[float]) -> Sequence[float]:
+    return [far] if isinstance(far, float | int) else far
 
 
-def _limits(wrong: NDArray[Any], wanted: list[float]) -> list[float]:
-    """Return the score above which pairs pass at the ROC point nearest to each wanted FAR.
+class PairScores(RowMetric):
+    """Scores of pairs that arrive in batches, in any order, on one process or many."""
 
-    By selection in O(n), as only the scores around each wanted FAR need their place: ``wrong`` are
-    the (n,) scores of pairs of two persons, of which those above a limit are accepted.
-    """
-    n = len(wrong)
-    places = [max(0, n - 1 - int(far * n)) for far in wanted]
-    ranked = np.partition(wrong, np.array(places, np.int64))
-    limits = []
-    for far, place in zip(wanted, places, strict=True):
-        score = ranked[place]
-        below = np.count_nonzero(wrong > score) / n  # the two FARs around the wanted one
-        above = np.count_nonzero(wrong >= score) / n
-        if far - below >= above - far:  # equal scores pass too, so the next lower one is the limit
-            score = wrong[wrong < score].max(initial=-np.inf)
-        limits.append(float(score))
-    return limits
-
-
-class PairScores(Metric):
-    """Scores of pairs that arrive in batches, on one process or many; ``compute()`` is to be given.
-
-    The order of the pairs does not matter. Where a sampler spreads the pairs over processes, give
-    each pair's number as ``index``: the repetitions by which a distributed sampler fills its last
-    batch are then dropped. Every process must update at least once; an empty batch will do. Call
-    ``update`` rather than the metric itself: a batch alone may lack one kind of pair, and then has
-    no value.
-
-    Args:
-        kwargs: passed on to :class:`torchmetrics.Metric`.
-
-    Raises:
-        ValueError: from ``compute()`` in the cases of :func:`roc_curve`, or if only some updates
-            had an ``index``.
-    """
-
-    is_differentiable = False
-    full_state_update = False
-
-    scores: list[Tensor]
-    same: list[Tensor]
-    index: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("scores", [], dist_reduce_fx="cat")
-        self.add_state("same", [], dist_reduce_fx="cat")
-        self.add_state("index", [], dist_reduce_fx="cat")
+    columns = ("scores", "same")
 
     def update(self, scores: Tensor, same: Tensor, index: Tensor | None = None) -> None:
         """Add n pairs.
@@ -303,19 +305,11 @@ class PairScores(Metric):
             index: number of each pair in the whole set, (n,) int64, at least 0.
         """
         _check_scores(scores, same)
-        index = pair_numbers(index, same)  # refused before anything is kept
-        self.scores.append(scores.detach())
-        self.same.append(same)
-        self.index.append(index)
-
-    def _pairs(self) -> tuple[Tensor, Tensor]:
-        """Return scores and labels of all pairs, each pair once, (n,) both."""
-        order = protocol_order(dim_zero_cat(self.index))
-        return dim_zero_cat(self.scores)[order], dim_zero_cat(self.same)[order]
+        self.keep(index, scores, same)
 
 
 class TARAtFAR(PairScores):
-    """:func:`tar_at_far` of pairs that arrive in batches, see :class:`PairScores`.
+    """:func:`tar_at_far` of pairs that arrive in batches, see :class:`RowMetric`.
 
     ``compute()`` gives a scalar, or (k,) for k values of ``far``.
 
@@ -324,7 +318,8 @@ class TARAtFAR(PairScores):
         kwargs: passed on to :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: if a ``far`` lies outside [0, 1]; else see :class:`PairScores`.
+        ValueError: if a ``far`` lies outside [0, 1]; in the cases of :class:`RowMetric`, and from
+            ``compute()`` in those of :func:`roc_curve`.
 
     Example:
         >>> metric = TARAtFAR(far=[0.1, 0.4])
@@ -338,37 +333,21 @@ class TARAtFAR(PairScores):
 
     def __init__(self, far: float | Sequence[float] = 1e-4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _wanted(far)
+        for value in _several(far):
+            check_fraction(value, "far")
         self.far = far
 
     def compute(self) -> Tensor:
         """Return the true accept rate at each wanted ``far``, a scalar or (k,)."""
-        return torch.tensor(tar_at_far(*self._pairs(), self.far), device=self.device)
-
-
-class EqualErrorRate(PairScores):
-    """:func:`equal_error_rate` of pairs that arrive in batches, see :class:`PairScores`."""
-
-    higher_is_better = False
-
-    def compute(self) -> Tensor:
-        """Return the rate, a scalar."""
-        return torch.tensor(equal_error_rate(*self._pairs()), device=self.device)
-
-
-class ROCAUC(PairScores):
-    """:func:`roc_auc` of pairs that arrive in batches, see :class:`PairScores`."""
-
-    higher_is_better = True
-
-    def compute(self) -> Tensor:
-        """Return the area, a scalar."""
-        return torch.tensor(roc_auc(*self._pairs()), device=self.device)
+        scores, same = self.rows()
+        points = operating_points(scores, same, _several(self.far))
+        tar = torch.tensor([point.tar for point in points], device=self.device)
+        return tar[0] if isinstance(self.far, float | int) else tar
 
 
 class ROCCurve(PairScores):
-    """:func:`roc_curve` of pairs that arrive in batches, see :class:`PairScores`."""
+    """:func:`roc_curve` of pairs that arrive in batches, see :class:`RowMetric`."""
 
     def compute(self) -> ROC:
         """Return all points of the ROC."""
-        return roc_curve(*self._pairs())
+        return roc_curve(*self.rows())

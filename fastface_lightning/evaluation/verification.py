@@ -4,10 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-_UNNUMBERED = -1
+from .checks import check_column, check_finite, check_fraction
+from .row_metric import RowMetric
 
 
 class VerificationResult(NamedTuple):
@@ -122,7 +121,7 @@ def verification_tar(
         >>> verification_tar(a, b, torch.tensor([True, False, True, False]), far=0, folds=2)
         VerificationTAR(tar=1.0, std=0.0, far=0.0)
     """
-    check_far(far)
+    check_fraction(far, "far")
     distance, same, fold = _in_folds(_squared_distance(a, b, same), same, folds)
     positives = fold[same].bincount(minlength=folds)
     negatives = fold[~same].bincount(minlength=folds)
@@ -143,15 +142,11 @@ def verification_tar(
     return VerificationTAR(tar.mean().item(), tar.std(correction=0).item(), false.mean().item())
 
 
-class VerificationAccuracy(Metric):
+class VerificationAccuracy(RowMetric):
     """:func:`verification_accuracy` of pairs that arrive in batches, on one process or many.
 
-    The folds follow the order of the pairs. On one process that is the order of the updates; where
-    a sampler spreads the pairs over processes, give each pair's number as ``index``: the pairs are
-    then sorted by it, and the repetitions by which a distributed sampler fills its last batch are
-    dropped. Only one distance a pair is kept.
-
-    ``compute()`` gives the mean accuracy and leaves the rest in ``result``::
+    The folds follow the order of the pairs, see :class:`RowMetric`. Only one distance a pair is
+    kept. ``compute()`` gives the mean accuracy and leaves the rest in ``result``::
 
         self.log("lfw", metric.compute())
         self.log("lfw_std", metric.result.std)
@@ -164,29 +159,21 @@ class VerificationAccuracy(Metric):
         result: the :class:`VerificationResult` of the last ``compute()``, None before.
 
     Raises:
-        ValueError: from ``compute()`` in the cases of :func:`verification_accuracy`, or if only
-            some updates had an ``index``.
+        ValueError: in the cases of :class:`RowMetric`, and from ``compute()`` in those of
+            :func:`verification_accuracy`.
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-
-    distance: list[Tensor]
-    same: list[Tensor]
-    index: list[Tensor]
+    columns = ("distance", "same")
+    result: VerificationResult | None = None
 
     def __init__(self, folds: int = 10, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         _check_folds(folds)
         self.folds = folds
-        self.result: VerificationResult | None = None
-        self.add_state("distance", [], dist_reduce_fx="cat")
-        self.add_state("same", [], dist_reduce_fx="cat")
-        self.add_state("index", [], dist_reduce_fx="cat")
 
     def update(self, a: Tensor, b: Tensor, same: Tensor, index: Tensor | None = None) -> None:
-        """Add n pairs: ``a``, ``b`` (n, D) unit embeddings, ``same`` (n,) bool.
+        """Add n pairs.
 
         Args:
             a: unit embeddings of the first images, (n, D) float.
@@ -194,70 +181,13 @@ class VerificationAccuracy(Metric):
             same: whether a pair shows one person, (n,) bool.
             index: number of each pair in the whole set, (n,) int64, at least 0.
         """
-        distance = _squared_distance(a, b, same)
-        index = pair_numbers(index, same)  # refused before anything is kept
-        self.distance.append(distance)
-        self.same.append(same)
-        self.index.append(index)
+        self.keep(index, _squared_distance(a, b, same), same)
 
     def compute(self) -> Tensor:
         """Return the mean accuracy over the folds, a scalar."""
-        order = protocol_order(dim_zero_cat(self.index))
-        distance, same = dim_zero_cat(self.distance)[order], dim_zero_cat(self.same)[order]
+        distance, same = self.rows()
         self.result = _cross_validate(distance, same, self.folds)
         return torch.tensor(self.result.accuracy, device=self.device)
-
-    def reset(self) -> None:
-        super().reset()
-        self.result = None
-
-
-def check_same(same: Tensor, n: int) -> None:
-    """Refuse labels that are not one bool for each of n pairs."""
-    if same.shape != (n,) or same.dtype != torch.bool:
-        raise ValueError(
-            f"same must be ({n},) bool, one for each pair, got {tuple(same.shape)} {same.dtype}"
-        )
-
-
-def check_finite(values: Tensor, name: str) -> None:
-    """Refuse (n,) values of pairs with NaN or infinity among them, naming the first such pair."""
-    broken = (~values.isfinite()).nonzero()
-    if len(broken) > 0:
-        raise ValueError(f"{name} must be finite, got NaN or infinity in pair {int(broken[0])}")
-
-
-def check_far(far: float) -> None:
-    """Refuse a false accept rate that is no fraction."""
-    if not 0 <= far <= 1:
-        raise ValueError(f"far must lie in [0, 1], got {far}")
-
-
-def pair_numbers(index: Tensor | None, same: Tensor) -> Tensor:
-    """Return the number of each pair in the whole set, (n,) int64, or a mark for having none."""
-    if index is None:
-        return torch.full_like(same, _UNNUMBERED, dtype=torch.int64)
-    if index.shape != same.shape or index.dtype != torch.int64:
-        raise ValueError(
-            f"index must be ({len(same)},) int64, got {tuple(index.shape)} {index.dtype}"
-        )
-    return index
-
-
-def protocol_order(index: Tensor) -> Tensor:
-    """Return where each pair stands, in order of its number and once only: (n,) -> (unique,)."""
-    numbered = int((index != _UNNUMBERED).sum())
-    if numbered == 0:
-        return torch.arange(len(index), device=index.device)
-    if numbered < len(index):
-        raise ValueError(
-            "index must come with every update or with none, "
-            f"got it for {numbered} of {len(index)} pairs"
-        )
-    index, order = index.sort(stable=True)
-    is_new = torch.ones_like(index, dtype=torch.bool)
-    is_new[1:] = index[1:] != index[:-1]
-    return order[is_new]
 
 
 def _squared_distance(a: Tensor, b: Tensor, same: Tensor) -> Tensor:
@@ -266,7 +196,7 @@ def _squared_distance(a: Tensor, b: Tensor, same: Tensor) -> Tensor:
         raise ValueError(f"a and b must both be (n, D), got {tuple(a.shape)} and {tuple(b.shape)}")
     if not a.is_floating_point() or a.dtype != b.dtype:
         raise ValueError(f"a and b must share one float dtype, got {a.dtype} and {b.dtype}")
-    check_same(same, len(a))
+    check_column(same, "same", len(a), torch.bool)
     return (a - b).square().sum(1)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,23 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..files import file_stamp
 from .embedder import Embedder
+
+
+def files_digest(files: Iterable[str], *arrays: NDArray[Any]) -> str:
+    """Differs where one of the arrays does, or a file's name, size or time of change."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes())
+    for file in files:
+        digest.update(f"{file} {file_stamp(file)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def embedding_key(embedder: Embedder, digest: str) -> str:
+    """What stands for an embedder and the images of a digest, 16 hexadecimal digits."""
+    return hashlib.sha256((embedder.fingerprint + digest).encode()).hexdigest()[:16]
 
 
 def embed_to_file(
@@ -35,7 +52,7 @@ def embed_to_file(
 
     Args:
         file: a ``.npy`` of (count, D) float32; one that is there is replaced, unless ``keep``.
-        key: hexadecimal; stands for the embedder and the images, and differs where they do.
+        key: see :func:`embedding_key`.
         images: item i is image i, (3, 112, 112) uint8, and whether it could be read; the row of one
             that could not is NaN.
         count: how many there are.
@@ -92,7 +109,9 @@ def _claim(part: Path, out: IO[bytes]) -> None:
 
 def _rows(embed: Callable[[Tensor], Tensor], batch: Tensor, readable: Tensor) -> NDArray[Any]:
     rows = embed(batch)
-    _check_finite(rows)
+    if not rows.isfinite().all():
+        first = rows[~rows.isfinite()][0].item()
+        raise ValueError(f"a model must give finite embeddings, got {first}: has it been trained?")
     rows[~readable] = torch.nan
     return rows.numpy()
 
@@ -101,21 +120,15 @@ def _try_again(
     file: Path, images: Dataset[tuple[Tensor, bool]], embed: Callable[[Tensor], Tensor]
 ) -> None:
     """Embed what could not be read when the file was written, and can now."""
-    lost = np.flatnonzero(np.isnan(np.load(file, mmap_mode="r")[:, 0]))
-    if not len(lost):  # which a file that may only be read is as good for
+    unread = np.flatnonzero(np.isnan(np.load(file, mmap_mode="r")[:, 0]))
+    if not len(unread):  # which a file that may only be read is as good for
         return
     rows = np.load(file, mmap_mode="r+")
-    for i in lost:
+    for i in unread:
         image, readable = images[int(i)]
         if readable:
             rows[i] = _rows(embed, image[None], torch.tensor([True]))[0]
     rows.flush()
-
-
-def _check_finite(rows: Tensor) -> None:
-    if not rows.isfinite().all():
-        odd = rows[~rows.isfinite()][0].item()
-        raise ValueError(f"a model must give finite embeddings, got {odd}: has it been trained?")
 
 
 def _header(shape: tuple[int, int]) -> bytes:

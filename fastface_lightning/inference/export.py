@@ -1,4 +1,4 @@
-"""A trained backbone leaves the house: as ONNX, as InsightFace's weights, as safetensors."""
+"""A trained backbone as ONNX, InsightFace's weights or safetensors, checked as it is written."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones import normalise
-from ..backbones.timm_model import IMAGE_SHAPE
 from ..backbones.weights import ABOUT, SAFETENSORS, read_weights
 from ..data import SyntheticFaces
 from ..files import replacing, write_text
-from .embedder import OnnxEmbedder, TorchEmbedder
+from .embedder import IMAGE_SHAPE, METADATA_KEY
+from .onnx_embedder import OnnxEmbedder
+from .torch_embedder import TorchEmbedder
 
 SUFFIXES = (".onnx", ".pth", SAFETENSORS)
-OPSET = 20  # of 2023; what runs ONNX on phones and cards is years behind the newest
-MOST_DIFFERENCE, LEAST_COSINE = 1e-4, 0.9999
+OPSET = 20  # of 2023; runtimes on phones and GPUs are years behind the newest
+MAX_DIFFERENCE, MIN_COSINE = 1e-4, 0.9999
 
 
 def export(embedder: TorchEmbedder, target: Path, uint8: bool = False) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def export(embedder: TorchEmbedder, target: Path, uint8: bool = False) -> dict[s
             else:
                 torch.save(weights, part)
             _check_weights(weights, part)
-        part.chmod(0o644)  # safetensors writes for the owner's eyes alone
+        part.chmod(0o644)  # safetensors writes a file that its owner alone may read
     if target.suffix == ".pth":
         write_text(target.with_name(target.name + ".json"), json.dumps(about, indent=2) + "\n")
     return about
@@ -111,7 +112,7 @@ def _write_onnx(network: nn.Module, file: Path, about: dict[str, Any], uint8: bo
         ) from error
     images = torch.zeros(2, *IMAGE_SHAPE, dtype=torch.uint8)
     model = _FromUint8(network) if uint8 else network
-    for library in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they optimise
+    for library in ("torch.onnx", "onnxscript", "onnx_ir"):  # which report every optimisation
         logging.getLogger(library).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -128,7 +129,7 @@ def _write_onnx(network: nn.Module, file: Path, about: dict[str, Any], uint8: bo
         )
     assert program is not None
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, {ABOUT: json.dumps(about)})
+    onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(about)})
     onnx.checker.check_model(proto)
     onnx.save(proto, file)
 
@@ -138,26 +139,27 @@ def _compare(network: nn.Module, file: Path) -> dict[str, float]:
     """Embed faces with both, in batches of other sizes than the exported one."""
     faces = SyntheticFaces(8, 1)
     images = torch.stack([faces[i][0] for i in range(len(faces))])
-    written = OnnxEmbedder(file, torch.device("cpu"), mirror=False, batch_size=5)
-    wanted, found = network(normalise(images)).double(), written.features(images).double()
-    if not wanted.isfinite().all():
+    exported = OnnxEmbedder(file, torch.device("cpu"), mirror=False, batch_size=5)
+    by_torch, by_onnx = network(normalise(images)).double(), exported.features(images).double()
+    if not by_torch.isfinite().all():
         raise ValueError(
             f"a network must give finite embeddings to be exported, got "
-            f"{wanted[~wanted.isfinite()][0].item()}: has it been trained?"
+            f"{by_torch[~by_torch.isfinite()][0].item()}: has it been trained?"
         )
-    difference = ((wanted - found).abs() / wanted.norm(dim=1, keepdim=True)).max().item()
-    cosine = F.cosine_similarity(wanted, found).min().item()
-    if not (difference <= MOST_DIFFERENCE and cosine > LEAST_COSINE):
+    length = by_torch.norm(dim=1, keepdim=True)
+    difference = ((by_torch - by_onnx).abs() / length).max().item()
+    cosine = F.cosine_similarity(by_torch, by_onnx).min().item()
+    if not (difference <= MAX_DIFFERENCE and cosine > MIN_COSINE):
         raise ValueError(
-            f"an ONNX must embed as torch does, within {MOST_DIFFERENCE} and above a cosine of "
-            f"{LEAST_COSINE}, got {difference:.2g} and {cosine:.6f}: nothing is written"
+            f"an ONNX must embed as torch does, within {MAX_DIFFERENCE} and above a cosine of "
+            f"{MIN_COSINE}, got {difference:.2g} and {cosine:.6f}: nothing is written"
         )
     return {"difference": difference, "cosine": cosine}
 
 
 def _check_weights(weights: dict[str, Tensor], file: Path) -> None:
     """Read them back, bit for bit."""
-    found = read_weights(file)
-    wrong = [key for key in weights if not torch.equal(found[key], weights[key].cpu())]
-    if wrong or found.keys() != weights.keys():
+    written = read_weights(file)
+    wrong = [key for key in weights if not torch.equal(written[key], weights[key].cpu())]
+    if wrong or written.keys() != weights.keys():
         raise ValueError(f"{file} must hold the weights that were written, got others in {wrong}")

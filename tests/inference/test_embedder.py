@@ -8,14 +8,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import RUN, SIZE, network, noise, save_checkpoint
+from models import FLOATS, RUN, SIZE, network, noise, onnx_file, save_checkpoint
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import fastface_lightning
 from fastface_lightning.backbones import build_backbone
-from fastface_lightning.inference.embedder import OnnxEmbedder, load_embedder
+from fastface_lightning.inference.embedder import load_embedder
+from fastface_lightning.inference.onnx_embedder import OnnxEmbedder
 from fastface_lightning.training.module import FaceModule
 
 
@@ -24,36 +25,14 @@ def plain(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         return model((images.float() - 127.5) / 127.5)
 
 
-def onnx_file(
-    file: Path, inputs: list[Any], output: list[Any] = ("N", 3), op: str = "ReduceMean"
-) -> Path:
-    """A graph that gives the mean of each channel, or something else, of inputs so described."""
-    values = [helper.make_tensor_value_info(n, t, s) for n, t, s in inputs]
-    nodes = [helper.make_node("Cast", [inputs[0][0]], ["floats"], to=TensorProto.FLOAT)]
-    if op == "ReduceMean":
-        axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
-        nodes.append(helper.make_node(op, ["floats", "axes"], ["out"], keepdims=0))
-    else:
-        axes = None
-        nodes.append(helper.make_node(op, ["floats"], ["out"]))
-    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, list(output))
-    graph = helper.make_graph(nodes, "g", values, [out], [axes] if axes else [])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    onnx.save(model, file)
-    return file
-
-
-FLOATS = ("images", TensorProto.FLOAT, ["N", 3, 112, 112])
-
-
 def test_a_checkpoint_embeds_as_its_backbone(tmp_path: Path) -> None:
     model, images = network(), noise(5)
     embed = fastface_lightning.load_embedder(save_checkpoint(tmp_path / "best.ckpt", model))
-    found = embed(images)
-    assert found.shape == (5, SIZE) and found.dtype == torch.float32
-    assert torch.allclose(found, F.normalize(plain(model, images)), atol=1e-6)
+    embeddings = embed(images)
+    assert embeddings.shape == (5, SIZE) and embeddings.dtype == torch.float32
+    assert torch.allclose(embeddings, F.normalize(plain(model, images)), atol=1e-6)
     assert torch.allclose(embed.features(images), plain(model, images), atol=1e-5)
-    assert torch.equal(embed(images.numpy()), found)
+    assert torch.equal(embed(images.numpy()), embeddings)
 
 
 def test_mirrored_embeddings_are_those_that_a_run_is_verified_with(tmp_path: Path) -> None:
@@ -64,15 +43,13 @@ def test_mirrored_embeddings_are_those_that_a_run_is_verified_with(tmp_path: Pat
         assert torch.allclose(embed(images), module.embed(images), atol=1e-6)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 128])
-@pytest.mark.parametrize("count", [0, 1, 7])
-def test_batches_do_not_show(tmp_path: Path, batch_size: int, count: int) -> None:
-    model, images = network(), noise(count)
+def test_batches_do_not_show(tmp_path: Path) -> None:
+    model, images = network(), noise(7)
     file = save_checkpoint(tmp_path / "best.ckpt", model)
-    found = load_embedder(file, batch_size=batch_size).features(images)
-    assert found.shape == (count, SIZE)
-    if count:
-        assert torch.allclose(found, plain(model, images), atol=1e-5)
+    for batch_size in (1, 3, 128):
+        features = load_embedder(file, batch_size=batch_size).features(images)
+        assert torch.allclose(features, plain(model, images), atol=1e-5)
+    assert load_embedder(file).features(images[:0]).shape == (0, SIZE)
 
 
 def test_what_is_known_of_a_run_comes_along(tmp_path: Path) -> None:
@@ -89,13 +66,14 @@ def test_what_is_known_of_a_run_comes_along(tmp_path: Path) -> None:
 
 
 LARGE = [
-    pytest.param(name, marks=pytest.mark.slow)
+    pytest.param(name, 512, marks=pytest.mark.slow)
     for name in ("iresnet34", "iresnet50", "iresnet100", "iresnet200", "mobilefacenet_large")
 ]
 
 
-@pytest.mark.parametrize("name", ["iresnet_tiny", "iresnet18", "mobilefacenet", *LARGE])
-@pytest.mark.parametrize("size", [24, 512])
+@pytest.mark.parametrize(
+    ("name", "size"), [("iresnet_tiny", 24), ("iresnet18", 512), ("mobilefacenet", 24), *LARGE]
+)
 def test_bare_weights_are_known_by_their_shapes(name: str, size: int, tmp_path: Path) -> None:
     file = tmp_path / "backbone.pth"
     weights = build_backbone(name, size).state_dict()
@@ -110,13 +88,11 @@ def test_weights_of_another_network_need_its_name(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     model = build_backbone("resnet18", 24).eval()
     save_file(model.state_dict(), file)
-    with pytest.raises(
-        ValueError, match=r"^network must be given with .*weights.safetensors, whose"
-    ):
+    with pytest.raises(ValueError, match=r"network must be given with .*weights\.safetensors"):
         load_embedder(file)
     images = noise(2)
-    found = load_embedder(file, network="resnet18").features(images)
-    assert torch.allclose(found, plain(model, images), atol=1e-5)
+    embeddings = load_embedder(file, network="resnet18").features(images)
+    assert torch.allclose(embeddings, plain(model, images), atol=1e-5)
     with pytest.raises(ValueError, match="weights must match resnet34"):
         load_embedder(file, network="resnet34")
 
@@ -125,12 +101,12 @@ def test_a_checkpoint_without_what_it_takes_is_refused(tmp_path: Path) -> None:
     no_run = save_checkpoint(tmp_path / "no_run.ckpt", network(), run=None)
     assert load_embedder(no_run).about["network"]["name"] == "iresnet_tiny"  # by its shapes
     torch.save({"state_dict": {"classifier.weight": torch.zeros(3, 4)}}, tmp_path / "head.ckpt")
-    with pytest.raises(ValueError, match=r"without keys that begin with 'backbone\.'$"):
+    with pytest.raises(ValueError, match="without keys"):
         load_embedder(tmp_path / "head.ckpt")
     other = {**RUN, "config": {**RUN["config"], "model": {"name": "iresnet18"}}}
-    with pytest.raises(ValueError, match=r"^weights must match iresnet18 \(IResNet\), got"):
+    with pytest.raises(ValueError, match="weights must match iresnet18"):
         load_embedder(save_checkpoint(tmp_path / "other.ckpt", network(), run=other))
-    with pytest.raises(ValueError, match=r"^a model must be a file, got .*absent\.ckpt$"):
+    with pytest.raises(ValueError, match=r"absent\.ckpt"):
         load_embedder(tmp_path / "absent.ckpt")
 
 
@@ -148,16 +124,18 @@ def test_files_of_other_kinds_are_refused(name: str, tmp_path: Path) -> None:
         noise(2).float(),
         noise(2)[0],
         noise(2)[:, :, :100],
-        noise(2).permute(0, 2, 3, 1),
         np.zeros((2, 112, 112, 3), np.uint8),
+        ["a.jpg"],
     ],
 )
 def test_other_images_are_refused(tmp_path: Path, images: Any) -> None:
     embed = load_embedder(save_checkpoint(tmp_path / "best.ckpt", network()))
-    with pytest.raises(ValueError, match=r"images must be uint8 \(N, 3, 112, 112\), RGB, got"):
+    with pytest.raises(ValueError, match="images must be"):
         embed(images)
-    with pytest.raises(ValueError, match="images must be a tensor or array, got <class 'list'>"):
-        embed(["a.jpg"])
+
+
+def test_a_batch_must_hold_an_image(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "best.ckpt", network())
     with pytest.raises(ValueError, match="batch_size must be at least 1 image, got 0"):
         load_embedder(tmp_path / "best.ckpt", batch_size=0)
 
@@ -187,8 +165,8 @@ def test_an_onnx_of_a_fixed_batch_serves_any_number(tmp_path: Path) -> None:
         tmp_path / "two.onnx", [("x", TensorProto.UINT8, [2, 3, 112, 112])], output=[2, 3]
     )
     images = noise(5)
-    found = load_embedder(file, batch_size=64).features(images)
-    assert torch.allclose(found, images.float().mean((2, 3)), atol=1e-2)
+    embeddings = load_embedder(file, batch_size=64).features(images)
+    assert torch.allclose(embeddings, images.float().mean((2, 3)), atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +184,7 @@ def test_an_onnx_of_another_kind_is_refused(
     tmp_path: Path, inputs: list[Any], output: tuple[Any, ...], op: str
 ) -> None:
     file = onnx_file(tmp_path / "other.onnx", inputs, output, op)
-    with pytest.raises(ValueError, match=r"^an ONNX must (have one input|give emb).*other\.onnx$"):
+    with pytest.raises(ValueError, match=r"an ONNX must .*other\.onnx"):
         load_embedder(file)
 
 

@@ -1,4 +1,4 @@
-"""What leaves the house embeds as what stays, says what it is, and is never half there."""
+"""An exported model embeds as the checkpoint, says what it is, and is never half written."""
 
 import json
 from pathlib import Path
@@ -12,28 +12,29 @@ from safetensors import safe_open
 
 import fastface_lightning.inference.export as export_module
 from fastface_lightning.backbones import build_backbone, load_weights
-from fastface_lightning.inference.embedder import TorchEmbedder, load_embedder
+from fastface_lightning.inference.embedder import load_embedder
 from fastface_lightning.inference.export import export
+from fastface_lightning.inference.torch_embedder import TorchEmbedder
 
 
 @pytest.fixture
 def embedder(tmp_path: Path) -> TorchEmbedder:
-    found = load_embedder(save_checkpoint(tmp_path / "best.ckpt", network()))
-    assert isinstance(found, TorchEmbedder)
-    return found
+    embedder = load_embedder(save_checkpoint(tmp_path / "best.ckpt", network()))
+    assert isinstance(embedder, TorchEmbedder)
+    return embedder
 
 
-@pytest.mark.parametrize("uint8", [False, True])
+@pytest.mark.parametrize("uint8", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_onnx_embeds_as_torch_in_batches_of_any_size(
     embedder: TorchEmbedder, tmp_path: Path, uint8: bool
 ) -> None:
     about = export(embedder, tmp_path / "deep" / "model.onnx", uint8)
     assert about["difference"] <= 1e-4 and about["cosine"] > 0.9999
     model = onnx.load(tmp_path / "deep" / "model.onnx")
-    (given,), (found,) = model.graph.input, model.graph.output
-    assert (given.name, found.name) == ("images", "embedding")
-    wanted = onnx.TensorProto.UINT8 if uint8 else onnx.TensorProto.FLOAT
-    assert given.type.tensor_type.elem_type == wanted
+    (images_in,), (embedding_out,) = model.graph.input, model.graph.output
+    assert (images_in.name, embedding_out.name) == ("images", "embedding")
+    dtype = onnx.TensorProto.UINT8 if uint8 else onnx.TensorProto.FLOAT
+    assert images_in.type.tensor_type.elem_type == dtype
     written = load_embedder(tmp_path / "deep" / "model.onnx", batch_size=4)
     for count in (1, 4, 7):
         images = noise(count, seed=count)
@@ -63,6 +64,7 @@ def test_weights_are_bit_for_bit_the_networks(embedder: TorchEmbedder, tmp_path:
     assert list(plain) == list(embedder.network.state_dict())
 
 
+@pytest.mark.slow
 def test_an_onnx_that_embeds_otherwise_is_not_written(
     embedder: TorchEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,26 +77,27 @@ def test_an_onnx_that_embeds_otherwise_is_not_written(
         write(network(1), *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(export_module, "_write_onnx", write_another)
-    with pytest.raises(ValueError, match=r"^an ONNX must embed as torch does, within 0.0001"):
+    with pytest.raises(ValueError, match="an ONNX must embed as torch does"):
         export(embedder, target)
     assert [file.name for file in target.parent.iterdir()] == ["model.onnx"]
     assert target.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_network_without_finite_embeddings_is_refused(
     embedder: TorchEmbedder, tmp_path: Path
 ) -> None:
     with torch.no_grad():
         next(embedder.network.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"finite embeddings to be exported, got nan"):
+    with pytest.raises(ValueError, match="finite embeddings"):
         export(embedder, tmp_path / "out" / "model.onnx")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_targets_of_other_kinds_are_refused(embedder: TorchEmbedder, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^target must end in .onnx or .pth or .safetensors, got"):
+    with pytest.raises(ValueError, match="target must end in"):
         export(embedder, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"^uint8=true is for an .onnx"):
+    with pytest.raises(ValueError, match="uint8=true is for an"):
         export(embedder, tmp_path / "model.pth", uint8=True)
 
 
@@ -120,6 +123,7 @@ def test_the_program(run: Run, embedder: TorchEmbedder, tmp_path: Path) -> None:
     assert torch.allclose(found, embedder(noise(2)), atol=1e-4)
 
 
+@pytest.mark.program
 def test_the_program_takes_weights_of_any_network(run: Run, tmp_path: Path) -> None:
     model = build_backbone("resnet18", SIZE).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -130,17 +134,17 @@ def test_the_program_takes_weights_of_any_network(run: Run, tmp_path: Path) -> N
     assert torch.equal(found(noise(2)), load_embedder("weights.pth", "resnet18")(noise(2)))
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("target", "message"),
     [
-        (["checkpoint=absent.ckpt", "target=a.onnx"], "a model must be a file, got absent.ckpt"),
-        (["checkpoint=best.ckpt", "target=a.bin"], "target must end in .onnx or .pth"),
-        (["checkpoint=best.ckpt", "target=a.pth", "uint8=true"], "uint8=true is for an .onnx"),
-        (["checkpoint=best.ckpt"], "target"),
+        (["target=a.bin"], "target must end in"),
+        (["target=a.pth", "uint8=true"], "uint8=true is for an .onnx"),
+        ([], "target"),
     ],
 )
 @pytest.mark.usefixtures("embedder")
-def test_bad_input(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
-    ended = run(*arguments, program="recipes/export.py")
+def test_bad_input(run: Run, tmp_path: Path, target: list[str], message: str) -> None:
+    ended = run("checkpoint=best.ckpt", *target, program="recipes/export.py")
     assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1
     assert not [file for file in tmp_path.iterdir() if file.name.startswith("a.")]

@@ -1,0 +1,101 @@
+"""An ONNX file as an embedder, run by onnxruntime alone: neither Lightning nor timm is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .embedder import IMAGE_SHAPE, METADATA_KEY, Embedder
+
+
+class OnnxEmbedder(Embedder):
+    """An :class:`Embedder` by an ONNX file.
+
+    Args:
+        file: its one input is (N, 3, 112, 112), uint8 in [0, 255] or floats in [-1, 1], RGB; its
+            first output is (N, D). N may be a number, and then is the batch size.
+        device: where the graph runs, the GPU if onnxruntime can; images and embeddings are on the
+            CPU.
+        mirror: see :class:`Embedder`.
+        batch_size: see :class:`Embedder`.
+
+    Raises:
+        ValueError: onnxruntime is absent, or the file is no such ONNX.
+    """
+
+    def __init__(self, file: Path, device: torch.device, mirror: bool, batch_size: int) -> None:
+        self.file, self.session = file, _session(file, device)
+        fixed, self.is_uint8, embedding_size = _signature(self.session, file)
+        self.is_fixed = fixed is not None
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        about = json.loads(metadata.get(METADATA_KEY, "{}"))
+        super().__init__(embedding_size, about, torch.device("cpu"), mirror, fixed or batch_size)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        count = len(images)
+        if self.is_fixed and count < self.batch_size:
+            images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
+        pixels = np.ascontiguousarray(images)
+        if not self.is_uint8:  # as backbones.normalise, which comes with timm
+            pixels = pixels.astype(np.float32) / 127.5 - 1
+        embeddings = self.session.run(None, {self.session.get_inputs()[0].name: pixels})[0]
+        return torch.from_numpy(embeddings)[:count]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(str(self.mirror).encode())
+        digest.update(self.file.read_bytes())
+        return digest.hexdigest()
+
+
+def _session(file: Path, device: torch.device) -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "an .onnx is run by onnxruntime, which is absent: pip install onnxruntime"
+        ) from error
+    onnxruntime.set_default_logger_severity(3)
+    providers = ["CPUExecutionProvider"]
+    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, "CUDAExecutionProvider")
+    try:
+        return onnxruntime.InferenceSession(str(file), providers=providers)
+    except Exception as error:  # its errors share no base class
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"{file} is no ONNX that onnxruntime can run: {first_line}") from error
+
+
+def _signature(session: Any, file: Path) -> tuple[int | None, bool, int]:
+    """A graph's fixed batch size, whether it takes uint8, and D; refuse what does not map faces."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    image, embedding = inputs[0], outputs[0]
+    fits = (
+        len(inputs) == 1
+        and image.type in ("tensor(float)", "tensor(uint8)")
+        and len(image.shape) == 4
+        and all(
+            not isinstance(size, int) or size == expected
+            for size, expected in zip(image.shape[1:], IMAGE_SHAPE, strict=True)
+        )
+    )
+    if not fits:
+        described = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
+        raise ValueError(
+            f"an ONNX must have one input, (N, {', '.join(map(str, IMAGE_SHAPE))}) of floats in "
+            f"[-1, 1] or of uint8, got {described} in {file}"
+        )
+    if len(embedding.shape) != 2 or not isinstance(embedding.shape[1], int):
+        raise ValueError(
+            f"an ONNX must give embeddings (N, D) first, got {embedding.name} {embedding.shape} "
+            f"in {file}"
+        )
+    batch = image.shape[0] if isinstance(image.shape[0], int) else None
+    return batch, image.type == "tensor(uint8)", embedding.shape[1]
