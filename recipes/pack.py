@@ -34,6 +34,7 @@ from fastface_lightning.data import (
 )
 from fastface_lightning.data.formats.names import write_names
 from fastface_lightning.data.formats.recordio import InsightFaceWriter
+from fastface_lightning.data.formats.tar import write_shards
 from fastface_lightning.files import file_stamp, reason
 from fastface_lightning.report.image_grid import sheet_of
 
@@ -85,6 +86,12 @@ def check(cfg: DictConfig) -> None:
     suffix = Path(cfg.target or "").suffix
     if suffix not in ("", ".rec", ".bin"):
         raise ValueError(f"target must be FILE.rec, FILE.bin or a folder, got {cfg.target}")
+    formats = {"": ("folder", "shards"), ".rec": ("records",)}.get(suffix, ())
+    if cfg.format is not None and cfg.format not in formats:
+        raise ValueError(
+            "format must be records with target=FILE.rec, folder or shards with target=DIR, got"
+            f" {cfg.format} with {cfg.target}"
+        )
     if suffix == ".bin" and cfg.pairs is None:
         raise ValueError(f"a .bin is made of a pairs file: give pairs=PAIRS with {cfg.target}")
     if suffix != ".bin" and cfg.pairs is not None:
@@ -249,13 +256,14 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
         "images": len(faces),
         "identities": faces.num_classes,
         "content": digest(faces, cfg),
-        **{key: cfg[key] for key in ("size", "quality", "landmarks")},
+        **{key: cfg[key] for key in ("format", "size", "quality", "landmarks")},
     }
-    write = write_records if target.suffix == ".rec" else write_files
+    to_folder = write_tar_shards if cfg.format == "shards" else write_files
+    write = write_records if target.suffix == ".rec" else to_folder
     if target.suffix == ".rec" and target.exists():
         raise ValueError(f"a record file must be new, but {target} exists")
     begun = target.with_name(target.name + ".part.json").exists()
-    if write is write_files and not begun and target.is_dir() and any(target.iterdir()):
+    if write is not write_records and not begun and target.is_dir() and any(target.iterdir()):
         raise ValueError(f"a folder to unpack into must be new or empty, got {target}")
     progress = Progress(target, source)
     packed = write(images, target, progress, cfg.data.num_workers)
@@ -321,6 +329,25 @@ def write_files(images: Preparation, target: Path, progress: Progress, num_worke
             os.replace(part, file)
         count += 1
     return count
+
+
+def write_tar_shards(
+    images: Preparation, target: Path, progress: Progress, num_workers: int
+) -> int:
+    """WebDataset's tar shards; those that are there are kept."""
+    faces = images.faces
+
+    def samples(start: int) -> Iterator[tuple[bytes, str] | None]:
+        progress.bad = [bad for bad in progress.bad if bad[0] < start]  # others are tried again
+        for place, jpeg, why in prepared(images, start, num_workers):
+            if why:
+                progress.add(place, why, faces.max_bad)
+                yield None
+            else:
+                yield jpeg, faces.identities[int(faces.labels[images.source(place)])]
+
+    write_shards(target, samples)
+    return len(images) - len(progress.bad)
 
 
 def pack_pairs(cfg: DictConfig, data: FaceDataModule) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from .datasets.base import FaceDataset
 from .datasets.folder import FaceList, IdentityFolder, identity_names
 from .datasets.image_files import ImageFiles, find_images
 from .datasets.records import RecordDataset
+from .datasets.shards import ShardDataset
 from .datasets.synthetic import SyntheticFaces, synthetic_pairs
-from .datasets.zips import ZippedFaces
 from .formats.image import decode_image, decode_into, decode_original, encode_jpeg, is_packable
 from .formats.verification_bin import write_verification_bin
 from .ijb import IJBData, TemplateSubjects, is_ijb, read_ijb
@@ -45,11 +45,11 @@ __all__ = [
     "ImageFiles",
     "LFWData",
     "RecordDataset",
+    "ShardDataset",
     "SyntheticData",
     "SyntheticFaces",
     "TemplateSubjects",
     "VerificationPairs",
-    "ZippedFaces",
     "align_face",
     "decode_image",
     "decode_into",

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from .datasets.base import FaceDataset
 from .datasets.folder import FaceList, IdentityFolder
 from .datasets.records import RecordDataset
+from .datasets.shards import ShardDataset, holds_shards
 from .datasets.synthetic import SyntheticFaces, synthetic_pairs
-from .datasets.zips import ZippedFaces
+from .formats.tar import is_shard
 from .loader import EpochSampler, FaceLoader, GroupSampler
 from .pairs import VerificationPairs, held_out_pairs, read_pairs, read_verification
 
@@ -240,7 +241,7 @@ class FaceData(FaceDataModule):
 
     Args:
         root: where they are: a folder of ``<identity>/<image>``, a RecordIO file ``.rec`` or a
-            folder with ``train.rec``, a ``.zip`` or a folder of them with ``<identity>/<image>``.
+            folder with ``train.rec``, a tar shard or a folder of them (:class:`ShardDataset`).
         list: a file that lists images in the folder ``root`` with their identities, instead; see
             :class:`FaceList`.
         held_out: share of the identities, in [0, 1), that is not trained on but verified on, as
@@ -290,7 +291,7 @@ class FaceData(FaceDataModule):
         if not self.root.exists():
             raise ValueError(
                 f"{self.name}: nothing at {self.root}; expected {self.root}/<identity>/<image>.jpg,"
-                f" a .rec or .zip files{expected and f' with {expected}'}"
+                f" a .rec or .tar shards{expected and f' with {expected}'}"
             )
         faces = open_faces(self.root, self.list, self.max_bad, self.reindex)
         found = _figures(
@@ -315,12 +316,13 @@ def open_faces(
     """The faces at ``root``, in whichever of the layouts that :class:`FaceData` names."""
     if list is not None:
         return FaceList(list, root, max_bad=max_bad, reindex=reindex)
-    records = root / "train.rec" if root.is_dir() else root
-    if records.is_file() and records.suffix != ".zip":
-        return RecordDataset(records, max_bad=max_bad, reindex=reindex)
-    if records == root or (any(root.glob("*.zip")) and not any(map(Path.is_dir, root.iterdir()))):
-        return ZippedFaces(root, max_bad=max_bad, reindex=reindex)
-    return IdentityFolder(root, max_bad=max_bad, reindex=reindex)
+    if not root.is_dir():
+        pack = ShardDataset if is_shard(root.name) else RecordDataset
+        return pack(root, max_bad=max_bad, reindex=reindex)
+    if (root / "train.rec").is_file():
+        return RecordDataset(root / "train.rec", max_bad=max_bad, reindex=reindex)
+    folder = ShardDataset if holds_shards(root) else IdentityFolder
+    return folder(root, max_bad=max_bad, reindex=reindex)
 
 
 class LFWData(FaceDataModule):

@@ -25,6 +25,7 @@ from ..data import (
     read_ijb,
     read_verification,
 )
+from ..data.formats.tar import is_shard
 from ..evaluation import (
     equal_error_rate,
     identification,
@@ -196,7 +197,7 @@ class Identities(Protocol):
 
     def digest(self) -> str:
         digest = hashlib.sha256(self.faces.labels.tobytes())
-        packs = [self.path, *sorted(self.path.glob("*.rec")), *sorted(self.path.glob("*.zip"))]
+        packs = [self.path, *sorted(self.path.glob("*.rec")), *sorted(self.path.glob("*.tar"))]
         for pack in packs:
             digest.update(stamp(str(pack)))
         for i in range(self.count):
@@ -235,7 +236,7 @@ def open_protocol(path: str | Path, image_root: str | Path | None = None) -> Pro
 
     Args:
         path: a ``.bin`` or a pairs file; a folder of IJB-B or IJB-C; faces of identities in a
-            folder, a ``.rec`` or zip archives.
+            folder, a ``.rec`` or tar shards.
         image_root: folder of a pairs file's images.
 
     Raises:
@@ -244,7 +245,7 @@ def open_protocol(path: str | Path, image_root: str | Path | None = None) -> Pro
     path = Path(path)
     if path.is_dir() and is_ijb(path):
         return Templates(path)
-    if path.is_dir() or path.suffix in (".rec", ".zip"):
+    if path.is_dir() or path.suffix == ".rec" or is_shard(path.name):
         return Identities(path)
     return Pairs(_name(path), read_verification(path, image_root))
 

@@ -237,12 +237,12 @@ def test_an_absent_folder_says_what_should_be_there(tmp_path: Path) -> None:
     )
     message = (
         r"^webface12m: nothing at .*gone; expected .*gone/<identity>/<image>\.jpg,"
-        r" a \.rec or \.zip files with 617,970 identities and 12,720,066 images$"
+        r" a \.rec or \.tar shards with 617,970 identities and 12,720,066 images$"
     )
     with pytest.raises(ValueError, match=message):
         data.setup()
     with pytest.raises(
-        ValueError, match=r"^folder: nothing at .*<image>\.jpg, a \.rec or \.zip files$"
+        ValueError, match=r"^folder: nothing at .*<image>\.jpg, a \.rec or \.tar shards$"
     ):
         FaceData(tmp_path / "gone").setup()
 

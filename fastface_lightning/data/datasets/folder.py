@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from ...files import file_stamp, printable
+from ...files import printable
 from ..formats.image import IMAGE_SUFFIXES
-from ..formats.index import Arrays, cached
+from ..formats.index import Arrays, cached, cached_while
 from ..formats.names import Labels, Names, Packer, jpeg_name
 from .base import FaceDataset
 
@@ -146,13 +146,7 @@ class FaceList(_Files):
             raise ValueError(f"no list {file}; expected lines of path,identity")
         if not self.root.is_dir():
             raise ValueError(f"no folder {self.root}, from which the paths of {file} start")
-        stamp = np.array(file_stamp(self.file), np.int64)
-        index = cached(
-            self.file,
-            lambda: {**_parse(self.file), "stamp": stamp},
-            lambda kept: np.array_equal(kept["stamp"], stamp),
-            reindex,
-        )
+        index = cached_while([self.file], self.file, lambda: _parse(self.file), reindex)
         self._files = Names.from_arrays("files", index)
         self._hold(Names.from_arrays("identities", index), index["labels"])
 
