@@ -22,7 +22,7 @@ from fastface_lightning.data.augment import (
     coarsen_some,
     crop_some,
     flip_some,
-    recolour_some,
+    recolor_some,
     resizing_matrix,
     resizing_tables,
 )
@@ -413,7 +413,7 @@ class TestPhotometric:
         order = (kind, *({0, 1, 2} - {kind}))
         for image in faces(8):
             with with_draws(draws_for(order, (factor, 1.0, 1.0))):
-                found = recolour_some(image[None], 1.0)[0].float()
+                found = recolor_some(image[None], 1.0)[0].float()
             # torchvision rounds down, and PIL rounds greys to bytes.
             assert (found - ADJUST[kind](image, factor).float()).abs().max() <= 1
             pil = TF.pil_to_tensor(ADJUST[kind](TF.to_pil_image(image), factor)).float()
@@ -429,7 +429,7 @@ class TestPhotometric:
             for kind, factor in zip(order, factors, strict=True):
                 expected = ADJUST[kind](expected, factor)
             with with_draws(draws_for(order, factors)):
-                found = recolour_some(image[None], 1.0)[0]
+                found = recolor_some(image[None], 1.0)[0]
             # torchvision's grey is 0.2989 R + ..., of weights that add up to 0.9999
             assert (found - expected * 255).abs().max() < 0.6
 
@@ -441,7 +441,7 @@ class TestPhotometric:
         order, factors = draws[1:4].argsort(0).flatten(1), 0.5 + draws[4:].flatten(1)
         images = faces(1).repeat(n, 1, 1, 1)[:, :, 30:60:6, 30:60:6]
         torch.manual_seed(0)
-        found = recolour_some(images, 1.0)
+        found = recolor_some(images, 1.0)
         pick = torch.randint(n, (20,)).tolist()
         for i in pick:
             expected = images[i] / 255
@@ -458,7 +458,7 @@ class TestPhotometric:
     def test_grey_images_stay_grey(self) -> None:
         torch.manual_seed(0)
         grey = noise(16)[:, :1].repeat(1, 3, 1, 1)
-        red, green, blue = recolour_some(grey, 1.0).unbind(1)
+        red, green, blue = recolor_some(grey, 1.0).unbind(1)
         assert torch.equal(red, green) and torch.equal(green, blue)
 
     def test_white_and_black_do_not_wrap(self) -> None:
@@ -467,14 +467,14 @@ class TestPhotometric:
         for factor, white in ((1.5, 255), (0.5, 128)):  # 127.5 is rounded to the even byte
             draws = [[u, u] for (u,) in draws_for((0, 1, 2), (factor, 1.0, 1.0))]
             with with_draws(draws):
-                found = recolour_some(images, 1.0)
+                found = recolor_some(images, 1.0)
             assert not found[0].any() and (found[1] == white).all()
 
     @given(st.integers(0, 255), st.floats(0.5, 1.4375))
     def test_bytes_are_rounded_to_the_nearest(self, value: int, factor: float) -> None:
         images = torch.full((1, 3, 1, 1), value, dtype=torch.uint8)
         with with_draws(draws_for((0, 1, 2), (factor, 1.0, 1.0))):
-            found = float(recolour_some(images, 1.0)[0, 0])
+            found = float(recolor_some(images, 1.0)[0, 0])
         assert abs(found - min(value * factor, 255)) <= 0.5 + 1e-4
 
 

@@ -24,7 +24,7 @@ from fastface_lightning.data import (
     LFWData,
     SyntheticData,
     VerificationPairs,
-    epoch_order,
+    epoch_permutation,
     split_identities,
 )
 
@@ -88,14 +88,16 @@ def test_training_batches_are_whole_and_typed() -> None:
 def test_the_order_is_that_of_seed_and_epoch(num_workers: int) -> None:
     data = ready(NumberedData(batch_size=3, num_workers=num_workers, seed=5))
     for epoch in (0, 1, 7):
-        assert served(data, epoch) == epoch_order(10, 5, epoch)[:9].tolist()
+        assert served(data, epoch) == epoch_permutation(10, 5, epoch)[:9].tolist()
 
 
 def test_persistent_workers_follow_the_epoch() -> None:
     loader = ready(NumberedData(batch_size=5, num_workers=1)).train_dataloader()
     for epoch in (0, 1):
         loader.sampler.set_epoch(epoch)
-        assert torch.cat([y for _, y in loader]).tolist() == epoch_order(10, 0, epoch).tolist()
+        assert (
+            torch.cat([y for _, y in loader]).tolist() == epoch_permutation(10, 0, epoch).tolist()
+        )
 
 
 def test_verification_batches_are_pairs_in_order_with_their_index() -> None:
@@ -145,7 +147,7 @@ def fit(module: LightningModule, data: FaceDataModule, folder: Path) -> None:
 def test_a_trainer_sets_the_epoch_and_verifies_on_every_pair(tmp_path: Path) -> None:
     module = Recorder()
     fit(module, NumberedData(batch_size=2, seed=3), tmp_path)
-    assert module.trained == {e: epoch_order(10, 3, e).tolist() for e in (0, 1)}
+    assert module.trained == {e: epoch_permutation(10, 3, e).tolist() for e in (0, 1)}
     assert module.verified == 2 * [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0)]
 
 
@@ -384,7 +386,7 @@ def test_dual_batches_are_images_and_pairs_of_identities(num_workers: int) -> No
     for epoch in (0, 2):
         served = epoch_of(data, epoch)
         assert list(served) == ["instance", "identity"]
-        assert served["instance"] == epoch_order(22, 3, epoch)[:20].tolist()
+        assert served["instance"] == epoch_permutation(22, 3, epoch)[:20].tolist()
         assert served["identity"] == groups(2, "identities", 3, epoch)[:40]
 
 
@@ -392,7 +394,7 @@ def test_keys_batches_are_images_and_others_of_their_identities() -> None:
     data = ready(PixelsData(*COUNTS, batch_size=5, seed=3, batches="keys", keys=3))
     served = epoch_of(data, 1)
     assert served == {"identity": groups(4, "images", 3, 1)[:80]}
-    assert served["identity"][::4] == epoch_order(22, 3, 1)[:20].tolist()
+    assert served["identity"][::4] == epoch_permutation(22, 3, 1)[:20].tolist()
 
 
 def test_a_program_may_set_what_batches_are() -> None:
@@ -498,7 +500,7 @@ def expected(batches: str, epoch: int, batch: int) -> dict[str, list[int]]:
     if batches == "keys":
         return {"identity": groups(3, "images", 7, epoch)[12 * batch :][:12]}
     return {
-        "instance": epoch_order(22, 7, epoch)[4 * batch :][:4].tolist(),
+        "instance": epoch_permutation(22, 7, epoch)[4 * batch :][:4].tolist(),
         "identity": groups(2, "identities", 7, epoch)[8 * batch :][:8],
     }
 

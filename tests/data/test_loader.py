@@ -15,7 +15,7 @@ from fastface_lightning.data import (
     FaceDataset,
     FaceLoader,
     GroupSampler,
-    epoch_order,
+    epoch_permutation,
 )
 from fastface_lightning.data import loader as loader_module
 
@@ -25,16 +25,16 @@ EPOCHS = st.integers(0, 10_000)
 
 @given(st.integers(0, 300), SEEDS, EPOCHS)
 def test_an_epoch_is_a_permutation_and_pure(num_samples: int, seed: int, epoch: int) -> None:
-    found = epoch_order(num_samples, seed, epoch)
+    found = epoch_permutation(num_samples, seed, epoch)
     assert sorted(found) == list(range(num_samples))
-    assert (found == epoch_order(num_samples, seed, epoch)).all()
+    assert (found == epoch_permutation(num_samples, seed, epoch)).all()
 
 
 @given(SEEDS, EPOCHS)
 def test_epochs_and_seeds_differ(seed: int, epoch: int) -> None:
     """The next epoch, the next seed, and what seed + epoch would confuse, are other orders."""
     orders = [
-        tuple(epoch_order(100, s, e))
+        tuple(epoch_permutation(100, s, e))
         for s, e in [(seed, epoch), (seed, epoch + 1), (seed + 1, epoch), (seed + 1, epoch + 1)]
     ]
     assert len(set(orders)) == 4
@@ -51,14 +51,14 @@ def test_ranks_share_the_epoch(num_samples: int, replicas: int, seed: int, epoch
         assert len(parts[-1]) == len(sampler) == num_samples // replicas
     served = list(chain(*parts))
     assert len(set(served)) == len(served)
-    whole = epoch_order(num_samples, seed, epoch)
+    whole = epoch_permutation(num_samples, seed, epoch)
     assert set(served) == set(whole[: len(served)])
 
 
 def test_a_sampler_yields_python_ints_in_the_order() -> None:
     sampler = EpochSampler(range(10), seed=3)
     sampler.set_epoch(2)
-    assert list(sampler) == epoch_order(10, 3, 2).tolist()
+    assert list(sampler) == epoch_permutation(10, 3, 2).tolist()
     assert all(type(i) is int for i in sampler)
 
 
@@ -67,7 +67,7 @@ def test_an_iterator_keeps_its_epoch() -> None:
     sampler = EpochSampler(range(10))
     iterator = iter(sampler)
     sampler.set_epoch(1)
-    assert list(iterator) == epoch_order(10, 0, 0).tolist()
+    assert list(iterator) == epoch_permutation(10, 0, 0).tolist()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_an_iterator_keeps_its_epoch() -> None:
 )
 def test_negative_numbers_are_refused(seed: int, epoch: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        epoch_order(10, seed, epoch)
+        epoch_permutation(10, seed, epoch)
 
 
 def test_a_rank_beyond_the_replicas_is_refused() -> None:
@@ -132,7 +132,7 @@ def plain_groups(labels: list[int], size: int, by: str, seed: int, epoch: int) -
     for image, label in enumerate(labels):
         members.setdefault(label, []).append(image)
     found: list[list[int]] = []
-    firsts = epoch_order(len(labels), seed, epoch).tolist()
+    firsts = epoch_permutation(len(labels), seed, epoch).tolist()
     number = 0
     while len(found) < len(labels):
         rng = np.random.default_rng([seed, epoch, number, loader_module.GROUPS])
@@ -199,7 +199,7 @@ def test_by_images_the_first_ones_are_those_of_the_plain_order(
     labels: Any, size: int, seed: int, epoch: int
 ) -> None:
     groups = groups_of(labels, epoch, size=size, by="images", seed=seed)
-    assert [group[0] for group in groups] == epoch_order(len(labels), seed, epoch).tolist()
+    assert [group[0] for group in groups] == epoch_permutation(len(labels), seed, epoch).tolist()
 
 
 @given(LABELS, GROUPS, st.integers(1, 7), EPOCHS)
@@ -392,7 +392,7 @@ def test_a_run_goes_on_at_any_batch(run: dict[str, int], data: st.DataObject) ->
     """Stopped once, and once more after going on, it serves what one run serves."""
     whole = loader_of(**run)
     want = served(whole)
-    own = epoch_order(run["count"], run["seed"], run["epoch"])[run["rank"] :: run["ranks"]]
+    own = epoch_permutation(run["count"], run["seed"], run["epoch"])[run["rank"] :: run["ranks"]]
     assert list(chain(*want)) == own[: len(want) * run["batch"]].tolist()
     assert len(want) == len(whole) == run["count"] // run["ranks"] // run["batch"]
 

@@ -74,7 +74,7 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
         for sentence in damaged[:10]:
             logger.warning("left out: %s", printable(sentence))
         if len(damaged) > 10:
-            logger.warning("left out %d more images of %s", len(damaged) - 10, self)
+            logger.warning("left out %d more of %s", len(damaged) - 10, self)
 
     @abstractmethod
     def _fetch(self, index: int) -> bytes | memoryview:
@@ -121,6 +121,12 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
             decode_into(self._fetch(index), out)
         except (ValueError, OSError) as error:
             raise ValueError(f"cannot read image {self.name(index)}: {reason(error)}") from error
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Image ``index`` alone, (size, size, 3) uint8 RGB; see :meth:`read_into`."""
+        out = np.empty((self.size, self.size, 3), np.uint8)
+        self.read_into(index, out)
+        return out
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not -len(self) <= index < len(self):

@@ -166,7 +166,7 @@ def identity_names(root: str | Path) -> list[str]:
     if not Path(root).is_dir():
         raise ValueError(f"no folder {root}; expected {root}/<identity>/<image>.jpg")
     with os.scandir(root) as entries:
-        names = sorted(e.name for e in entries if not e.name.startswith(".") and is_kind(e.is_dir))
+        names = sorted(e.name for e in entries if not e.name.startswith(".") and leads_to(e.is_dir))
     if not names:
         raise ValueError(f"{root} holds no folders; expected {root}/<identity>/<image>.jpg")
     return names
@@ -186,9 +186,9 @@ def _walk(root: Path) -> Arrays:
     what = printable(f"indexing {root.name}")
     walked = _walked(root, blocks)
     for block in track(walked, what, len(blocks), transient=True, disable=len(blocks) < 40):
-        for found in block:
-            counts.append(len(found))
-            for name in found:
+        for image_names in block:
+            counts.append(len(image_names))
+            for name in image_names:
                 files.append(name)
     return {
         **people.arrays("identities"),
@@ -239,16 +239,16 @@ def _image_names(folder: str) -> list[str]:
                 for entry in entries
                 if entry.name.lower().endswith(IMAGE_SUFFIXES)
                 and not entry.name.startswith(".")
-                and is_kind(entry.is_file)
+                and leads_to(entry.is_file)
             )
     except (FileNotFoundError, NotADirectoryError):  # any other fault must not be kept as a truth
         return []
 
 
-def is_kind(kind: Callable[[], bool]) -> bool:
+def leads_to(check: Callable[[], bool]) -> bool:
     """Whether an entry is of a kind; not so a symbolic link that leads round in a circle."""
     try:
-        return kind()
+        return check()
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

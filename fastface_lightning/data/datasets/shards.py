@@ -13,7 +13,7 @@ from ..formats.index import Arrays, cached_while
 from ..formats.names import Labels, Names, Packer
 from ..formats.tar import is_shard, read_shard
 from .base import FaceDataset
-from .folder import is_kind
+from .folder import leads_to
 
 
 class ShardDataset(FaceDataset):
@@ -84,7 +84,7 @@ def holds_shards(folder: Path) -> bool:
     found = False
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.startswith(".") and is_kind(entry.is_dir):
+            if not entry.name.startswith(".") and leads_to(entry.is_dir):
                 return False
             found |= is_shard(entry.name)
     return found

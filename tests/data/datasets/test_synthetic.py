@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from fastface_lightning.data.datasets.synthetic import SyntheticFaces, synthetic_pairs
+from fastface_lightning.data import synthetic_pairs
+from fastface_lightning.data.datasets.synthetic import SyntheticFaces
 from fastface_lightning.data.datasets.synthetic_faces import PARAMETERS, draw_face
 from fastface_lightning.data.formats.image import decode_image, is_packable
 
@@ -178,7 +179,7 @@ def test_twenty_million_images_take_a_label_and_a_flag_each() -> None:
 
 def test_a_picture_is_the_same_where_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = SyntheticFaces(3, 2, seed=4, size=SMALL)
-    monkeypatch.setattr("fastface_lightning.data.datasets.synthetic._memory", lambda: 4)
+    monkeypatch.setattr("fastface_lightning.data.datasets.synthetic._machine_memory", lambda: 4)
     drawn = SyntheticFaces(3, 2, seed=4, size=SMALL)
     assert kept._pictures is not None and drawn._pictures is None
     for _ in range(2):
@@ -244,7 +245,7 @@ def pairs_of(images: torch.Tensor, population: SyntheticFaces) -> list[tuple[int
 
 
 def test_pairs_are_what_they_say_distinct_and_balanced_in_every_fold() -> None:
-    images, same = synthetic_pairs(100, 10, 5, seed=1, first_identity=500)
+    images, same, _ = synthetic_pairs(100, 10, 5, seed=1, first_identity=500)
     assert images.shape == (200, 3, 112, 112) and images.dtype == torch.uint8
     assert same.shape == (100,) and same.dtype == torch.bool
     pairs = pairs_of(images, SyntheticFaces(10, 5, seed=1, first_identity=500))
@@ -257,16 +258,16 @@ def test_pairs_are_what_they_say_distinct_and_balanced_in_every_fold() -> None:
 
 def test_all_pairs_of_one_person_can_be_drawn() -> None:
     """At the limit (20 pairs of one person in 2 x 5 images) every one of them comes, once."""
-    images, same = synthetic_pairs(40, 2, 5)
+    images, same, _ = synthetic_pairs(40, 2, 5)
     pairs = pairs_of(images, SyntheticFaces(2, 5, first_identity=1_000_000))
     drawn = {frozenset(pair) for pair, one in zip(pairs, same.tolist(), strict=True) if one}
     assert drawn == {frozenset((a + i, a + j)) for a in (0, 5) for j in range(5) for i in range(j)}
 
 
 def test_pairs_are_seeded() -> None:
-    first, _ = synthetic_pairs(20, 4, 4, seed=1)
-    assert torch.equal(first, synthetic_pairs(20, 4, 4, seed=1)[0])
-    assert not torch.equal(first, synthetic_pairs(20, 4, 4, seed=2)[0])
+    first = synthetic_pairs(20, 4, 4, seed=1).images
+    assert torch.equal(first, synthetic_pairs(20, 4, 4, seed=1).images)
+    assert not torch.equal(first, synthetic_pairs(20, 4, 4, seed=2).images)
 
 
 @pytest.mark.parametrize(
