@@ -1,5 +1,6 @@
 """Faces as tensors: sets of identities to train on, and sets of pairs to verify on."""
 
+# ruff: noqa: F401
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,51 +47,6 @@ else:  # a type checker that saw this __getattr__ would take any name for one of
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = [
-    "ARCFACE_POINTS",
-    "Augment",
-    "EpochSampler",
-    "FaceData",
-    "FaceDataModule",
-    "FaceDataset",
-    "FaceList",
-    "FaceLoader",
-    "GroupSampler",
-    "IJBData",
-    "IdentityFolder",
-    "ImageFiles",
-    "LFWData",
-    "RecordDataset",
-    "ShardDataset",
-    "SyntheticData",
-    "SyntheticFaces",
-    "TemplateSubjects",
-    "VerificationPairs",
-    "align_face",
-    "decode_image",
-    "decode_into",
-    "decode_original",
-    "encode_jpeg",
-    "epoch_permutation",
-    "find_images",
-    "held_out_pairs",
-    "identity_names",
-    "interleaved",
-    "is_ijb",
-    "is_packable",
-    "open_faces",
-    "pair_files",
-    "read_ijb",
-    "read_landmarks",
-    "read_pairs",
-    "read_verification",
-    "read_verification_bin",
-    "similarity_transform",
-    "split_identities",
-    "synthetic_pairs",
-    "write_verification_bin",
-]
-
 _NAMES = {
     "align": "ARCFACE_POINTS align_face read_landmarks similarity_transform",
     "augment": "Augment",
@@ -108,6 +64,7 @@ _NAMES = {
     "pairs": "VerificationPairs held_out_pairs interleaved pair_files read_pairs read_verification"
     " read_verification_bin synthetic_pairs",
 }
+__all__ = [name for names in _NAMES.values() for name in names.split()]
 
 
 def __dir__() -> list[str]:

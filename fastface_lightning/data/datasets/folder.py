@@ -6,9 +6,8 @@ import os
 import time
 from abc import abstractmethod
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ from ..formats.index import Arrays, cached, cached_while
 from ..formats.names import Labels, Names, Packer, jpeg_name
 from .base import FaceDataset
 
-# Folders are read in blocks of so many; where the disk is far away, so many wait at once.
-_BLOCK, _THREADS = 256, 16
+# Folders whose names of images are held at once, and that are read at once: the disk may be far.
+_BLOCK, _THREADS = 4096, 16
 _CHUNK = 1 << 16  # bytes read together: nearly all faces are smaller
 # Folders whose times are compared at a start; all of them would take long, too.
 _SAMPLE = 1000
@@ -181,37 +180,22 @@ def _walk(root: Path) -> Arrays:
     times = np.array([changed, *_times(root, people)], np.int64)
     if time.time_ns() - times.max() < _TICK:  # a change right now would leave such a time as it is
         time.sleep(_TICK / 1e9)
-    blocks = [names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)]
+    folders = [f"{root}/{name}" for name in names]
     files, counts = Packer(), array("q")
+    blocks = range(0, len(folders), _BLOCK)
     what = printable(f"indexing {root.name}")
-    walked = _walked(root, blocks)
-    for block in track(walked, what, len(blocks), transient=True, disable=len(blocks) < 40):
-        for image_names in block:
-            counts.append(len(image_names))
-            for name in image_names:
-                files.append(name)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in track(blocks, what, transient=True, disable=len(blocks) < 3):
+            for image_names in pool.map(_image_names, folders[start : start + _BLOCK]):
+                counts.append(len(image_names))
+                for name in image_names:
+                    files.append(name)
     return {
         **people.arrays("identities"),
         **files.names().arrays("files"),
         "counts": np.array(counts, np.int64),
         "times": times,
     }
-
-
-def _walked(root: Path, blocks: Iterable[list[str]]) -> Iterator[list[list[str]]]:
-    """Names of the images of each identity, in blocks, as many of which wait as there are threads.
-
-    ``ThreadPoolExecutor.map`` would let all of them wait.
-    """
-    waiting: deque[Future[list[list[str]]]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for block in blocks:
-            folders = [f"{root}/{name}" for name in block]
-            waiting.append(pool.submit(lambda of: [_image_names(f) for f in of], folders))
-            if len(waiting) > _THREADS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _fresh(root: Path, index: Arrays) -> bool:
