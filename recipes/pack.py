@@ -347,6 +347,8 @@ def write_tar_shards(
                 yield jpeg, faces.identities[int(faces.labels[images.source(place)])]
 
     write_shards(target, samples)
+    if len(progress.bad) == len(images):
+        raise ValueError(f"none of the {len(faces)} images in {faces} can be read")
     return len(images) - len(progress.bad)
 
 
