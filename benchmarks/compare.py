@@ -37,7 +37,7 @@ from fastface_lightning.classifiers import FullClassifier
 from fastface_lightning.cli import program, torch_schedule
 from fastface_lightning.data import EpochSampler, FaceLoader, IdentityFolder, SyntheticFaces
 from fastface_lightning.data.datamodule import read_people
-from fastface_lightning.data.datasets.in_memory import MemoryFaces, shrunk
+from fastface_lightning.data.datasets.in_memory import InMemoryDataset, downsampled
 from fastface_lightning.evaluation import all_pairs, roc_auc, tar_at_far
 from fastface_lightning.files import write_text
 from fastface_lightning.margins import CosFace
@@ -69,8 +69,8 @@ class Run(NamedTuple):
 class Faces(NamedTuple):
     """People to train on, and others to recognise."""
 
-    seen: MemoryFaces
-    unseen: MemoryFaces
+    seen: InMemoryDataset
+    unseen: InMemoryDataset
 
 
 @program(config_path=CONF, config_name="compare")
@@ -120,15 +120,15 @@ def drawn_faces(identities: int, images: int, unseen: int) -> Faces:
     """Drawn faces; the last people are to be recognised, on six images each."""
     seen = SyntheticFaces(identities, images, size=PIXELS)
     others = SyntheticFaces(unseen, 6, first_identity=identities, size=PIXELS)
-    return Faces(shrunk(seen, PIXELS), shrunk(others, PIXELS))
+    return Faces(downsampled(seen, PIXELS), downsampled(others, PIXELS))
 
 
 def lfw(root: Path) -> Faces:
     """LFW View 1: those of its training people who have two images, and all of its test people."""
     train, test = (read_people(root / f"peopleDev{part}.txt") for part in ("Train", "Test"))
     return Faces(
-        shrunk(IdentityFolder(root / "images", identities=train, min_images=2), PIXELS),
-        shrunk(IdentityFolder(root / "images", identities=test), PIXELS),
+        downsampled(IdentityFolder(root / "images", identities=train, min_images=2), PIXELS),
+        downsampled(IdentityFolder(root / "images", identities=test), PIXELS),
     )
 
 
@@ -222,7 +222,7 @@ def train(run: Run, schedule: dict[str, Any], epochs: int, batch_size: int, file
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    faces = Faces(*(MemoryFaces(*part) for part in torch.load(file)))
+    faces = Faces(*(InMemoryDataset(*part) for part in torch.load(file)))
     seed_everything(run.seed, verbose=False)
     config = OmegaConf.create(
         {"schedule": schedule, "optimizer": {"lr": run.lr}, "total_steps": None}
@@ -281,7 +281,7 @@ class Curves(Callback):
         tar: images seen, and TAR at FAR 1e-2 over all pairs.
     """
 
-    def __init__(self, unseen: MemoryFaces, steps: int) -> None:
+    def __init__(self, unseen: InMemoryDataset, steps: int) -> None:
         self.unseen = unseen
         self.steps = steps
         self.losses: list[Tensor] = []
@@ -306,7 +306,7 @@ class Curves(Callback):
 
 
 @torch.no_grad()
-def scores_of(module: Any, faces: MemoryFaces) -> tuple[Tensor, Tensor]:
+def scores_of(module: Any, faces: InMemoryDataset) -> tuple[Tensor, Tensor]:
     """Scores and sameness of all pairs of images; the module goes on as it was.
 
     Of a network that diverged the scores are all 0: it recognises nobody.

@@ -53,7 +53,7 @@ from fastface_lightning.data import (
     SyntheticFaces,
 )
 from fastface_lightning.data.datamodule import read_people
-from fastface_lightning.data.datasets.in_memory import MemoryFaces, shrunk
+from fastface_lightning.data.datasets.in_memory import InMemoryDataset, downsampled
 from fastface_lightning.evaluation import all_pairs, tar_at_far
 from fastface_lightning.margins import CosFace
 from fastface_lightning.optim import SGD
@@ -370,9 +370,9 @@ def network_step(size: int) -> Callable[[], None]:
 class Data(NamedTuple):
     """Faces to train on, and those of other people: some to choose by, the rest to report on."""
 
-    training: MemoryFaces
-    choosing: MemoryFaces
-    others: MemoryFaces
+    training: InMemoryDataset
+    choosing: InMemoryDataset
+    others: InMemoryDataset
 
 
 class Run(NamedTuple):
@@ -421,10 +421,12 @@ def drawn_faces() -> Data:
     """Drawn faces of 4,000 people, six of each."""
     print("drawing faces", flush=True)
     drawn = SyntheticFaces(DRAWN + 2 * HELD_OUT, EACH)
-    faces = shrunk(drawn, PIXELS)
+    faces = downsampled(drawn, PIXELS)
     bounds = [DRAWN, HELD_OUT, HELD_OUT]
     parts = zip(faces.images.split([EACH * n for n in bounds]), bounds, strict=True)
-    return Data(*(MemoryFaces(part, torch.arange(n).repeat_interleave(EACH)) for part, n in parts))
+    return Data(
+        *(InMemoryDataset(part, torch.arange(n).repeat_interleave(EACH)) for part, n in parts)
+    )
 
 
 def lfw(root: Path) -> Data:
@@ -432,7 +434,7 @@ def lfw(root: Path) -> Data:
     test = list(read_people(root / "peopleDevTest.txt"))
     parts = (list(read_people(root / "peopleDevTrain.txt")), test[0::2], test[1::2])
     folders = (IdentityFolder(root / "images", identities=part) for part in parts)
-    return Data(*(shrunk(faces, PIXELS) for faces in folders))
+    return Data(*(downsampled(faces, PIXELS) for faces in folders))
 
 
 def run_all(runs: list[Run], file: Path, jobs: int) -> None:
@@ -450,7 +452,7 @@ def run_all(runs: list[Run], file: Path, jobs: int) -> None:
 def accuracy_row(run: Run, file: Path) -> Row:
     """Train on one thread, and recognise people who were not trained on."""
     torch.set_num_threads(1)
-    data = Data(*(MemoryFaces(*part) for part in torch.load(file)))
+    data = Data(*(InMemoryDataset(*part) for part in torch.load(file)))
     seed_everything(run.seed, verbose=False)
     build, batch_size = WAYS[run.way]
     head = build(data.training.num_classes)
@@ -500,7 +502,7 @@ def loader(faces: Any, head: Classifier, batch_size: int, seed: int) -> Any:
 
 
 @torch.no_grad()
-def tar_of_all_pairs(module: FaceModule, faces: MemoryFaces) -> float:
+def tar_of_all_pairs(module: FaceModule, faces: InMemoryDataset) -> float:
     """TAR at FAR 1e-2 over all pairs of images."""
     embeddings = torch.cat([module.embed(part) for part in faces.images.split(500)])
     scores, same = all_pairs(embeddings, torch.from_numpy(faces.labels))

@@ -80,6 +80,12 @@ def check(cfg: DictConfig) -> None:
             f"a target=FILE.bin is made of pairs=PAIRS, and nothing else is, got"
             f" target={cfg.target} and pairs={cfg.pairs}"
         )
+    formats = {"": ("folder", "shards"), ".rec": ("records",)}.get(suffix, ())
+    if cfg.format is not None and cfg.format not in formats:
+        raise ValueError(
+            "format must be records with target=FILE.rec, folder or shards with target=DIR, got"
+            f" {cfg.format} with {cfg.target}"
+        )
 
 
 def report(result: dict[str, Any], folder: Path) -> None:
@@ -216,14 +222,15 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
     from fastface_lightning.files import write_text
 
     target = Path(cfg.target)
-    write = write_records if target.suffix == ".rec" else write_files
+    to_folder = write_tar_shards if cfg.format == "shards" else write_files
+    write = write_records if target.suffix == ".rec" else to_folder
     images = Preparation(faces, cfg)
     source = {
         "source": str(faces),
         "images": len(faces),
         "identities": faces.num_classes,
         "content": digest(faces, cfg),
-        **{key: cfg[key] for key in ("size", "quality", "landmarks")},
+        **{key: cfg[key] for key in ("format", "size", "quality", "landmarks")},
     }
     stamp = target.with_name(target.name + ".part.json")
     if stamp.exists():
@@ -252,6 +259,13 @@ def leave_out(why: str, bad: list[str], max_bad: int) -> None:
         )
 
 
+def leave_out_again(images: Preparation, places: set[int], bad: list[str]) -> None:
+    """Note why images are not in the pack that an earlier run began."""
+    for place in sorted(places):
+        why = images.at(place)[2] or "it could not be read when this pack was begun"
+        leave_out(why, bad, images.faces.max_bad)
+
+
 def digest(faces: FaceDataset, cfg: DictConfig) -> str:
     """What tells a source from another: its labels, a thousand of its images, where it lies, and
     its landmarks."""
@@ -278,9 +292,7 @@ def write_records(images: Preparation, target: Path, bad: list[str], num_workers
     with InsightFaceWriter(target, resume=True) as writer:
         places = set(writer.id2.tolist())
         start = max(places, default=-1) + 1
-        for place in sorted(set(range(start)) - places):
-            why = images.at(place)[2] or "it could not be read when this pack was begun"
-            leave_out(why, bad, faces.max_bad)
+        leave_out_again(images, set(range(start)) - places, bad)
         what = f"packing from image {start:,}" if start else "packing"
         for place, jpeg, why in in_order(images.at, range(start, len(faces)), num_workers, what):
             if why:
@@ -312,6 +324,31 @@ def write_files(images: Preparation, target: Path, bad: list[str], num_workers: 
                 part.write_bytes(jpeg)
         count += 1
     return count
+
+
+def write_tar_shards(images: Preparation, target: Path, bad: list[str], num_workers: int) -> int:
+    """WebDataset's tar shards; those that are there are kept, and say what they hold."""
+    from fastface_lightning.data.formats.tar import read_shard, write_shards
+
+    faces = images.faces
+
+    def samples(start: int) -> Iterator[tuple[bytes, str] | None]:
+        shards = [read_shard(shard)[0] for shard in target.glob("*.tar")] if start else []
+        places = {int(Path(sample.name).stem) for shard in shards for sample in shard}
+        leave_out_again(images, set(range(start)) - places, bad)
+        for place, jpeg, why in in_order(
+            images.at, range(start, len(faces)), num_workers, "packing"
+        ):
+            if why:
+                leave_out(why, bad, faces.max_bad)
+                yield None
+            else:
+                yield jpeg, faces.identities[int(faces.labels[images.source(place)])]
+
+    write_shards(target, samples)
+    if len(bad) == len(faces):
+        raise ValueError(f"none of the {len(faces)} images in {faces} can be read")
+    return len(faces) - len(bad)
 
 
 def pack_pairs(cfg: DictConfig, data: FaceDataModule) -> dict[str, Any]:

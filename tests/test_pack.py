@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from fastface_lightning.data import (
     ARCFACE_POINTS,
     IdentityFolder,
     RecordDataset,
-    ZippedFaces,
+    ShardDataset,
     read_pairs,
     read_verification_bin,
 )
@@ -78,17 +77,20 @@ def test_a_folder_goes_into_a_record_file_and_out_again(run: Run, faces: Path) -
     assert [again.encoded(i) for i in range(25)] == [bytes(records.encoded(i)) for i in range(25)]
 
 
-@pytest.mark.program
-def test_archives_are_packed_unopened(run: Run, faces: Path) -> None:
-    archive = faces.parent / "zips" / "part_0.zip"
-    archive.parent.mkdir()
-    with zipfile.ZipFile(archive, "w") as opened:
-        for file in sorted(faces.rglob("*.jpg")):
-            opened.write(file, f"WebFace/{file.relative_to(faces)}")
-    packed = faces.parent / "train.rec"
-    ended = run(f"data.root={archive.parent}", f"target={packed}", *QUIET, program=PROGRAM)
+def test_a_folder_goes_into_shards_and_from_there_into_a_record_file(run: Run, faces: Path) -> None:
+    shards, packed = faces.parent / "shards", faces.parent / "train.rec"
+    command = f"data.root={faces}", f"target={shards}", "format=shards", *QUIET
+    ended = run(*command, program=PROGRAM)
     assert ended.code == 0, ended.err
-    assert len(RecordDataset(packed)) == len(ZippedFaces(archive)) - 1 == 24
+    found = json.loads((ended.folder / "pack.json").read_text())
+    assert found["packed"] == 25 and len(found["bad"]) == 1
+    ended = run(f"data.root={shards}", f"target={packed}", *QUIET, program=PROGRAM, folder="two")
+    assert ended.code == 0, ended.err
+    source, again = ShardDataset(shards), RecordDataset(packed)
+    assert len(source) == len(again) == 25 and source.identities == again.identities
+    assert [bytes(source.encoded(i)) for i in range(25)] == [
+        bytes(again.encoded(i)) for i in range(25)
+    ]
 
 
 @pytest.mark.program

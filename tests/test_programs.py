@@ -285,7 +285,7 @@ BAD_INPUT = [
     (
         ["data=webface12m", "model=r100"],
         "webface12m: nothing at data/webface12m; expected data/webface12m/<identity>/<image>.jpg, "
-        "a .rec or .zip files with 617,970 identities and 12,720,066 images",
+        "a .rec or .tar shards with 617,970 identities and 12,720,066 images",
     ),
     (["data=lfw", "data.root=nowhere"], "lfw: no nowhere"),
     (["resume=nowhere.ckpt"], "resume must be 'auto' or a checkpoint file, got nowhere.ckpt"),

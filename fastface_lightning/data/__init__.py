@@ -1,76 +1,71 @@
 """Faces as tensors: sets of identities to train on, and sets of pairs to verify on."""
 
-from .align import ARCFACE_POINTS, align_face, read_landmarks, similarity_transform
-from .augment import Augment
-from .datamodule import (
-    FaceData,
-    FaceDataModule,
-    LFWData,
-    SyntheticData,
-    open_faces,
-    split_identities,
-)
-from .datasets.base import FaceDataset
-from .datasets.folder import FaceList, IdentityFolder, identity_names
-from .datasets.image_files import ImageFiles, find_images
-from .datasets.records import RecordDataset
-from .datasets.synthetic import SyntheticFaces, synthetic_pairs
-from .datasets.zips import ZippedFaces
-from .formats.image import decode_image, decode_into, decode_original, encode_jpeg, is_packable
-from .formats.verification_bin import write_verification_bin
-from .ijb import IJBData, TemplateSubjects, is_ijb, read_ijb
-from .loader import EpochSampler, FaceLoader, GroupSampler, epoch_order
-from .pairs import (
-    VerificationPairs,
-    held_out_pairs,
-    interleaved,
-    pair_files,
-    read_pairs,
-    read_verification,
-    read_verification_bin,
-)
+# ruff: noqa: F401
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ARCFACE_POINTS",
-    "Augment",
-    "EpochSampler",
-    "FaceData",
-    "FaceDataModule",
-    "FaceDataset",
-    "FaceList",
-    "FaceLoader",
-    "GroupSampler",
-    "IJBData",
-    "IdentityFolder",
-    "ImageFiles",
-    "LFWData",
-    "RecordDataset",
-    "SyntheticData",
-    "SyntheticFaces",
-    "TemplateSubjects",
-    "VerificationPairs",
-    "ZippedFaces",
-    "align_face",
-    "decode_image",
-    "decode_into",
-    "decode_original",
-    "encode_jpeg",
-    "epoch_order",
-    "find_images",
-    "held_out_pairs",
-    "identity_names",
-    "interleaved",
-    "is_ijb",
-    "is_packable",
-    "open_faces",
-    "pair_files",
-    "read_ijb",
-    "read_landmarks",
-    "read_pairs",
-    "read_verification",
-    "read_verification_bin",
-    "similarity_transform",
-    "split_identities",
-    "synthetic_pairs",
-    "write_verification_bin",
-]
+if TYPE_CHECKING:
+    from .align import ARCFACE_POINTS, align_face, read_landmarks, similarity_transform
+    from .augment import Augment
+    from .datamodule import (
+        FaceData,
+        FaceDataModule,
+        LFWData,
+        SyntheticData,
+        open_faces,
+        split_identities,
+    )
+    from .datasets.base import FaceDataset
+    from .datasets.folder import FaceList, IdentityFolder, identity_names
+    from .datasets.image_files import ImageFiles, find_images
+    from .datasets.records import RecordDataset
+    from .datasets.shards import ShardDataset
+    from .datasets.synthetic import SyntheticFaces
+    from .formats.image import decode_image, decode_into, decode_original, encode_jpeg, is_packable
+    from .formats.verification_bin import write_verification_bin
+    from .ijb import IJBData, TemplateSubjects, is_ijb, read_ijb
+    from .loader import EpochSampler, FaceLoader, GroupSampler, epoch_permutation
+    from .pairs import (
+        VerificationPairs,
+        held_out_pairs,
+        interleaved,
+        pair_files,
+        read_pairs,
+        read_verification,
+        read_verification_bin,
+        synthetic_pairs,
+    )
+else:  # a type checker that saw this __getattr__ would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        """Load a public name at its first use: aligning needs no torch, reading no Lightning."""
+        from importlib import import_module
+
+        for module, names in _NAMES.items():
+            if name in names.split():
+                value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_NAMES = {
+    "align": "ARCFACE_POINTS align_face read_landmarks similarity_transform",
+    "augment": "Augment",
+    "datamodule": "FaceData FaceDataModule LFWData SyntheticData open_faces split_identities",
+    "datasets.base": "FaceDataset",
+    "datasets.folder": "FaceList IdentityFolder identity_names",
+    "datasets.image_files": "ImageFiles find_images",
+    "datasets.records": "RecordDataset",
+    "datasets.shards": "ShardDataset",
+    "datasets.synthetic": "SyntheticFaces",
+    "formats.image": "decode_image decode_into decode_original encode_jpeg is_packable",
+    "formats.verification_bin": "write_verification_bin",
+    "ijb": "IJBData TemplateSubjects is_ijb read_ijb",
+    "loader": "EpochSampler FaceLoader GroupSampler epoch_permutation",
+    "pairs": "VerificationPairs held_out_pairs interleaved pair_files read_pairs read_verification"
+    " read_verification_bin synthetic_pairs",
+}
+__all__ = [name for names in _NAMES.values() for name in names.split()]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

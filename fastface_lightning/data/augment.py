@@ -30,7 +30,7 @@ class Augment:
         flip: probability in [0, 1] that an image is mirrored left to right.
         crop: that all but a random window of it is black; :func:`crop_some`.
         low_resolution: that it is made small and large again; :func:`coarsen_some`.
-        photometric: that brightness, contrast and saturation change; :func:`recolour_some`.
+        photometric: that brightness, contrast and saturation change; :func:`recolor_some`.
 
     The changes come in that order. Random numbers are those of torch's default generator on the
     images' device: one ``torch.rand`` a batch and kind, whose size depends on the batch's alone,
@@ -88,7 +88,7 @@ class Augment:
             rows, columns = (self._tables_of(side, images.device) for side in images.shape[2:])
             images = coarsen_some(images, self.low_resolution, rows, columns)
         if self.photometric:
-            images = recolour_some(images, self.photometric)
+            images = recolor_some(images, self.photometric)
         return images
 
     def _tables_of(self, length: int, device: torch.device) -> Tables:
@@ -156,7 +156,7 @@ def coarsen_some(images: Tensor, p: float, rows: Tables, columns: Tables) -> Ten
         return _to_bytes(tall[:, None] @ images.float() @ wide[:, None].mT, images)
 
 
-def recolour_some(images: Tensor, p: float) -> Tensor:
+def recolor_some(images: Tensor, p: float) -> Tensor:
     """Change brightness, contrast and saturation of each image (N, 3, H, W) with probability p.
 
     Each of the three is a blend f X + (1 - f) Y, clamped to [0, 255], with f uniform in
@@ -170,9 +170,9 @@ def recolour_some(images: Tensor, p: float) -> Tensor:
     pixels = images.float()
     for kind, f in zip(order, factors, strict=True):
         red, green, blue = pixels.split(1, dim=1)
-        grey = 0.299 * red + 0.587 * green + 0.114 * blue
-        grey = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), grey)
-        other = torch.where(kind == 0, 0, grey)
+        gray = 0.299 * red + 0.587 * green + 0.114 * blue
+        gray = torch.where(kind == 1, gray.mean((2, 3), keepdim=True), gray)
+        other = torch.where(kind == 0, 0, gray)
         pixels = (f * pixels + (1 - f) * other).clamp_(0, 255)
     return _to_bytes(pixels, images)
 
@@ -241,9 +241,9 @@ def resizing_matrix(kind: str, length: int, to: int) -> NDArray[np.float64]:
         overlap = np.minimum(start + step, pixel + 1) - np.maximum(start, pixel)
         matrix = np.maximum(overlap, 0) / step
     else:
-        centre = (np.arange(to)[:, None] + 0.5) * step - 0.5
-        taps = np.floor(centre) + np.arange(-3, 5)
-        weights = _KERNELS[kind](centre - taps)
+        center = (np.arange(to)[:, None] + 0.5) * step - 0.5
+        taps = np.floor(center) + np.arange(-3, 5)
+        weights = _KERNELS[kind](center - taps)
         at = np.clip(taps, 0, length - 1).astype(int)
         np.add.at(matrix, (np.arange(to)[:, None], at), weights)
         matrix /= weights.sum(1, keepdims=True)

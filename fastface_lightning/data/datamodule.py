@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from .datasets.base import FaceDataset
 from .datasets.folder import FaceList, IdentityFolder
 from .datasets.records import RecordDataset
-from .datasets.synthetic import SyntheticFaces, synthetic_pairs
-from .datasets.zips import ZippedFaces
+from .datasets.shards import ShardDataset, holds_shards
+from .datasets.synthetic import SyntheticFaces
+from .formats.tar import is_shard
 from .loader import EpochSampler, FaceLoader, GroupSampler
-from .pairs import VerificationPairs, held_out_pairs, read_pairs, read_verification
+from .pairs import VerificationPairs, held_out_pairs, read_pairs, read_verification, synthetic_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class FaceDataModule(LightningDataModule, ABC):
         _check_batches(batches, keys)
         self.verify, self.verify_root = list(verify), verify_root
         self.batches, self.keys = batches, keys
-        self._built = self._told = False
+        self._built = self._warned = False
 
     def faces(self) -> FaceDataset:
         """All that the data set has to train on, before any of it is held out."""
@@ -149,22 +150,22 @@ class FaceDataModule(LightningDataModule, ABC):
                 "instance": self._loader(images, third),
                 "identity": self._loader(groups, max(third, self.num_workers - third)),
             }
-        self._tell_single(groups)
+        self._warn_of_single_images(groups)
         return CombinedLoader(loaders, "min_size")
 
     def _loader(self, sampler: EpochSampler, num_workers: int) -> FaceLoader:
         return FaceLoader(self.train_set, self.batch_size * sampler.size, sampler, num_workers)
 
-    def _tell_single(self, groups: GroupSampler) -> None:
+    def _warn_of_single_images(self, groups: GroupSampler) -> None:
         """Say once how many identities have but one image to fill their groups with."""
         single, total = int((groups.counts == 1).sum()), int((groups.counts > 0).sum())
-        if single and not self._told:
+        if single and not self._warned:
             logger.log(
                 logging.WARNING if 2 * single > total else logging.INFO,
                 "%d of the %d identities have a single image, which is served %d times in a row",
                 *(single, total, groups.size),
             )
-        self._told = True
+        self._warned = True
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -195,13 +196,13 @@ class FaceDataModule(LightningDataModule, ABC):
 
 
 class SyntheticData(FaceDataModule):
-    """Drawn faces, for a first try without data; verification set ``synthetic``.
+    """Synthetic faces, for a first try without data; verification set ``synthetic``.
 
     Args:
         num_identities: identities to train on.
         images_per_identity: images of each identity.
         verify_identities: further identities, which only the verification pairs show.
-        verify_pairs: number of verification pairs, a multiple of 20; 0 draws none.
+        verify_pairs: number of verification pairs, a multiple of 20; 0 makes none.
         batch_size, num_workers, seed, verify, verify_root, batches, keys: see
             :class:`FaceDataModule`. The faces are the same for every seed, so that runs with
             different seeds compare.
@@ -225,14 +226,14 @@ class SyntheticData(FaceDataModule):
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
         if not self.verify_pairs:
             return self.faces(), {}
-        images, same = synthetic_pairs(
+        pairs = synthetic_pairs(
             self.verify_pairs,
             self.verify_identities,
             self.images_per_identity,
             seed=0,
             first_identity=self.num_identities,
         )
-        return self.faces(), {"synthetic": VerificationPairs(images, same, [])}
+        return self.faces(), {"synthetic": pairs}
 
 
 class FaceData(FaceDataModule):
@@ -240,7 +241,7 @@ class FaceData(FaceDataModule):
 
     Args:
         root: where they are: a folder of ``<identity>/<image>``, a RecordIO file ``.rec`` or a
-            folder with ``train.rec``, a ``.zip`` or a folder of them with ``<identity>/<image>``.
+            folder with ``train.rec``, a tar shard or a folder of them (:class:`ShardDataset`).
         list: a file that lists images in the folder ``root`` with their identities, instead; see
             :class:`FaceList`.
         held_out: share of the identities, in [0, 1), that is not trained on but verified on, as
@@ -286,18 +287,18 @@ class FaceData(FaceDataModule):
         Raises:
             ValueError: they are not there.
         """
-        expected = _figures(self.num_identities, self.num_images)
+        expected = _counts(self.num_identities, self.num_images)
         if not self.root.exists():
             raise ValueError(
                 f"{self.name}: nothing at {self.root}; expected {self.root}/<identity>/<image>.jpg,"
-                f" a .rec or .zip files{expected and f' with {expected}'}"
+                f" a .rec or .tar shards{expected and f' with {expected}'}"
             )
         faces = open_faces(self.root, self.list, self.max_bad, self.reindex)
-        found = _figures(
+        counted = _counts(
             None if self.num_identities is None else faces.num_classes,
             None if self.num_images is None else len(faces),
         )
-        _compare(str(self.name), self.root, expected, found)
+        _compare(str(self.name), self.root, expected, counted)
         return faces
 
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
@@ -315,12 +316,13 @@ def open_faces(
     """The faces at ``root``, in whichever of the layouts that :class:`FaceData` names."""
     if list is not None:
         return FaceList(list, root, max_bad=max_bad, reindex=reindex)
-    records = root / "train.rec" if root.is_dir() else root
-    if records.is_file() and records.suffix != ".zip":
-        return RecordDataset(records, max_bad=max_bad, reindex=reindex)
-    if records == root or (any(root.glob("*.zip")) and not any(map(Path.is_dir, root.iterdir()))):
-        return ZippedFaces(root, max_bad=max_bad, reindex=reindex)
-    return IdentityFolder(root, max_bad=max_bad, reindex=reindex)
+    if not root.is_dir():
+        pack = ShardDataset if is_shard(root.name) else RecordDataset
+        return pack(root, max_bad=max_bad, reindex=reindex)
+    if (root / "train.rec").is_file():
+        return RecordDataset(root / "train.rec", max_bad=max_bad, reindex=reindex)
+    folder = ShardDataset if holds_shards(root) else IdentityFolder
+    return folder(root, max_bad=max_bad, reindex=reindex)
 
 
 class LFWData(FaceDataModule):
@@ -351,8 +353,8 @@ class LFWData(FaceDataModule):
         faces = IdentityFolder(
             images, identities=people, max_bad=self.max_bad, reindex=self.reindex
         )
-        expected = _figures(len(people), sum(people.values()))
-        _compare("lfw", images, expected, _figures(faces.num_classes, len(faces)))
+        expected = _counts(len(people), sum(people.values()))
+        _compare("lfw", images, expected, _counts(faces.num_classes, len(faces)))
         return faces
 
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
@@ -397,14 +399,14 @@ def _check_batches(batches: str, keys: int) -> None:
         raise ValueError(f"keys must be at least 1 image, got {keys}")
 
 
-def _figures(num_identities: int | None, num_images: int | None) -> str:
-    figures = {"identities": num_identities, "images": num_images}
-    return " and ".join(f"{count:,} {what}" for what, count in figures.items() if count is not None)
+def _counts(num_identities: int | None, num_images: int | None) -> str:
+    counts = {"identities": num_identities, "images": num_images}
+    return " and ".join(f"{count:,} {what}" for what, count in counts.items() if count is not None)
 
 
-def _compare(name: str, root: Path, expected: str, found: str) -> None:
-    if found != expected:
-        logger.warning("%s: expected %s in %s, got %s", name, expected, root, found)
+def _compare(name: str, root: Path, expected: str, counted: str) -> None:
+    if counted != expected:
+        logger.warning("%s: expected %s in %s, got %s", name, expected, root, counted)
 
 
 def read_people(file: Path) -> dict[str, int]:

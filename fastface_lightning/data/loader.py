@@ -19,7 +19,7 @@ BLOCK = 2**16  # groups drawn at a time, where their first images are given
 GROUPS = 0x67726F75  # no other seed of the project ends in this word
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def epoch_permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Random permutation of ``range(num_samples)`` that (seed, epoch) alone decides.
 
     Seed and epoch are hashed together, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
@@ -40,7 +40,7 @@ def _generator(seed: int, epoch: int, *words: int) -> np.random.Generator:
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Serve :func:`epoch_order`; of several ranks, each takes every ``num_replicas``-th sample.
+    """Serve :func:`epoch_permutation`; each of several ranks takes every ``num_replicas``-th of it.
 
     The samples that do not divide evenly are left out, others in every epoch, so that all ranks
     take equally many steps and no sample is seen twice. Being a DistributedSampler, Lightning
@@ -77,17 +77,16 @@ class EpochSampler(DistributedSampler[Any]):
         self.start = 0
 
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(len(self.dataset), self.seed, self.epoch)  # type: ignore[arg-type]
-        return map(int, order[self.rank :: self.num_replicas][self.start : self.num_samples])
+        whole = epoch_permutation(len(self.dataset), self.seed, self.epoch)  # type: ignore[arg-type]
+        return map(int, whole[self.rank :: self.num_replicas][self.start : self.num_samples])
 
 
 class GroupSampler(EpochSampler):
     """Serve groups of ``size`` images of one identity, flat: one group after the other.
 
     An epoch has as many groups as the data set has images, so that a loader of groups is as long
-    as one of as many images a batch. The groups, like :func:`epoch_order`, are a pure function of
-    seed and epoch; of several ranks, each takes every ``num_replicas``-th, and those that do not
-    divide evenly are left out.
+    as one of as many images a batch. The groups are a pure function of seed and epoch; of several
+    ranks, each takes every ``num_replicas``-th, and those that do not divide evenly are left out.
 
     The images of a group are different ones as long as its identity has so many, and drawn from
     all of its images beyond that: an identity's only image is served ``size`` times.
@@ -101,7 +100,7 @@ class GroupSampler(EpochSampler):
         size: images of a group, at least 2.
         by: ``"identities"``: all identities in random order, in another one when they are through,
             and so on; every image of a group is drawn. ``"images"``: all images in
-            :func:`epoch_order`, each the first of a group whose others are drawn.
+            :func:`epoch_permutation`, each the first of a group whose others are drawn.
         seed, num_replicas, rank: see :class:`EpochSampler`.
 
     Attributes:
@@ -154,23 +153,25 @@ class GroupSampler(EpochSampler):
 
     def _serve(self, epoch: int, start: int) -> Iterator[int]:
         """Images of this rank's groups, from the ``start``-th on."""
-        order = epoch_order(len(self._labels), self.seed, epoch) if self.by == "images" else None
-        length = len(self._present) if order is None else BLOCK
+        firsts = None
+        if self.by == "images":
+            firsts = epoch_permutation(len(self._labels), self.seed, epoch)
+        length = len(self._present) if firsts is None else BLOCK
         end = self.num_samples // self.size * self.num_replicas
         group = self.rank + start * self.num_replicas  # among those of all ranks
         while group < end:
             number, skipped = divmod(group, length)
             rng = _generator(self.seed, epoch, number, GROUPS)
-            if order is None:
+            if firsts is None:
                 identities = rng.permutation(self._present)
-                groups = np.empty((0, length), np.int64)
+                begun = np.empty((0, length), np.int64)
             else:
-                groups = order[None, number * length : (number + 1) * length]
-                identities = self._labels[groups[0]]
-            drawn = self._fill(rng, identities, groups)
-            own = drawn[skipped : end - number * length : self.num_replicas]
-            group += len(own) * self.num_replicas
-            yield from map(int, own.ravel())
+                begun = firsts[None, number * length : (number + 1) * length]
+                identities = self._labels[begun[0]]
+            block = self._fill(rng, identities, begun)
+            of_rank = block[skipped : end - number * length : self.num_replicas]
+            group += len(of_rank) * self.num_replicas
+            yield from map(int, of_rank.ravel())
 
     def _fill(
         self, rng: np.random.Generator, identities: NDArray[Any], groups: NDArray[np.int64]
@@ -261,11 +262,11 @@ class FaceLoader(DataLoader[Any]):
             ValueError: it lies within an epoch of another order.
         """
         if state_dict["batches"] % state_dict["batches_per_epoch"]:
-            for name, own in self._units().items():
-                if state_dict.get(name, "1 of images") != own:
+            for name, value in self._units().items():
+                if state_dict.get(name, "1 of images") != value:
                     raise ValueError(
                         f"{name} must be {state_dict[name]}, as in the run whose checkpoint lies"
-                        f" within an epoch, got {own}"
+                        f" within an epoch, got {value}"
                     )
         self._resume = state_dict
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]

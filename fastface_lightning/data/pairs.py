@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .datasets.base import FaceDataset, abridged
+from .datasets.synthetic import SyntheticFaces, check_range
 from .formats.image import IMAGE_SUFFIXES, decode_image, decode_into
 from .formats.verification_bin import unpack_verification_bin
 
@@ -114,10 +115,13 @@ def read_verification_bin(path: str | Path, size: int = 112) -> VerificationPair
     def read(index: int) -> Tensor:
         image = images[index]
         if image not in decoded:
+            pixels = np.empty((size, size, 3), np.uint8)
             try:
-                decoded[image] = _filled(lambda pixels: decode_into(image, pixels), size)
+                decode_into(image, pixels)
             except ValueError as error:
                 decoded[image] = str(error)
+            else:
+                decoded[image] = _planes(pixels)
         result = decoded[image]
         if isinstance(result, str):
             raise ValueError(f"cannot read image {index} of {path}: {result}")
@@ -298,14 +302,56 @@ def held_out_pairs(dataset: FaceDataset, num_pairs: int, seed: int = 0) -> Verif
     rng = np.random.default_rng(seed)
     same = _draw_same(counts, wanted, rng)
     different = _draw_different(counts, wanted, rng)
-    indices = np.stack([same, different], axis=1).reshape(-1, 2)
-    indices = dataset.labels.argsort(kind="stable")[indices]  # the draw counts person by person
-    pairs = [(int(i), int(j), k % 2 == 0) for k, (i, j) in enumerate(indices)]
+    by_person = dataset.labels.argsort(kind="stable")  # the draw counts person by person
+    return _read_alternating(dataset, by_person[same], by_person[different])
 
-    def read(index: int) -> Tensor:
-        return _filled(lambda pixels: dataset.read_into(index, pixels), dataset.size)
 
-    return _load(pairs, read, lambda index: Path(dataset.name(index)).stem, str(dataset))
+def synthetic_pairs(
+    num_pairs: int,
+    num_identities: int,
+    images_per_identity: int,
+    seed: int = 0,
+    first_identity: int = 1_000_000,
+) -> VerificationPairs:
+    """Verification pairs of invented people: even pairs show one person, odd pairs two.
+
+    No pair comes twice. Both kinds are uniform over all their pairs of images.
+
+    Args:
+        num_pairs: number of pairs P, a multiple of 20, so that each of ten contiguous folds holds
+            both kinds in equal numbers.
+        num_identities: number of people they are drawn from, at least 2.
+        images_per_identity: photographs of each, at least 2.
+        seed: names the population and decides the draw, in [0, 2**32).
+        first_identity: number of the first person; keep the people apart from the training set's.
+
+    Raises:
+        ValueError: an argument is outside its range, or there are too few different pairs.
+    """
+    n, k = num_identities, images_per_identity
+    check_range("num_identities", n, 2, 2**32)
+    check_range("images_per_identity", k, 2, 2**32 - 1)
+    faces = SyntheticFaces(n, k, seed, first_identity)
+    of_one, of_two = k * (k - 1) // 2, k * k  # pairs within one person, between two people
+    limit = 2 * min(n * of_one, n * (n - 1) // 2 * of_two)
+    if num_pairs % 20 or not 20 <= num_pairs <= limit:
+        raise ValueError(
+            f"num_pairs must be a multiple of 20, at least 20 and at most {limit} "
+            f"for {n} identities of {k} images, got {num_pairs}"
+        )
+    rng = np.random.default_rng(seed)
+    person, number = np.divmod(rng.choice(n * of_one, num_pairs // 2, replace=False), of_one)
+    same = k * person[:, None] + _unordered_pair(number)
+    number = rng.choice(n * (n - 1) // 2 * of_two, num_pairs // 2, replace=False)
+    people, number = np.divmod(number, of_two)
+    different = k * _unordered_pair(people) + np.stack(np.divmod(number, k), axis=1)
+    return _read_alternating(faces, same, different)
+
+
+def _unordered_pair(number: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(P, 2) pairs i < j, each by its number j (j - 1) / 2 + i."""
+    j = ((1 + np.sqrt(1 + 8 * number)) / 2).astype(np.int64)
+    return np.stack([number - j * (j - 1) // 2, j], axis=1)
 
 
 def _draw_same(
@@ -319,10 +365,8 @@ def _draw_same(
     starts = counts.cumsum() - counts
     drawn = []
     for person in np.flatnonzero(available):
-        # Pair number p = j (j - 1) / 2 + i enumerates all i < j.
-        p = rng.choice(available[person], min(each, available[person]), replace=False)
-        j = ((1 + np.sqrt(1 + 8 * p)) / 2).astype(np.int64)
-        drawn.append(starts[person] + np.stack([p - j * (j - 1) // 2, j], axis=1))
+        number = rng.choice(available[person], min(each, available[person]), replace=False)
+        drawn.append(starts[person] + _unordered_pair(number))
     whole = np.concatenate([pairs[: each - 1] for pairs in drawn])
     last = rng.permutation(np.concatenate([pairs[each - 1 :] for pairs in drawn]))
     return rng.permutation(np.concatenate([whole, last[: wanted - len(whole)]]))
@@ -334,15 +378,15 @@ def _draw_different(
     """(wanted, 2) distinct image indices i < j of two people each, uniform."""
     starts, total = counts.cumsum() - counts, counts.sum()
     weights = counts * (total - counts)  # ordered pairs whose first image is this person's
-    found = np.empty((0, 2), np.int64)
-    while len(found) < wanted:
+    pairs = np.empty((0, 2), np.int64)
+    while len(pairs) < wanted:
         person = rng.choice(len(counts), 2 * wanted, p=weights / weights.sum())
         i = starts[person] + rng.integers(counts[person])
         j = rng.integers(total - counts[person])
         j += counts[person] * (j >= starts[person])  # skip the person's own images
         drawn = np.sort(np.stack([i, j], axis=1), axis=1)
-        found = np.unique(np.concatenate([found, drawn]), axis=0)
-    return rng.permutation(found)[:wanted]
+        pairs = np.unique(np.concatenate([pairs, drawn]), axis=0)
+    return rng.permutation(pairs)[:wanted]
 
 
 def _check_size(size: int) -> None:
@@ -350,11 +394,22 @@ def _check_size(size: int) -> None:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
 
 
-def _filled(fill: Callable[[NDArray[np.uint8]], None], size: int) -> Tensor:
-    """(3, size, size) uint8 from a function that fills (size, size, 3)."""
-    pixels = np.empty((size, size, 3), np.uint8)
-    fill(pixels)
+def _planes(pixels: NDArray[np.uint8]) -> Tensor:
+    """(3, H, W) from (H, W, 3)."""
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _read_alternating(
+    dataset: FaceDataset, same: NDArray[np.int64], different: NDArray[np.int64]
+) -> VerificationPairs:
+    """Images of pairs of one person and of two, (P / 2, 2) indices each, in turns."""
+    indices = np.stack([same, different], axis=1).reshape(-1, 2).tolist()
+    return _load(
+        [(i, j, k % 2 == 0) for k, (i, j) in enumerate(indices)],
+        lambda index: _planes(dataset.read(index)),
+        lambda index: Path(dataset.name(index)).stem,
+        str(dataset),
+    )
 
 
 def _load(

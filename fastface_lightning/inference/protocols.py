@@ -25,6 +25,7 @@ from ..data import (
     read_ijb,
     read_verification,
 )
+from ..data.formats.tar import is_shard
 from ..evaluation import (
     equal_error_rate,
     identification,
@@ -181,7 +182,7 @@ class Identities(Protocol):
         self.images = _Faces(self.faces)
 
     def digest(self) -> str:
-        archives = [self.path, *sorted(self.path.glob("*.rec")), *sorted(self.path.glob("*.zip"))]
+        archives = [self.path, *sorted(self.path.glob("*.rec")), *sorted(self.path.glob("*.tar"))]
         names = [self.faces.name(i) for i in range(self.count)]
         return files_digest([*map(str, archives), *names], self.faces.labels)
 
@@ -211,7 +212,7 @@ def open_protocol(path: str | Path, image_root: str | Path | None = None) -> Pro
 
     Args:
         path: a ``.bin`` or a pairs file; a folder of IJB-B or IJB-C; faces of identities in a
-            folder, a ``.rec`` or archives.
+            folder, a ``.rec`` or tar shards.
         image_root: folder of a pairs file's images.
 
     Raises:
@@ -220,7 +221,7 @@ def open_protocol(path: str | Path, image_root: str | Path | None = None) -> Pro
     path = Path(path)
     if path.is_dir() and is_ijb(path):
         return Templates(path)
-    if path.is_dir() or path.suffix in (".rec", ".zip"):
+    if path.is_dir() or path.suffix == ".rec" or is_shard(path.name):
         return Identities(path)
     return Pairs(_name(path), read_verification(path, image_root))
 

@@ -16,7 +16,7 @@ from PIL import Image
 from programs import ROOT, Run, load
 from test_conf import composed
 
-from fastface_lightning.data.datasets.in_memory import shrunk
+from fastface_lightning.data.datasets.in_memory import downsampled
 from fastface_lightning.evaluation import all_pairs
 
 compare = load(ROOT / "benchmarks" / "compare.py")
@@ -136,7 +136,7 @@ def test_ways_are_the_configs_of_train() -> None:
 
 def test_small_faces_are_area_means() -> None:
     images = torch.randint(256, (7, 3, 64, 64), dtype=torch.uint8)
-    small = shrunk([(image, i % 3) for i, image in enumerate(images)], 32)
+    small = downsampled([(image, i % 3) for i, image in enumerate(images)], 32)
     blocks = images.view(7, 3, 32, 2, 32, 2).double().mean((3, 5))
     assert (small.images.double() - blocks).abs().max() <= 0.5
     assert small.labels.tolist() == [0, 1, 2, 0, 1, 2, 0] and small.num_classes == 3

@@ -2,13 +2,13 @@
 
 import math
 import pickle
-from collections.abc import Iterator
+from itertools import permutations
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,7 +22,7 @@ from fastface_lightning.data.augment import (
     coarsen_some,
     crop_some,
     flip_some,
-    recolour_some,
+    recolor_some,
     resizing_matrix,
     resizing_tables,
 )
@@ -96,32 +96,20 @@ class TestContract:
                     only(kind, p)(images)
         assert len(shapes) == 6 and len(set(shapes)) == 1
 
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_same_seed_same_images(self, kind: str) -> None:
-        images, augment = faces(8), only(kind, 0.5)
-        runs = []
-        for seed in (7, 7, 8):
-            torch.manual_seed(seed)
-            runs.append(augment(images))
-        assert torch.equal(runs[0], runs[1])
-        assert not torch.equal(runs[0], runs[2])
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_the_batch_given_stays_as_it_is(self, kind: str) -> None:
-        images = faces(4)
-        before = images.clone()
-        only(kind)(images)
-        assert torch.equal(images, before)
-
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-    def test_memory_format_is_kept_and_changes_nothing(self, layout: torch.memory_format) -> None:
-        images = faces(5)
-        torch.manual_seed(0)
-        expected = Augment(1, 1, 1, 1)(images)
-        torch.manual_seed(0)
-        found = Augment(1, 1, 1, 1)(images.contiguous(memory_format=layout))
-        assert found.is_contiguous(memory_format=layout)
-        assert torch.equal(found, expected)
+    def test_seed_alone_decides_not_memory_format_nor_precision(
+        self, layout: torch.memory_format
+    ) -> None:
+        images, augment = faces(5), Augment(1, 1, 1, 1)
+        before = images.clone()
+        runs = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(runs)):
+                runs.append(augment(images.contiguous(memory_format=layout) if runs else images))
+        assert torch.equal(images, before), "the batch given is changed"
+        assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+        assert runs[1].is_contiguous(memory_format=layout)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_share_of_changed_images_is_the_probability(self, kind: str) -> None:
@@ -129,13 +117,8 @@ class TestContract:
         torch.manual_seed(1)
         share = sum(changed(images, only(kind, 0.2)(images))) / n
         assert abs(share - 0.2) < 4 * math.sqrt(0.2 * 0.8 / n)
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_one_always_and_almost_never(self, kind: str) -> None:
-        images = faces(32)
-        torch.manual_seed(0)
-        # A window of all but the whole area, or 111 of 112 pixels, is a change one may not see.
-        assert sum(changed(images, only(kind, 1.0)(images))) >= 31
+        # A window of all but the whole area, or 31 of 32 pixels, is a change one may not see.
+        assert sum(changed(images, only(kind, 1.0)(images))) > 0.9 * n
         assert not any(changed(images, only(kind, 1e-12)(images)))
 
     @given(
@@ -144,6 +127,7 @@ class TestContract:
         width=st.integers(1, 24),
         seed=st.integers(0, 2**32 - 1),
     )
+    @settings(max_examples=30)
     def test_any_shape(self, n: int, height: int, width: int, seed: int) -> None:
         torch.manual_seed(seed)
         images = noise(n, height, width)
@@ -160,32 +144,20 @@ class TestContract:
         assert found.shape == images.shape and found.dtype == images.dtype
         assert found.device.type == device
 
-    def test_mixed_precision_changes_nothing(self) -> None:
-        images, augment = faces(4), Augment(1, 1, 1, 1)
-        torch.manual_seed(0)
-        expected = augment(images)
-        torch.manual_seed(0)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(augment(images), expected)
-
     def test_it_survives_pickling_and_compares_by_its_probabilities(self) -> None:
         augment = Augment(low_resolution=0.5)
         augment(noise(2, 16))
         assert pickle.loads(pickle.dumps(augment)) == augment == Augment(low_resolution=0.5)
         assert repr(augment) == "Augment(flip=0.5, crop=0.0, low_resolution=0.5, photometric=0.0)"
 
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), float("inf")])
-    def test_a_probability_is_one(self, kind: str, p: float) -> None:
-        with pytest.raises(ValueError, match=rf"{kind} must be a probability in \[0, 1\], got {p}"):
-            only(kind, p)
-
-    @pytest.mark.parametrize(
-        "images", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(2, 1, 8, 8)]
-    )
-    def test_other_images_are_refused(self, images: Tensor) -> None:
-        with pytest.raises(ValueError, match=r"images must be uint8 \(N, 3, H, W\), got "):
-            Augment()(images)
+    def test_other_probabilities_and_images_are_refused(self) -> None:
+        for kind in KINDS:
+            for p in (-0.1, 1.1, float("nan")):
+                with pytest.raises(ValueError, match=f"{kind} must be a probability"):
+                    only(kind, p)
+        for shape, dtype in (((2, 3, 8, 8), torch.float), ((3, 8, 8), torch.uint8)):
+            with pytest.raises(ValueError, match="images must be uint8"):
+                Augment()(torch.zeros(shape, dtype=dtype))
 
 
 class TestFlip:
@@ -238,6 +210,7 @@ class TestCrop:
             top, left = int(u[1] * (90 - height + 1)), int(u[2] * (112 - width + 1))
             assert window(image) == (top, left, height, width)
 
+    @pytest.mark.slow
     def test_sizes_and_places_are_distributed_as_torchvisions(self) -> None:
         from torchvision.transforms import RandomResizedCrop
 
@@ -250,14 +223,6 @@ class TestCrop:
             at = np.linspace(a[0], a[-1], 200)
             gap = np.abs(np.searchsorted(a, at) - np.searchsorted(b, at)).max() / 3000
             assert gap < 1.95 * math.sqrt(2 / 3000)  # Kolmogorov and Smirnov, 0.1 %
-
-    def test_bounds(self) -> None:
-        torch.manual_seed(1)
-        top, left, height, width = windows(2000).T
-        assert (height * width >= 0.2 * 112**2 - 112).all()
-        assert (np.abs(np.log(width / height)) < math.log(4 / 3) + 0.03).all()
-        assert (top + height <= 112).all() and (left + width <= 112).all()
-        assert (top + height == 112).any() and (left + width == 112).any() and (top == 0).any()
 
     def test_where_no_window_fits_the_image_stays(self) -> None:
         images = noise(1, 112, 30)  # narrower than 3 : 4, and the full area is asked for
@@ -311,7 +276,7 @@ OPENCV: dict[str, tuple[list[float], list[float]]] = {
 
 
 class TestLowResolution:
-    @pytest.mark.parametrize("to", [1, 22, 56, 75, 111, 112, 130, 224])
+    @pytest.mark.parametrize("to", [1, 22, 75, 111, 112, 224])
     @pytest.mark.parametrize("kind", INTERPOLATIONS)
     def test_matrices_against_plain_code(self, kind: str, to: int) -> None:
         found = resizing_matrix(kind, 112, to)
@@ -330,11 +295,7 @@ class TestLowResolution:
             found = resizing_matrix(kind, 8, len(expected)) @ LINE
             np.testing.assert_allclose(found, expected, atol=2e-3)
 
-    @given(kind=st.sampled_from(INTERPOLATIONS), length=st.integers(1, 40), to=st.integers(1, 40))
-    def test_a_plain_surface_stays_plain(self, kind: str, length: int, to: int) -> None:
-        np.testing.assert_allclose(resizing_matrix(kind, length, to).sum(1), 1, atol=1e-12)
-
-    @pytest.mark.parametrize("length", [1, 2, 7, 30])
+    @pytest.mark.parametrize("length", [1, 2, 23])
     def test_tables_hold_every_side(self, length: int) -> None:
         shrink, enlarge = resizing_tables(length)
         first = max(int(0.2 * length), 1)
@@ -387,13 +348,6 @@ class TestLowResolution:
         pairs = torch.bincount(down * 5 + up)
         assert len(pairs) == 25 and (pairs - 180).abs().max() < 5 * math.sqrt(180)
 
-    def test_tables_are_made_once(self) -> None:
-        augment = only("low_resolution")
-        with patch("fastface_lightning.data.augment.resizing_tables", wraps=resizing_tables) as spy:
-            for size in (16, 16, 20, 16):
-                augment(noise(2, size))
-        assert [call.args for call in spy.call_args_list] == [(16,), (20,)]
-
 
 ADJUST = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
 
@@ -407,59 +361,34 @@ def draws_for(order: tuple[int, ...], factors: tuple[float, ...]) -> list[list[f
 
 
 class TestPhotometric:
-    @pytest.mark.parametrize("factor", [0.5, 0.8, 1.0, 1.3, 1.49])
-    @pytest.mark.parametrize("kind", [0, 1, 2])
-    def test_one_change_against_torchvision(self, kind: int, factor: float) -> None:
-        order = (kind, *({0, 1, 2} - {kind}))
-        for image in faces(8):
-            with with_draws(draws_for(order, (factor, 1.0, 1.0))):
-                found = recolour_some(image[None], 1.0)[0].float()
-            # torchvision rounds down, and PIL rounds greys to bytes.
-            assert (found - ADJUST[kind](image, factor).float()).abs().max() <= 1
-            pil = TF.pil_to_tensor(ADJUST[kind](TF.to_pil_image(image), factor)).float()
-            assert (found - pil).abs().max() <= 1
-
-    @pytest.mark.parametrize(
-        "order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
-    )
+    @pytest.mark.parametrize("order", list(permutations(range(3))))
     def test_all_orders_against_torchvision_in_floats(self, order: tuple[int, ...]) -> None:
-        factors = (1.4, 0.7, 1.35)
-        for image in faces(8):
-            expected = image / 255
-            for kind, factor in zip(order, factors, strict=True):
-                expected = ADJUST[kind](expected, factor)
-            with with_draws(draws_for(order, factors)):
-                found = recolour_some(image[None], 1.0)[0]
-            # torchvision's grey is 0.2989 R + ..., of weights that add up to 0.9999
-            assert (found - expected * 255).abs().max() < 0.6
+        for factors in ((1.4, 0.7, 1.35), (0.5, 1.0, 1.0), (1.49, 1.0, 1.0)):
+            for image in faces(4):
+                expected = image / 255
+                for kind, factor in zip(order, factors, strict=True):
+                    expected = ADJUST[kind](expected, factor)
+                with with_draws(draws_for(order, factors)):
+                    result = recolor_some(image[None], 1.0)[0]
+                # torchvision's gray is 0.2989 R + ..., of weights that add up to 0.9999
+                assert (result - expected * 255).abs().max() < 0.6
 
-    def test_orders_and_factors_are_uniform_and_independent(self) -> None:
-        # One red image: brightness, contrast and saturation leave it at different colours.
+    def test_orders_and_factors_are_uniform(self) -> None:
         torch.manual_seed(0)
         n = 6000
         draws = torch.rand(7, n, 1, 1, 1)
         order, factors = draws[1:4].argsort(0).flatten(1), 0.5 + draws[4:].flatten(1)
         images = faces(1).repeat(n, 1, 1, 1)[:, :, 30:60:6, 30:60:6]
         torch.manual_seed(0)
-        found = recolour_some(images, 1.0)
-        pick = torch.randint(n, (20,)).tolist()
-        for i in pick:
+        changed_images = recolor_some(images, 1.0)
+        for i in range(0, n, 300):
             expected = images[i] / 255
             for kind, factor in zip(order[:, i].tolist(), factors[:, i].tolist(), strict=True):
                 expected = ADJUST[kind](expected, factor)
-            assert (found[i] - expected * 255).abs().max() < 0.6
+            assert (changed_images[i] - expected * 255).abs().max() < 0.6
         counts = torch.bincount(order[0] * 9 + order[1] * 3 + order[2])
         assert (counts > 0).sum() == 6
         assert (counts[counts > 0] - n / 6).abs().max() < 5 * math.sqrt(n / 6)
-        assert (
-            abs(float(factors.mean()) - 1) < 0.01 and factors.min() >= 0.5 and factors.max() < 1.5
-        )
-
-    def test_grey_images_stay_grey(self) -> None:
-        torch.manual_seed(0)
-        grey = noise(16)[:, :1].repeat(1, 3, 1, 1)
-        red, green, blue = recolour_some(grey, 1.0).unbind(1)
-        assert torch.equal(red, green) and torch.equal(green, blue)
 
     def test_white_and_black_do_not_wrap(self) -> None:
         images = torch.zeros(2, 3, 7, 7, dtype=torch.uint8)
@@ -467,28 +396,5 @@ class TestPhotometric:
         for factor, white in ((1.5, 255), (0.5, 128)):  # 127.5 is rounded to the even byte
             draws = [[u, u] for (u,) in draws_for((0, 1, 2), (factor, 1.0, 1.0))]
             with with_draws(draws):
-                found = recolour_some(images, 1.0)
+                found = recolor_some(images, 1.0)
             assert not found[0].any() and (found[1] == white).all()
-
-    @given(st.integers(0, 255), st.floats(0.5, 1.4375))
-    def test_bytes_are_rounded_to_the_nearest(self, value: int, factor: float) -> None:
-        images = torch.full((1, 3, 1, 1), value, dtype=torch.uint8)
-        with with_draws(draws_for((0, 1, 2), (factor, 1.0, 1.0))):
-            found = float(recolour_some(images, 1.0)[0, 0])
-        assert abs(found - min(value * factor, 255)) <= 0.5 + 1e-4
-
-
-def rendered(kind: str, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    torch.manual_seed(0)
-    yield from zip(images, only(kind)(images), strict=True)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_face_is_still_the_same_face(kind: str) -> None:
-    """Whatever the change, what is left of the picture goes up and down as the original does."""
-    for before, after in rendered(kind, faces(16)):
-        a = (before.flip(-1) if kind == "flip" else before).float()
-        b = after.float()
-        kept = b.sum(0) > 0 if kind == "crop" else torch.ones(112, 112, dtype=torch.bool)
-        correlation = torch.corrcoef(torch.stack([a[:, kept].flatten(), b[:, kept].flatten()]))
-        assert correlation[0, 1] > 0.85

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks import on_two_ranks
-from torch.utils.data import Dataset
 
 from fastface_lightning.data import (
     FaceData,
@@ -24,38 +23,11 @@ from fastface_lightning.data import (
     LFWData,
     SyntheticData,
     VerificationPairs,
-    epoch_order,
+    epoch_permutation,
     split_identities,
 )
 
 Tree = Callable[..., Path]
-
-
-class Numbered(Dataset[tuple[torch.Tensor, int]]):
-    """Image i is all i, and so is its label."""
-
-    num_classes = 10
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return torch.full((3, 2, 2), index, dtype=torch.uint8), index
-
-
-class NumberedData(FaceDataModule):
-    """Ten images; two verification sets of 5 pairs and 1 pair."""
-
-    builds = 0
-
-    def build(self) -> tuple[Dataset[Any], dict[str, VerificationPairs]]:
-        self.builds += 1
-        images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 2, 2)
-        same = torch.tensor([True, False, True, False, True])
-        return Numbered(), {
-            "five": VerificationPairs(images, same, []),
-            "one": VerificationPairs(images[:2], same[:1], []),
-        }
 
 
 def ready(module: FaceDataModule) -> Any:
@@ -63,49 +35,51 @@ def ready(module: FaceDataModule) -> Any:
     return module
 
 
-def served(module: FaceDataModule, epoch: int) -> list[int]:
-    loader = module.train_dataloader()
-    loader.sampler.set_epoch(epoch)
-    return [int(label) for _, labels in loader for label in labels]
-
-
-def test_setup_builds_once() -> None:
-    data = NumberedData()
-    for stage in ("fit", "validate", None):
-        data.setup(stage)
-    assert data.builds == 1 and data.num_classes == 10 and data.verify_names == ["five", "one"]
-
-
-def test_training_batches_are_whole_and_typed() -> None:
-    batches = list(ready(NumberedData(batch_size=4)).train_dataloader())
-    assert len(batches) == 2
-    for images, labels in batches:
-        assert images.dtype == torch.uint8 and images.shape == (4, 3, 2, 2)
-        assert labels.dtype == torch.int64 and torch.equal(images[:, 0, 0, 0].long(), labels)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_order_is_that_of_seed_and_epoch(num_workers: int) -> None:
-    data = ready(NumberedData(batch_size=3, num_workers=num_workers, seed=5))
+def test_batches_are_whole_typed_and_in_the_order_of_seed_and_epoch(num_workers: int) -> None:
+    data = ready(PixelsData(4, 3, 3, batch_size=3, num_workers=num_workers, seed=5))
     for epoch in (0, 1, 7):
-        assert served(data, epoch) == epoch_order(10, 5, epoch)[:9].tolist()
-
-
-def test_persistent_workers_follow_the_epoch() -> None:
-    loader = ready(NumberedData(batch_size=5, num_workers=1)).train_dataloader()
-    for epoch in (0, 1):
+        loader = data.train_dataloader()
         loader.sampler.set_epoch(epoch)
-        assert torch.cat([y for _, y in loader]).tolist() == epoch_order(10, 0, epoch).tolist()
+        batches = list(loader)
+        assert len(batches) == 3
+        for images, labels in batches:
+            assert images.dtype == torch.uint8 and images.shape == (3, 3, 1, 1)
+            assert labels.dtype == torch.int64
+        served = torch.cat([images[:, 0, 0, 0] for images, _ in batches])
+        assert served.tolist() == epoch_permutation(10, 5, epoch)[:9].tolist()
+
+
+class PairsData(FaceDataModule):
+    """Ten images; two verification sets of 5 pairs and 1 pair."""
+
+    builds = 0
+
+    def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
+        self.builds += 1
+        images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 2, 2)
+        same = torch.tensor([True, False, True, False, True])
+        return Pixels(range(10)), {
+            "five": VerificationPairs(images, same, []),
+            "one": VerificationPairs(images[:2], same[:1], []),
+        }
 
 
 def test_verification_batches_are_pairs_in_order_with_their_index() -> None:
-    five, one = ready(NumberedData(batch_size=3)).val_dataloader()
+    data = PairsData(batch_size=3)
+    for stage in ("fit", "validate", None):
+        data.setup(stage)
+    assert data.builds == 1 and data.num_classes == 10 and data.verify_names == ["five", "one"]
+    five, one = data.val_dataloader()
     (a, b, same, index), last = list(five)
     assert a.dtype == b.dtype == torch.uint8 and a.shape == b.shape == (3, 3, 2, 2)
     assert a[:, 0, 0, 0].tolist() == [0, 2, 4] and b[:, 0, 0, 0].tolist() == [1, 3, 5]
     assert same.dtype == torch.bool and same.tolist() == [True, False, True]
     assert index.dtype == torch.int64 and index.tolist() == [0, 1, 2]
     assert last[3].tolist() == [3, 4] and len(list(one)) == 1
+    data.batch_size = 11
+    with pytest.raises(ValueError, match="batch_size 11 is larger than the 10"):
+        data.train_dataloader()
 
 
 class Recorder(LightningModule):
@@ -128,7 +102,9 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module: LightningModule, data: FaceDataModule, folder: Path) -> None:
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_trainer_sets_the_epoch_and_verifies_on_every_pair(tmp_path: Path) -> None:
+    module = Recorder()
     Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -137,51 +113,32 @@ def fit(module: LightningModule, data: FaceDataModule, folder: Path) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=folder,
-    ).fit(module, data)
-
-
-@pytest.mark.filterwarnings("ignore:The number of training batches")
-def test_a_trainer_sets_the_epoch_and_verifies_on_every_pair(tmp_path: Path) -> None:
-    module = Recorder()
-    fit(module, NumberedData(batch_size=2, seed=3), tmp_path)
-    assert module.trained == {e: epoch_order(10, 3, e).tolist() for e in (0, 1)}
+        default_root_dir=tmp_path,
+    ).fit(module, PairsData(batch_size=2, seed=3))
+    assert module.trained == {e: epoch_permutation(10, 3, e).tolist() for e in (0, 1)}
     assert module.verified == 2 * [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0)]
 
 
-@pytest.mark.filterwarnings("ignore:The number of training batches")
-def test_a_trainer_does_without_verification(tree: Tree, tmp_path: Path) -> None:
-    data = FaceData(tree(ann=2, bob=2), batch_size=2)
-    fit(Recorder(), data, tmp_path)
-    assert data.val_dataloader() == [] and data.verify_names == []
-
-
-def test_a_batch_larger_than_the_data_is_refused() -> None:
-    message = "^batch_size 128 is larger than the 10 training images$"
-    with pytest.raises(ValueError, match=message):
-        ready(NumberedData()).train_dataloader()
-
-
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("key", "value"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1 image, got 0"),
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"batches": "pairs"}, "^batches must be images, dual or keys, got pairs$"),
-        ({"keys": 0}, "^keys must be at least 1 image, got 0$"),
-        ({"held_out": 1.0}, r"held_out must lie in \[0, 1\), got 1.0"),
-        ({"held_out": -0.1}, r"held_out must lie in \[0, 1\), got -0.1"),
+        ("batch_size", 0),
+        ("num_workers", -1),
+        ("seed", -1),
+        ("batches", "pairs"),
+        ("keys", 0),
+        ("held_out", 1.0),
+        ("held_out", -0.1),
+        ("verify", "lfw"),
     ],
 )
-def test_arguments_are_checked(argument: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FaceData("anywhere", **argument)
+def test_arguments_are_checked(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{key} must .* got '?{value}"):
+        FaceData("anywhere", **{key: value})
 
 
 def test_synthetic_data_verifies_on_other_people() -> None:
-    data = SyntheticData(3, 2, verify_identities=10, verify_pairs=20, batch_size=2)
-    data.setup()
+    data = ready(SyntheticData(3, 2, verify_identities=10, verify_pairs=20, batch_size=2))
     assert data.num_classes == 3 and len(data.train_set) == 6
     images, _ = next(iter(data.train_dataloader()))
     assert images.shape == (2, 3, 112, 112) and images.dtype == torch.uint8
@@ -190,28 +147,21 @@ def test_synthetic_data_verifies_on_other_people() -> None:
     assert torch.cat([same for *_, same, _ in loader]).sum() == 10
     trained = {bytes(data.train_set[i][0].numpy()) for i in range(6)}
     assert not trained & {bytes(x.numpy()) for a, b, *_ in loader for x in [*a, *b]}
-
-
-def test_synthetic_data_may_verify_on_nothing() -> None:
     assert ready(SyntheticData(2, 2, verify_pairs=0)).val_dataloader() == []
 
 
-def test_folder_data_trains_on_all_when_nobody_is_held_out(tree: Tree) -> None:
-    data = ready(FaceData(tree(ann=3, bob=2, cem=1), min_images=2))
-    assert data.train_set.identities == ["ann", "bob"] and data.num_classes == 2
-
-
 def test_folder_data_verifies_on_people_it_does_not_train_on(tree: Tree) -> None:
-    root = tree(**{f"p{k}": 3 for k in range(10)})
+    root = tree(**{f"p{k}": 3 for k in range(9)}, q9=1)
     data = ready(FaceData(root, held_out=0.4, verify_pairs=6))
     trained = {int(name[1:]) for name in data.train_set.identities}
     (pairs,) = data.sets.values()
     verified = set(pairs.images[:, 0, 0, 0].tolist())
     assert data.verify_names == ["held_out"] and len(trained) == 6 and len(pairs.same) == 6
     assert verified and not trained & verified
-    assert ready(FaceData(root, held_out=0.4, seed=9)).train_set.identities == (
-        data.train_set.identities
-    )
+    again = ready(FaceData(root, held_out=0.4, seed=9))
+    assert again.train_set.identities == data.train_set.identities
+    everybody = ready(FaceData(root, min_images=2))
+    assert everybody.num_classes == 9 and everybody.val_dataloader() == []
 
 
 def test_folder_data_verifies_on_a_pairs_file(tree: Tree, tmp_path: Path) -> None:
@@ -223,27 +173,18 @@ def test_folder_data_verifies_on_a_pairs_file(tree: Tree, tmp_path: Path) -> Non
     (root / "mine.txt").write_text("1\nann 1 2\nann 1 bob 1\n")
     data = ready(FaceData(root, verify=["mine.txt"], verify_root=root))
     assert len(data.sets["mine"].same) == 2
-    with pytest.raises(ValueError, match="different names, got mine twice"):
+    with pytest.raises(ValueError, match="got mine twice"):
         ready(FaceData(root, verify=["mine.txt", file]))
     with pytest.raises(ValueError, match=r"got lfw; looked for lfw and .*lfw\.bin"):
         ready(FaceData(root, verify=["lfw"]))
-    with pytest.raises(ValueError, match="verify must be a list"):
-        FaceData(root, verify="lfw")
 
 
 def test_an_absent_folder_says_what_should_be_there(tmp_path: Path) -> None:
-    data = FaceData(
-        tmp_path / "gone", name="webface12m", num_identities=617_970, num_images=12_720_066
-    )
-    message = (
-        r"^webface12m: nothing at .*gone; expected .*gone/<identity>/<image>\.jpg,"
-        r" a \.rec or \.zip files with 617,970 identities and 12,720,066 images$"
-    )
-    with pytest.raises(ValueError, match=message):
+    counts = {"num_identities": 617_970, "num_images": 12_720_066}
+    data = FaceData(tmp_path / "gone", name="webface12m", **counts)
+    with pytest.raises(ValueError, match="webface12m: nothing at"):
         data.setup()
-    with pytest.raises(
-        ValueError, match=r"^folder: nothing at .*<image>\.jpg, a \.rec or \.zip files$"
-    ):
+    with pytest.raises(ValueError, match="folder: nothing at"):
         FaceData(tmp_path / "gone").setup()
 
 
@@ -254,27 +195,23 @@ def test_unexpected_counts_warn(tree: Tree, caplog: pytest.LogCaptureFixture) ->
     assert not caplog.messages
     ready(FaceData(root, name="ten", num_identities=10, num_images=31))
     (message,) = caplog.messages
-    assert message.startswith("ten: expected 10 identities and 31 images in")
-    assert message.endswith("got 10 identities and 30 images")
+    assert "expected 10 identities and 31 images" in message
+    assert "got 10 identities and 30 images" in message
 
 
-@given(st.lists(st.text(min_size=1), min_size=3, max_size=50, unique=True), st.floats(0.3, 0.6))
+@given(st.lists(st.text(min_size=1), min_size=3, max_size=30, unique=True), st.floats(0.01, 0.99))
+@settings(max_examples=50)
 def test_a_split_is_one_and_depends_on_nothing_else(names: list[str], share: float) -> None:
     names = sorted(names)
-    if not 2 <= round(share * len(names)) < len(names):
+    count = round(share * len(names))
+    if not 2 <= count < len(names):
+        with pytest.raises(ValueError, match="1 identity to train on and 2 to verify on"):
+            split_identities(names, share)
         return
     kept, held_out = split_identities(names, share)
-    assert sorted(kept + held_out) == names
+    assert sorted(kept + held_out) == names and len(held_out) == count
     assert kept == sorted(kept) and held_out == sorted(held_out)
-    assert len(held_out) == round(share * len(names))
     assert (kept, held_out) == split_identities(names, share)
-
-
-@pytest.mark.parametrize("share", [0.01, 0.1, 0.99])
-def test_a_split_without_people_on_both_sides_is_refused(share: float) -> None:
-    message = f"1 identity to train on and 2 to verify on, got {share} of 10"
-    with pytest.raises(ValueError, match=message):
-        split_identities([f"p{k}" for k in range(10)], share)
 
 
 def test_lfw_data(shared_data: Path) -> None:
@@ -285,32 +222,23 @@ def test_lfw_data(shared_data: Path) -> None:
     assert len(data.train_dataloader()) == 9525 // 128
 
 
-def test_lfw_data_says_what_should_be_there(tree: Tree) -> None:
-    root = tree(ann=1)
-    with pytest.raises(ValueError, match=r"^lfw: no .*gone/images; expected images/<name>/"):
+def test_lfw_data_says_what_should_be_there(tree: Tree, caplog) -> None:
+    root = tree(ann=2, bob=1, cem=2)
+    with pytest.raises(ValueError, match=r"^lfw: no .*gone/images"):
         LFWData(root / "gone").setup()
     root.rename(root.parent / "images")
-    with pytest.raises(ValueError, match=r"^lfw: no .*peopleDevTrain.txt; expected"):
+    with pytest.raises(ValueError, match=r"^lfw: no .*peopleDevTrain\.txt"):
         LFWData(root.parent).setup()
-    (root.parent / "peopleDevTrain.txt").write_text("2\nann\t1\n")
-    (root.parent / "pairsDevTest.txt").write_text("")
-    with pytest.raises(ValueError, match=r"peopleDevTrain.txt:1: expected 1, the people listed"):
-        LFWData(root.parent).setup()
-
-
-def test_lfw_data_compares_counts_and_packs_what_it_trains_on(
-    tree: Tree, caplog: pytest.LogCaptureFixture
-) -> None:
-    root = tree(ann=2, bob=1, cem=2)
-    root.rename(root.parent / "images")
-    (root.parent / "peopleDevTrain.txt").write_text("2\nann\t2\nbob\t3\n")
+    people = root.parent / "peopleDevTrain.txt"
     (root.parent / "pairsDevTest.txt").write_text("1\ncem 1 2\ncem 1 ann 2\n")
+    for text in ("2\nann\t1\n", "1\nann\n"):
+        people.write_text(text)
+        with pytest.raises(ValueError, match=r"peopleDevTrain\.txt:"):
+            LFWData(root.parent).setup()
+    people.write_text("2\nann\t2\nbob\t3\n")
     data = ready(LFWData(root.parent, reindex=True))
     assert data.train_set.identities == data.faces().identities == ["ann", "bob"]
     assert "lfw: expected 2 identities and 5 images in" in caplog.text
-    (root.parent / "peopleDevTrain.txt").write_text("1\nann\n")
-    with pytest.raises(ValueError, match="expected 'name number_of_images', got 'ann'"):
-        LFWData(root.parent).faces()
 
 
 # Several images of one identity.
@@ -384,7 +312,7 @@ def test_dual_batches_are_images_and_pairs_of_identities(num_workers: int) -> No
     for epoch in (0, 2):
         served = epoch_of(data, epoch)
         assert list(served) == ["instance", "identity"]
-        assert served["instance"] == epoch_order(22, 3, epoch)[:20].tolist()
+        assert served["instance"] == epoch_permutation(22, 3, epoch)[:20].tolist()
         assert served["identity"] == groups(2, "identities", 3, epoch)[:40]
 
 
@@ -392,7 +320,7 @@ def test_keys_batches_are_images_and_others_of_their_identities() -> None:
     data = ready(PixelsData(*COUNTS, batch_size=5, seed=3, batches="keys", keys=3))
     served = epoch_of(data, 1)
     assert served == {"identity": groups(4, "images", 3, 1)[:80]}
-    assert served["identity"][::4] == epoch_order(22, 3, 1)[:20].tolist()
+    assert served["identity"][::4] == epoch_permutation(22, 3, 1)[:20].tolist()
 
 
 def test_a_program_may_set_what_batches_are() -> None:
@@ -402,8 +330,13 @@ def test_a_program_may_set_what_batches_are() -> None:
     images, labels = next(iter(data.train_dataloader()))[0]["identity"]
     assert images.shape == (4, 3, 1, 1) and labels.shape == (4,)
     data.batches = "pairs"
-    with pytest.raises(ValueError, match=r"^batches must be images, dual or keys, got pairs$"):
+    with pytest.raises(ValueError, match="batches must be images, dual or keys, got pairs"):
         data.train_dataloader()
+    for batches in ("dual", "keys"):
+        with pytest.raises(ValueError, match="at least 2 identities, got 1"):
+            ready(PixelsData(9, batch_size=2, batches=batches)).train_dataloader()
+        with pytest.raises(ValueError, match="batch_size 23 is larger than the 22"):
+            ready(PixelsData(*COUNTS, batch_size=23, batches=batches)).train_dataloader()
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -418,14 +351,12 @@ def test_dual_loaders_share_the_workers(num_workers: int, shares: list[int]) -> 
 @pytest.mark.parametrize(
     ("batches", "counts", "level", "message"),
     [
-        ("dual", (1, 2, 1, 3), logging.INFO, "2 of the 4 identities have a single image, which is"
-         " served 2 times in a row"),
-        ("keys", (1, 1, 1, 3), logging.WARNING, "3 of the 4 identities have a single image, which"
-         " is served 3 times in a row"),
+        ("dual", (1, 2, 1, 3), logging.INFO, "2 of the 4 identities"),
+        ("keys", (1, 1, 1, 3), logging.WARNING, "3 of the 4 identities"),
         ("dual", (2, 2), None, ""),
         ("images", (1, 1), None, ""),
     ],
-)  # fmt: skip
+)
 def test_single_images_are_told_once(
     batches: str, counts: Any, level: int | None, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -433,18 +364,8 @@ def test_single_images_are_told_once(
     data = ready(PixelsData(*counts, batch_size=1, batches=batches))
     data.train_dataloader()
     data.train_dataloader()
-    found = [(record.levelno, record.getMessage()) for record in caplog.records]
-    assert found == ([] if level is None else [(level, message)])
-
-
-@pytest.mark.parametrize("batches", ["dual", "keys"])
-def test_groups_need_two_identities_and_a_batch(batches: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"^the identity loader needs at least 2 identities, got 1$"
-    ):
-        ready(PixelsData(9, batch_size=2, batches=batches)).train_dataloader()
-    with pytest.raises(ValueError, match=r"^batch_size 23 is larger than the 22 "):
-        ready(PixelsData(*COUNTS, batch_size=23, batches=batches)).train_dataloader()
+    assert [record.levelno for record in caplog.records] == ([] if level is None else [level])
+    assert message in caplog.text
 
 
 class Killed(Exception):
@@ -498,7 +419,7 @@ def expected(batches: str, epoch: int, batch: int) -> dict[str, list[int]]:
     if batches == "keys":
         return {"identity": groups(3, "images", 7, epoch)[12 * batch :][:12]}
     return {
-        "instance": epoch_order(22, 7, epoch)[4 * batch :][:4].tolist(),
+        "instance": epoch_permutation(22, 7, epoch)[4 * batch :][:4].tolist(),
         "identity": groups(2, "identities", 7, epoch)[8 * batch :][:8],
     }
 
@@ -506,15 +427,14 @@ def expected(batches: str, epoch: int, batch: int) -> dict[str, list[int]]:
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 @pytest.mark.parametrize(
-    ("every", "length"),
+    ("num_workers", "every", "length"),
     [
-        ({"every_n_train_steps": 2}, {"max_epochs": 3}),
-        ({"every_n_epochs": 1}, {"max_epochs": 3}),
-        ({"every_n_train_steps": 2}, {"max_epochs": -1, "max_steps": 13}),
+        (0, {"every_n_train_steps": 2}, {"max_epochs": 3}),
+        (0, {"every_n_epochs": 1}, {"max_epochs": 3}),
+        (2, {"every_n_train_steps": 2}, {"max_epochs": -1, "max_steps": 13}),
     ],
-    ids=["steps", "epochs", "max_steps"],
+    ids=["steps", "epochs", "max_steps with workers"],
 )
-@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("batches", ["dual", "keys"])
 def test_a_killed_run_sees_what_an_uninterrupted_one_sees(
     tmp_path: Path, batches: str, num_workers: int, every: dict[str, int], length: dict[str, int]
@@ -536,6 +456,7 @@ def test_a_killed_run_sees_what_an_uninterrupted_one_sees(
         assert seen == whole, (first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 @pytest.mark.parametrize("batches", ["dual", "keys"])
 def test_two_ranks_share_the_groups_of_an_epoch(

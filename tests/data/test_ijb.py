@@ -122,6 +122,7 @@ def folders(draw: st.DrawFn) -> dict[str, np.ndarray]:
 
 
 @given(folders())
+@settings(max_examples=30)
 def test_what_is_written_is_read(expected: dict[str, np.ndarray]) -> None:
     names = [f"ü{i}.jpg" for i in range(len(expected["templates"]))]
     faces = zip(names, expected["templates"], expected["media"], strict=True)
@@ -171,133 +172,61 @@ def test_each_template_stands_once_with_its_subject(rows: list[tuple[int, int]])
     assert list(zip(*map(np.ndarray.tolist, probes), strict=True)) == sorted(subject_of.items())
 
 
+FACES, SCORES, PAIRS = "face_tid_mid.txt", "name_5pts_score.txt", "template_pair_label.txt"
+G2, PROBES, HEADER = "1N_gallery_G2.csv", "1N_probe_mixed.csv", "TEMPLATE_ID,SUBJECT_ID\n"
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("face_tid_mid.txt", None, "no file {meta}/ijbc_face_tid_mid.txt"),
-        ("name_5pts_score.txt", None, "no file {meta}/ijbc_name_5pts_score.txt"),
-        ("template_pair_label.txt", None, "no file {meta}/ijbc_template_pair_label.txt"),
-        ("face_tid_mid.txt", "\n", "{meta}/ijbc_face_tid_mid.txt lists no image"),
-        (
-            "face_tid_mid.txt",
-            "1.jpg 7 70\n2.jpg 7\n",
-            "{meta}/ijbc_face_tid_mid.txt:2: expected 'image tid mid', got '2.jpg 7'",
-        ),
-        (
-            "face_tid_mid.txt",
-            "1.jpg 7.0 70\n",
-            "{meta}/ijbc_face_tid_mid.txt:1: expected 'image tid mid', got '1.jpg 7.0 70'",
-        ),
-        (
-            "face_tid_mid.txt",
-            "1.jpg 7 70\n2.jpg 7 71\n",
-            "ijbc_face_tid_mid.txt and ijbc_name_5pts_score.txt must list the same images,"
-            " got 2 and 4 lines",
-        ),
-        (
-            "face_tid_mid.txt",
-            "1.jpg 7 70\n2.jpg 7 71\n4.jpg 5 50\n3.jpg 9 90\n",
-            "ijbc_face_tid_mid.txt and ijbc_name_5pts_score.txt must list the same images,"
-            " got '4.jpg' and '3.jpg' in line 3",
-        ),
-        (
-            "name_5pts_score.txt",
-            f"1.jpg {POINTS} 0.5\n2.jpg {POINTS} high\n",
-            "{meta}/ijbc_name_5pts_score.txt:2: scores must be finite numbers, got 'high'",
-        ),
-        (
-            "name_5pts_score.txt",
-            f"1.jpg {POINTS} 0.5\n2.jpg {POINTS}\n3.jpg {POINTS}\n4.jpg {POINTS}\n",
-            "ijbc_name_5pts_score.txt must end each line in a score, got none in line 2",
-        ),
-        ("template_pair_label.txt", "", "{meta}/ijbc_template_pair_label.txt lists no pair"),
-        (
-            "template_pair_label.txt",
-            "7 5 1\n7 9\n",
-            "{meta}/ijbc_template_pair_label.txt:2: expected 'tid1 tid2 label', got '7 9'",
-        ),
-        (
-            "template_pair_label.txt",
-            "7 5\n7 9\n",
-            "{meta}/ijbc_template_pair_label.txt:1: expected 'tid1 tid2 label', got '7 5'",
-        ),
-        (
-            "template_pair_label.txt",
-            "7 5 1\n\n7 9 0.5\n",
-            "{meta}/ijbc_template_pair_label.txt:3: expected 'tid1 tid2 label', got '7 9 0.5'",
-        ),
-        (
-            "template_pair_label.txt",
-            "7 5 1\n7 99999999999999999999 0\n",
-            "{meta}/ijbc_template_pair_label.txt:2: expected 'tid1 tid2 label',"
-            " got '7 99999999999999999999 0'",
-        ),
-        (
-            "template_pair_label.txt",
-            "7 5 1\n7 9 2\n",
-            "ijbc_template_pair_label.txt must label a pair 0 or 1, got 2 for templates 7 and 9",
-        ),
-        (
-            "template_pair_label.txt",
-            "7 5 1\n7 9 -1\n",
-            "ijbc_template_pair_label.txt must label a pair 0 or 1, got -1 for templates 7 and 9",
-        ),
-        (
-            "template_pair_label.txt",
-            "7 5 1\n7 8 0\n",
-            "ijbc_template_pair_label.txt must name templates that have images, got 8",
-        ),
-        ("1N_gallery_G2.csv", "TEMPLATE_ID\n", "{meta}/ijbc_1N_gallery_G2.csv lists no template"),
-        (
-            "1N_gallery_G2.csv",
-            "TEMPLATE_ID,SUBJECT_ID\n9,900\n9;900\n",
-            "{meta}/ijbc_1N_gallery_G2.csv:3: expected 'template,subject,…', got '9;900'",
-        ),
-        (
-            "1N_probe_mixed.csv",
-            "TEMPLATE_ID,SUBJECT_ID\n9,900\n5,500\n9,901\n",
-            "ijbc_1N_probe_mixed.csv must give each template one subject,"
-            " got 900 and 901 for template 9",
-        ),
-        (
-            "1N_probe_mixed.csv",
-            "TEMPLATE_ID,SUBJECT_ID\n9,900\n6,600\n",
-            "ijbc_1N_probe_mixed.csv must name templates that have images, got 6",
-        ),
+        (FACES, None, "{}"),
+        (SCORES, None, "{}"),
+        (PAIRS, None, "{}"),
+        (FACES, "\n", "{} lists no image"),
+        (FACES, "1.jpg 7 70\n2.jpg 7\n", "{}:2: "),
+        (FACES, "1.jpg 7.0 70\n", "{}:1: "),
+        (FACES, "1.jpg 7 70\n2.jpg 7 71\n", "the same images"),
+        (FACES, "1.jpg 7 70\n2.jpg 7 71\n4.jpg 5 5\n3.jpg 9 9\n", "'4.jpg' and '3.jpg' in line 3"),
+        (SCORES, f"1.jpg {POINTS} 0.5\n2.jpg {POINTS} high\n", "{}:2: "),
+        (SCORES, "".join(f"{i}.jpg {POINTS}\n" for i in (1, 2, 3, 4)), "score"),
+        (PAIRS, "", "{} lists no pair"),
+        (PAIRS, "7 5 1\n7 9\n", "{}:2: "),
+        (PAIRS, "7 5\n7 9\n", "{}:1: "),
+        (PAIRS, "7 5 1\n\n7 9 0.5\n", "{}:3: "),
+        (PAIRS, "7 5 1\n7 99999999999999999999 0\n", "{}:2: "),
+        (PAIRS, "7 5 1\n7 9 2\n", "got 2 for templates 7 and 9"),
+        (PAIRS, "7 5 1\n7 8 0\n", "have images, got 8"),
+        (G2, HEADER, "{} lists no template"),
+        (G2, HEADER + "9,900\n9;900\n", "{}:3: "),
+        (PROBES, HEADER + "9,900\n5,500\n9,901\n", "900 and 901 for template 9"),
+        (PROBES, HEADER + "9,900\n6,600\n", "have images, got 6"),
     ],
 )
 def test_a_list_that_is_wrong_is_refused(
     write: Write, file: str, text: str | None, message: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     root = write({file: text})
-    expected = message.format(meta=root / "meta")
-    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+    with pytest.raises(ValueError, match=re.escape(message.format(f"ijbc_{file}"))):
         read_ijb(root)
     assert not recwarn.list
 
 
 def test_absent_folders_are_refused(tmp_path: Path) -> None:
     for root, absent in ((tmp_path / "gone", "gone"), (tmp_path, "meta")):
-        with pytest.raises(ValueError, match=rf"^no folder .*{absent}; expected .*_tid_mid.txt$"):
+        with pytest.raises(ValueError, match=f"no folder .*{absent}"):
             read_ijb(root)
         assert not is_ijb(root)
 
 
 def test_one_folder_holds_one_benchmark(write: Write, tmp_path: Path) -> None:
-    rule = r"meta must hold the lists of either ijbb or ijbc, got "
     (tmp_path / "meta").mkdir()
-    with pytest.raises(ValueError, match=rule + "neither$"):
+    with pytest.raises(ValueError, match="neither"):
         read_ijb(tmp_path)
     assert not is_ijb(tmp_path)
     assert is_ijb(write(name="ijbb"))
     (tmp_path / "meta" / "ijbc_template_pair_label.txt").write_text("1 2 0\n")
-    with pytest.raises(ValueError, match=rule + "both$"):
+    with pytest.raises(ValueError, match="both"):
         read_ijb(tmp_path)
-
-
-def test_no_list_for_identification_is_needed(write: Write) -> None:
-    data = read_ijb(write({file: None for file in LISTS if "1N" in file}))
-    assert data.galleries == [] and data.probes is None
 
 
 def test_galleries_come_by_name(write: Write) -> None:

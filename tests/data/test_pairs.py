@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastface_lightning.data import (
@@ -47,7 +47,8 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_view_1_is_interleaved(tree: Tree, tmp_path: Path) -> None:
-    pairs = read_pairs(write(tmp_path, VIEW_1), tree(ann=3, bob=2, cem=1), size=8)
+    root = tree(**{"ann lee": 3, "bob": 2, "cem": 1})
+    pairs = read_pairs(write(tmp_path, VIEW_1.replace("ann", "ann lee")), root, size=8)
     assert pairs.images.dtype == torch.uint8 and pairs.images.shape == (8, 3, 8, 8)
     assert pairs.same.dtype == torch.bool and pairs.missing == []
     assert read(pairs) == [
@@ -81,12 +82,6 @@ def test_white_space_does_not_matter(
     assert len(read_pairs(file, tree(ann=3, bob=2, cem=1), size=8).same) == 4
 
 
-def test_tabs_allow_blanks_in_names(tree: Tree, tmp_path: Path) -> None:
-    root = tree(**{"ann lee": 2, "bob": 1})
-    pairs = read_pairs(write(tmp_path, "1\nann lee\t1\t2\nann lee\t1\tbob\t1\n"), root, size=8)
-    assert read(pairs) == [(0, 1, 0, 2, True), (0, 1, 1, 1, False)]
-
-
 def test_absent_and_broken_images_lose_their_pairs_only(
     tree: Tree, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -106,41 +101,43 @@ def test_absent_and_broken_images_lose_their_pairs_only(
     ("text", "message"),
     [
         ("", "pairs.txt is empty"),
-        ("two\nann 1 2\n", r"pairs.txt:1: expected 'N' or 'folds N', or 'a,b,same', got 'two'"),
-        ("0\n", r"pairs.txt:1: expected 'N'"),
-        ("1 2 3\n", r"pairs.txt:1: expected 'N'"),
-        ("-1\n", r"pairs.txt:1: expected 'N'"),
-        ("1\nann 1 2\n", r"promises 2 pairs in its first line, got 1"),
-        ("10 1\nann 1 2\n", r"promises 20 pairs in its first line, got 1"),
-        ("1\nann 1 2\nann 1\n", r"pairs.txt:3: expected 'name i j' or .*, got 'ann 1'"),
-        ("1\nann 1 2\n\nann one bob 2\n", r"pairs.txt:4: expected .*, got 'ann one bob 2'"),
-        ("1\nann 1 2\nann 1 bob 2 3\n", r"pairs.txt:3: expected"),
-        ("1\nann 1 2\nann 1 bob -2\n", r"pairs.txt:3: expected"),
-        ("1\nann 1 ²\nann 1 bob 2\n", r"pairs.txt:2: expected"),
-        ("1\nann 7 8\nann 7 bob 9\n", r"none of the 2 pairs of .* can be read: ann_0007 and"),
+        ("two\nann 1 2\n", "pairs.txt:1: "),
+        ("0\n", "pairs.txt:1: "),
+        ("1 2 3\n", "pairs.txt:1: "),
+        (bytes(range(128)).decode() * 100, "pairs.txt:1: "),
+        ("1\nann 1 2\n", "promises 2 pairs in its first line, got 1"),
+        ("10 1\nann 1 2\n", "promises 20 pairs in its first line, got 1"),
+        ("1\nann 1 2\n\nann one bob 2\n", "pairs.txt:4: "),
+        ("1\nann 1 2\nann 1 bob 2 3\n", "pairs.txt:3: "),
+        ("1\nann 1 2\nann 1 bob -2\n", "pairs.txt:3: "),
+        ("1\nann 1 ²\nann 1 bob 2\n", "pairs.txt:2: "),
+        ("1\nann 7 8\nann 7 bob 9\n", "none of the 2 pairs"),
+        ("a,b,same\n", "holds no pairs"),
+        ("a,b,same\na,b\n", "pairs.txt:2: "),
+        ("path1,path2,label\na,b,1\n", "pairs.txt:1: "),
+        ("a,b,1\n\na,b,2\n", "pairs.txt:3: "),
+        ("a,b,1\n,b,1\n", "pairs.txt:2: "),
+        ('a,b,1\n"a,b,1\n', "pairs.txt:2: "),
+        ('"a"x,b,1\n', "pairs.txt:1: "),
+        ("a,b,1\n" + "a" * 200_000 + ",b,1\n", "pairs.txt:2: "),
+        ("a,b,1\n", "none of the 1 pairs"),
     ],
 )
 def test_malformed_files_raise_one_sentence(
     tree: Tree, tmp_path: Path, text: str, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         read_pairs(write(tmp_path, text), tree(ann=2, bob=2))
-
-
-def test_a_binary_file_is_refused(tree: Tree, tmp_path: Path) -> None:
-    file = tmp_path / "pairs.bin"
-    file.write_bytes(bytes(range(256)) * 100)
-    with pytest.raises(ValueError, match=r"pairs.bin:1: expected 'N' or .*, got .{,400}$"):
-        read_pairs(file, tree(ann=1))
+    assert len(str(caught.value)) < 500
 
 
 def test_absent_paths_are_named(tree: Tree, tmp_path: Path) -> None:
     file = write(tmp_path, VIEW_1)
-    with pytest.raises(ValueError, match=r"^no pairs file .*gone"):
+    with pytest.raises(ValueError, match="no pairs file"):
         read_pairs(tmp_path / "gone", tree(ann=1))
-    with pytest.raises(ValueError, match=r"^no folder .*gone; expected .*gone/<name>/<name>_0001"):
+    with pytest.raises(ValueError, match=r"no folder .*gone"):
         read_pairs(file, tmp_path / "gone")
-    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
+    with pytest.raises(ValueError, match="size must be at least 1"):
         read_pairs(file, tmp_path, size=0)
 
 
@@ -209,13 +206,8 @@ def test_csv_of_one_kind_after_the_other_warns(
 NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: not {*name} & {*b"\0\r\n"})
 
 
-@given(
-    st.lists(
-        st.tuples(NAMES, NAMES, st.booleans()),
-        min_size=1,
-        max_size=20,
-    )
-)
+@given(st.lists(st.tuples(NAMES, NAMES, st.booleans()), min_size=1, max_size=9))
+@settings(max_examples=50)
 def test_csv_names_survive_whatever_their_bytes(rows: list[tuple[bytes, bytes, bool]]) -> None:
     """Blanks, commas, quotes and bytes that are no text."""
     with TemporaryDirectory() as folder:
@@ -229,17 +221,6 @@ def test_csv_names_survive_whatever_their_bytes(rows: list[tuple[bytes, bytes, b
     ]
 
 
-def test_names_that_are_no_text_are_read(tree: Tree, tmp_path: Path) -> None:
-    root = tree(ann=2)
-    name = os.fsdecode(b"\xff\xe9.png")
-    (root / "ann" / "ann_0002.png").rename(root / "ann" / name)
-    file = tmp_path / "pairs.csv"
-    file.write_bytes(b"ann/ann_0001.png,ann/\xff\xe9.png,0\nann/\xfe.png,ann/ann_0001.png,0\n")
-    pairs = read_pairs(file, root, size=8)
-    assert read(pairs) == [(0, 1, 0, 2, False)]
-    assert pairs.missing[0].startswith(os.fsdecode(b"\xfe and ann_0001: cannot read image"))
-
-
 def test_absolute_paths_need_no_root(tree: Tree, tmp_path: Path) -> None:
     root = tree(ann=2)
     first, second = root / "ann" / "ann_0001.png", root / "ann" / "ann_0002.png"
@@ -249,44 +230,6 @@ def test_absolute_paths_need_no_root(tree: Tree, tmp_path: Path) -> None:
     for text in (f"ann/ann_0001.png,{second},1\n", VIEW_1, TEN_FOLD):
         with pytest.raises(ValueError, match=r"^image_root must be the folder of the images in .*"):
             read_verification(write(tmp_path, text))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a,b,same\n", r"pairs.txt holds no pairs"),
-        ("a,b,same\na,b\n", r"pairs.txt:2: expected 'a,b,same', .* got 'a,b'"),
-        ("a,b,same\na,b,1,c\n", r"pairs.txt:2: expected 'a,b,same', .* got 'a,b,1,c'"),
-        ("path1,path2,label\na,b,1\n", r"pairs.txt:1: expected .* got 'path1,path2,label'"),
-        ("a,b,1\n\na,b,2\n", r"pairs.txt:3: expected .* got 'a,b,2'"),
-        ("a,b,1\n,b,1\n", r"pairs.txt:2: expected .* got ',b,1'"),
-        ("a,b,1\na,b,same\n", r"pairs.txt:2: expected .* got 'a,b,same'"),
-        ('a,b,1\n"a,b,1\n', r"pairs.txt:2: unexpected end of data"),
-        ('"a"x,b,1\n', r"pairs.txt:1: .*expected after"),
-        ("a,b,1\n" + "a" * 200_000 + ",b,1\n", r"pairs.txt:2: field larger than field limit"),
-        ("a,b,1\n", r"none of the 1 pairs of .* can be read: a and b: cannot read image"),
-    ],
-)
-def test_malformed_csv_raises_one_sentence(
-    tree: Tree, tmp_path: Path, text: str, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        read_pairs(write(tmp_path, text), tree(ann=2))
-    assert len(str(caught.value)) < 500
-
-
-def test_pair_files_are_what_is_read(tree: Tree, tmp_path: Path) -> None:
-    """Images there or not, in the order in which they are read."""
-    root = tree(ann=3, bob=2)
-    for text, order in [(VIEW_1, [0, 2, 1, 3]), (TEN_FOLD, [0, 1, 2, 3])]:
-        pairs = pair_files(write(tmp_path, text), root)
-        rows = [row.split() for row in text.splitlines()[1:]]
-        for pair, row in zip(pairs, [rows[i] for i in order], strict=True):
-            assert pair.first.stem == f"{row[0]}_000{row[1]}"
-            assert pair.second.stem == f"{row[-2 if len(row) == 4 else 0]}_000{row[-1]}"
-            assert pair.same is (len(row) == 3)
-        assert {pair.second.exists() for pair in pairs} == {True, False}
-        assert pairs[-1].second == root / "cem" / "cem_0001.jpg"
 
 
 def test_a_pairs_file_and_its_bin_are_the_same_set(tree: Tree, tmp_path: Path) -> None:
@@ -301,7 +244,7 @@ def test_a_pairs_file_and_its_bin_are_the_same_set(tree: Tree, tmp_path: Path) -
     assert torch.equal(read_verification(file, root, size=8).images, plain.images)
 
 
-@given(st.lists(st.booleans(), max_size=200))
+@given(st.lists(st.booleans(), max_size=60))
 def test_interleaving_is_a_permutation_that_keeps_each_kinds_order(same: list[bool]) -> None:
     order = interleaved(same)
     assert sorted(order) == list(range(len(same)))
@@ -346,10 +289,10 @@ def test_different_pairs_are_uniform() -> None:
     """Of three people with 1, 2 and 3 images, each of the 11 pairs is drawn equally often."""
     drawn = [
         tuple(_draw_different(np.array([1, 2, 3]), 1, np.random.default_rng(seed))[0])
-        for seed in range(2200)
+        for seed in range(1100)
     ]
     frequency = np.unique(drawn, axis=0, return_counts=True)[1]
-    assert len(frequency) == 11 and (abs(frequency - 200) < 5 * np.sqrt(200)).all()
+    assert len(frequency) == 11 and (abs(frequency - 100) < 5 * np.sqrt(100)).all()
 
 
 def test_held_out_pairs_are_interleaved_and_reproducible(tree: Tree) -> None:

@@ -37,6 +37,7 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
         bad: uint8, 1 for each stored image found unreadable. It lies in shared memory, so that
             loader workers and the main process count together, also over what was restricted.
         missing: identities asked for that have no image.
+        damaged: why images were left out whose identity is not known.
 
     Raises:
         ValueError: there is no image, or more than ``max_bad`` were found unreadable.
@@ -53,6 +54,7 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
             raise ValueError(f"max_bad must be at least 0 images, got {max_bad}")
         self.size, self.max_bad = size, max_bad
         self.missing: list[str] = []
+        self.damaged: Sequence[str] = ()
         self._rows: NDArray[np.int64] | None = None  # places of the images served; None: all
 
     def _hold(self, identities: Sequence[str], labels: NDArray[np.int32]) -> None:
@@ -60,6 +62,19 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
         self.identities, self.labels = identities, labels
         if self._rows is None:
             self.bad = torch.zeros(len(labels), dtype=torch.uint8).share_memory_()
+
+    def _leave_out(self, damaged: Sequence[str]) -> None:
+        """Warn of images of which not even the identity is known; sentences that say why."""
+        self.damaged = damaged
+        if len(damaged) > self.max_bad:
+            raise ValueError(
+                f"at most max_bad = {self.max_bad} images may be unreadable, got {len(damaged)},"
+                f" the last because: {damaged[-1]}"
+            )
+        for sentence in damaged[:10]:
+            logger.warning("left out: %s", printable(sentence))
+        if len(damaged) > 10:
+            logger.warning("left out %d more of %s", len(damaged) - 10, self)
 
     @abstractmethod
     def _fetch(self, index: int) -> bytes | memoryview:
@@ -106,6 +121,12 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
             decode_into(self._fetch(index), out)
         except (ValueError, OSError) as error:
             raise ValueError(f"cannot read image {self.name(index)}: {reason(error)}") from error
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Image ``index`` alone, (size, size, 3) uint8 RGB; see :meth:`read_into`."""
+        out = np.empty((self.size, self.size, 3), np.uint8)
+        self.read_into(index, out)
+        return out
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not -len(self) <= index < len(self):

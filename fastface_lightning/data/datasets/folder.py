@@ -6,22 +6,21 @@ import os
 import time
 from abc import abstractmethod
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from rich.progress import track
 
-from ...files import file_stamp, printable
+from ...files import printable
 from ..formats.image import IMAGE_SUFFIXES
-from ..formats.index import Arrays, cached
+from ..formats.index import Arrays, cached, cached_while
 from ..formats.names import Labels, Names, Packer, jpeg_name
 from .base import FaceDataset
 
-# Folders are read in blocks of so many; where the disk is far away, so many wait at once.
-_BLOCK, _THREADS = 256, 16
+# Folders whose names of images are held at once, and that are read at once: the disk may be far.
+_BLOCK, _THREADS = 4096, 16
 _CHUNK = 1 << 16  # bytes read together: nearly all faces are smaller
 # Folders whose times are compared at a start; all of them would take long, too.
 _SAMPLE = 1000
@@ -146,13 +145,7 @@ class FaceList(_Files):
             raise ValueError(f"no list {file}; expected lines of path,identity")
         if not self.root.is_dir():
             raise ValueError(f"no folder {self.root}, from which the paths of {file} start")
-        stamp = np.array(file_stamp(self.file), np.int64)
-        index = cached(
-            self.file,
-            lambda: {**_parse(self.file), "stamp": stamp},
-            lambda kept: np.array_equal(kept["stamp"], stamp),
-            reindex,
-        )
+        index = cached_while([self.file], self.file, lambda: _parse(self.file), reindex)
         self._files = Names.from_arrays("files", index)
         self._hold(Names.from_arrays("identities", index), index["labels"])
 
@@ -172,7 +165,7 @@ def identity_names(root: str | Path) -> list[str]:
     if not Path(root).is_dir():
         raise ValueError(f"no folder {root}; expected {root}/<identity>/<image>.jpg")
     with os.scandir(root) as entries:
-        names = sorted(e.name for e in entries if not e.name.startswith(".") and is_kind(e.is_dir))
+        names = sorted(e.name for e in entries if not e.name.startswith(".") and leads_to(e.is_dir))
     if not names:
         raise ValueError(f"{root} holds no folders; expected {root}/<identity>/<image>.jpg")
     return names
@@ -187,37 +180,22 @@ def _walk(root: Path) -> Arrays:
     times = np.array([changed, *_times(root, people)], np.int64)
     if time.time_ns() - times.max() < _TICK:  # a change right now would leave such a time as it is
         time.sleep(_TICK / 1e9)
-    blocks = [names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)]
+    folders = [f"{root}/{name}" for name in names]
     files, counts = Packer(), array("q")
+    blocks = range(0, len(folders), _BLOCK)
     what = printable(f"indexing {root.name}")
-    walked = _walked(root, blocks)
-    for block in track(walked, what, len(blocks), transient=True, disable=len(blocks) < 40):
-        for found in block:
-            counts.append(len(found))
-            for name in found:
-                files.append(name)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in track(blocks, what, transient=True, disable=len(blocks) < 3):
+            for image_names in pool.map(_image_names, folders[start : start + _BLOCK]):
+                counts.append(len(image_names))
+                for name in image_names:
+                    files.append(name)
     return {
         **people.arrays("identities"),
         **files.names().arrays("files"),
         "counts": np.array(counts, np.int64),
         "times": times,
     }
-
-
-def _walked(root: Path, blocks: Iterable[list[str]]) -> Iterator[list[list[str]]]:
-    """Names of the images of each identity, in blocks, as many of which wait as there are threads.
-
-    ``ThreadPoolExecutor.map`` would let all of them wait.
-    """
-    waiting: deque[Future[list[list[str]]]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for block in blocks:
-            folders = [f"{root}/{name}" for name in block]
-            waiting.append(pool.submit(lambda of: [_image_names(f) for f in of], folders))
-            if len(waiting) > _THREADS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _fresh(root: Path, index: Arrays) -> bool:
@@ -245,16 +223,16 @@ def _image_names(folder: str) -> list[str]:
                 for entry in entries
                 if entry.name.lower().endswith(IMAGE_SUFFIXES)
                 and not entry.name.startswith(".")
-                and is_kind(entry.is_file)
+                and leads_to(entry.is_file)
             )
     except (FileNotFoundError, NotADirectoryError):  # any other fault must not be kept as a truth
         return []
 
 
-def is_kind(kind: Callable[[], bool]) -> bool:
+def leads_to(check: Callable[[], bool]) -> bool:
     """Whether an entry is of a kind; not so a symbolic link that leads round in a circle."""
     try:
-        return kind()
+        return check()
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

@@ -14,7 +14,7 @@ from ...files import printable, reason
 from ..align import align_face
 from ..formats.image import IMAGE_SUFFIXES, decode_image, decode_original
 from ..formats.names import Names
-from .folder import is_kind
+from .folder import leads_to
 
 
 class ImageFiles(Dataset[tuple[Tensor, bool]]):
@@ -102,9 +102,9 @@ def find_images(folder: str | Path) -> list[str]:
                 path = os.path.join(inside, entry.name)
                 if entry.name.startswith("."):
                     continue
-                if is_kind(entry.is_dir):
+                if leads_to(entry.is_dir):
                     waiting.append((path, above | {here}))
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and is_kind(entry.is_file):
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and leads_to(entry.is_file):
                     found.append(path)
     if not found:
         raise ValueError(

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from .base import Batch
 
 
-class MemoryFaces(Dataset[Any]):
+class InMemoryDataset(Dataset[Any]):
     """Images and who they show, in memory; :class:`FaceLoader` and the samplers take them.
 
     Args:
@@ -33,7 +33,7 @@ class MemoryFaces(Dataset[Any]):
         return int(self.labels.max()) + 1
 
 
-def shrunk(faces: Any, pixels: int) -> MemoryFaces:
+def downsampled(faces: Any, pixels: int) -> InMemoryDataset:
     """All images of a data set at ``pixels`` x ``pixels``, each pixel the mean of its area.
 
     Args:
@@ -47,4 +47,4 @@ def shrunk(faces: Any, pixels: int) -> MemoryFaces:
         )
         for start in range(0, len(images), 500)
     ]
-    return MemoryFaces(torch.cat(small).round().byte(), torch.tensor(labels))
+    return InMemoryDataset(torch.cat(small).round().byte(), torch.tensor(labels))

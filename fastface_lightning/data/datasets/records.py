@@ -1,19 +1,15 @@
 """Faces in a RecordIO file, as InsightFace packs them, read without MXNet."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from ...files import file_stamp
-from ..formats.index import Arrays, cached
+from ..formats.index import Arrays, cached_while
 from ..formats.names import Names, read_names
 from ..formats.recordio import RecordFile, read_table
 from .base import FaceDataset
-
-logger = logging.getLogger(__name__)
 
 
 class RecordDataset(FaceDataset):
@@ -24,7 +20,7 @@ class RecordDataset(FaceDataset):
 
     The file is read through a memory map, by any number of workers. Where its images lie is found
     out once, by the ``.idx`` beside it or, where there is none, by going through the file, and kept
-    as an index beside it (see :func:`cached`).
+    as an index beside it (see :func:`cached_while`).
 
     Args:
         path: the ``.rec`` file, with InsightFace's header record or without.
@@ -48,7 +44,6 @@ class RecordDataset(FaceDataset):
         if not self.path.is_file():
             raise ValueError(f"no record file {path}")
         names_file = self.path.with_suffix(".identities.txt")
-        stamp = np.array(file_stamp(self.path, self.path.with_suffix(".idx"), names_file), np.int64)
 
         def table() -> Arrays:
             with Progress(transient=True) as bar:
@@ -63,27 +58,14 @@ class RecordDataset(FaceDataset):
                 "labels": labels.astype(np.int32),
                 "offsets": found.offsets,
                 **Names.of(found.damaged).arrays("damaged"),
-                "stamp": stamp,
             }
 
-        index = cached(self.path, table, lambda kept: np.array_equal(kept["stamp"], stamp), reindex)
-        self.damaged = Names.from_arrays("damaged", index)
-        self._count_damaged()
+        files = [self.path, self.path.with_suffix(".idx"), names_file]
+        index = cached_while(files, self.path, table, reindex)
+        self._leave_out(Names.from_arrays("damaged", index))
         self._offsets = index["offsets"]
         self._records = RecordFile(self.path)
         self._hold(Names.from_arrays("identities", index), index["labels"])
-
-    def _count_damaged(self) -> None:
-        count = len(self.damaged)
-        if count > self.max_bad:
-            raise ValueError(
-                f"at most max_bad = {self.max_bad} images may be unreadable, got {count},"
-                f" the last because: {self.damaged[-1]}"
-            )
-        for sentence in self.damaged[:10]:
-            logger.warning("left out: %s", sentence)
-        if count > 10:
-            logger.warning("left out %d more records of %s", count - 10, self.path)
 
     def name(self, index: int) -> str:
         return f"at byte {self._offsets[self._row(index)]} of {self.path}"

@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..align import ARCFACE_POINTS
+
 Plane = NDArray[Any]  # (size, size) float32, one number a pixel
-Colour = NDArray[Any]  # (3, 1, 1) float32, RGB in [0, 1]
+Color = NDArray[Any]  # (3, 1, 1) float32, RGB in [0, 1]
 
 # name: (mean, spread between people, spread between images). Lengths in pixels, angles in radians,
-# colours in [0, 1]; what is marked (+) is there only as far as it is positive.
+# colors in [0, 1]; what is marked (+) is there only as far as it is positive.
 PARAMETERS: dict[str, tuple[float, float, float]] = {
     # bones
     "head_width": (43.0, 2.4, 0.0),
@@ -103,21 +105,18 @@ PARAMETERS: dict[str, tuple[float, float, float]] = {
     "exposure": (1.05, 0.0, 0.16),
     "contrast": (1.0, 0.0, 0.14),
     "tone": (0.1, 0.0, 0.3),
-    "grey": (-1.0, 0.0, 1.0),  # (+)
+    "gray": (-1.0, 0.0, 1.0),  # (+)
     "blur": (0.12, 0.0, 0.10),  # (+)
     "noise": (0.015, 0.0, 0.012),  # (+)
 }
 _SPREADS = np.array(list(PARAMETERS.values())).T
 _NUM_MOLES = 4
 _LANDMARK_ERROR = 1.0  # px, standard deviation
-# Left eye, right eye, nose tip, left and right mouth corner as x + iy (InsightFace's five points).
-_TEMPLATE = np.array([38.2946, 73.5318, 56.0252, 41.5493, 70.7299]) + 1j * np.array(
-    [51.6963, 51.5014, 71.7366, 92.3655, 92.2041]
-)
+_TEMPLATE = ARCFACE_POINTS[:, 0] + 1j * ARCFACE_POINTS[:, 1]  # x + iy
 _CHIN = 42.0  # px below the template's centroid
 
 
-def _colour(*rgb: float) -> Colour:
+def _color(*rgb: float) -> Color:
     return np.array(rgb, np.float32)[:, None, None]
 
 
@@ -132,7 +131,7 @@ def _ellipse(x: Plane, y: Plane, a: float, b: float) -> Plane:
 
 
 @lru_cache(maxsize=4)
-def _pixel_centres(size: int) -> NDArray[np.float32]:
+def _pixel_centers(size: int) -> NDArray[np.float32]:
     """Centres of ``size`` pixels in the coordinates of the 112-pixel template."""
     return ((np.arange(size) + 0.5) * (112 / size) - 0.5).astype(np.float32)
 
@@ -141,17 +140,17 @@ class _Head:
     """A picture being painted, and where each of its pixels lies on the turned head.
 
     Attributes:
-        image: (3, size, size) float32, RGB in [0, 1], the colours before light falls on them.
+        image: (3, size, size) float32, RGB in [0, 1], the colors before light falls on them.
         shade: plane, how bright the relief of the face makes its light.
         x, y: planes, px; the pixel's place in front of the camera, in the head's own scale.
         u, v: planes, px; the pixel's place on the head.
         normal: three planes, the unit sphere's normal at the pixel, towards the camera.
-        radius: plane, distance from the head's centre as a part of its radius there.
+        radius: plane, distance from the head's center as a part of its radius there.
         skin: plane, coverage of the pixel by the head.
     """
 
     def __init__(self, face: SimpleNamespace, landmark_error: NDArray[np.complex128], size: int):
-        self.face, self.size, self.centre = face, size, _CHIN - face.head_length
+        self.face, self.size, self.center = face, size, _CHIN - face.head_length
         self.sin_yaw, self.cos_yaw = math.sin(face.yaw), math.cos(face.yaw)
         self.sin_pitch, self.cos_pitch = math.sin(face.pitch), math.cos(face.pitch)
         self.image = np.empty((3, size, size), np.float32)
@@ -182,20 +181,20 @@ class _Head:
 
     def project(self, u: float, v: float, lift: float = 0.0) -> complex:
         """Where the camera sees a point of the head (x + iy, px) that rises ``lift`` radii."""
-        x, y = u / self.face.head_width, (v - self.centre) / self.face.head_length
+        x, y = u / self.face.head_width, (v - self.center) / self.face.head_length
         z = math.sqrt(max(1 - x * x - y * y, 0.0)) + lift
         x, z = self.cos_yaw * x + self.sin_yaw * z, self.cos_yaw * z - self.sin_yaw * x
         y = self.cos_pitch * y + self.sin_pitch * z
         width = self.face.head_width * self._taper(y)
-        return complex(x * width, self.centre + y * self.face.head_length)
+        return complex(x * width, self.center + y * self.face.head_length)
 
     def _unproject(self) -> None:
         """Fill the planes: the inverse of ``project`` for every pixel."""
         face, inverse, shift = self.face, 1 / self.a, -self.b / self.a
-        across, down = _pixel_centres(self.size), _pixel_centres(self.size)[:, None]
+        across, down = _pixel_centers(self.size), _pixel_centers(self.size)[:, None]
         self.x = across * inverse.real + (shift.real - down * inverse.imag)
         self.y = across * inverse.imag + (shift.imag + down * inverse.real)
-        y = (self.y - self.centre) / face.head_length
+        y = (self.y - self.center) / face.head_length
         x = self.x / (face.head_width * self._taper(y))
         self.radius = np.sqrt(x * x + y * y)
         self.skin = _soft((self.radius - 1) * face.head_width)
@@ -203,7 +202,7 @@ class _Head:
         self.normal = (x, y, z)
         y, z = self.cos_pitch * y - self.sin_pitch * z, self.cos_pitch * z + self.sin_pitch * y
         x = self.cos_yaw * x - self.sin_yaw * z
-        self.u, self.v = x * face.head_width, y * face.head_length + self.centre
+        self.u, self.v = x * face.head_width, y * face.head_length + self.center
 
     def near(self, u: float, v: float, reach_u: float, reach_v: float) -> tuple[Plane, Plane, Any]:
         """Offsets (px) from a point of the head, in the window within reach of it."""
@@ -216,10 +215,10 @@ class _Head:
         window = (slice(top, bottom), slice(left, right))
         return self.u[window] - u, self.v[window] - v, window
 
-    def paint(self, coverage: Plane, colour: Colour | float, window: Any = ()) -> None:
-        """Lay a colour over the window, or over the whole picture."""
+    def paint(self, coverage: Plane, color: Color | float, window: Any = ()) -> None:
+        """Lay a color over the window, or over the whole picture."""
         target = self.image[(slice(None), *window)]
-        target += coverage * (colour - target)
+        target += coverage * (color - target)
 
     def relief(self, u: float, v: float, a: float, b: float, amount: float) -> None:
         """Brighten (amount > 0) or darken a smooth spot with half-axes a, b px."""
@@ -227,15 +226,15 @@ class _Head:
         self.shade[window] *= 1 + amount * np.exp((-1 / a**2) * x * x - (1 / b**2) * y * y)
 
 
-def _hair_colour(face: SimpleNamespace) -> Colour:
+def _hair_color(face: SimpleNamespace) -> Color:
     light = max(face.hair_light, 0.03)
-    return _colour(light + face.hair_warm, light, max(light - face.hair_warm, 0.0))
+    return _color(light + face.hair_warm, light, max(light - face.hair_warm, 0.0))
 
 
-def _skin_colour(face: SimpleNamespace) -> Colour:
+def _skin_color(face: SimpleNamespace) -> Color:
     dark = min(max(face.skin_dark, 0.0), 1.0)
-    pale, deep = _colour(0.95, 0.78, 0.68), _colour(0.42, 0.27, 0.19)
-    return pale + dark * (deep - pale) + _colour(face.skin_red, 0.0, 0.0)
+    pale, deep = _color(0.95, 0.78, 0.68), _color(0.42, 0.27, 0.19)
+    return pale + dark * (deep - pale) + _color(face.skin_red, 0.0, 0.0)
 
 
 def _paint_behind(head: _Head, rng: np.random.Generator) -> None:
@@ -248,22 +247,22 @@ def _paint_behind(head: _Head, rng: np.random.Generator) -> None:
     head.paint(_soft(35 + 0.3 * np.abs(x) - y), rng.random((3, 1, 1), np.float32))
     volume = max(face.hair_volume, 0.5)
     width, length = face.head_width + volume, face.head_length + volume
-    hair = _ellipse(x, y - head.centre, width, length)
+    hair = _ellipse(x, y - head.center, width, length)
     if face.long_hair > 0:
-        hair = np.minimum(hair, np.maximum(np.abs(x) - width, head.centre - y))
+        hair = np.minimum(hair, np.maximum(np.abs(x) - width, head.center - y))
     else:
-        hair = np.maximum(hair, y - 0.5 * head.centre)
-    head.paint(_soft(hair), _hair_colour(face) * 0.85)
+        hair = np.maximum(hair, y - 0.5 * head.center)
+    head.paint(_soft(hair), _hair_color(face) * 0.85)
     for side in (-1, 1):
         if side * head.sin_yaw < 0.15:  # the head hides the ear on the side it turns to
             from_ear = x - side * (face.head_width - 0.5), y - face.eye_height - 8
             ear = _ellipse(*from_ear, 0.5 * face.ear_size, 1.2 * face.ear_size)
-            head.paint(_soft(ear), _skin_colour(face) * 0.8)
+            head.paint(_soft(ear), _skin_color(face) * 0.8)
 
 
 def _paint_skin(head: _Head, moles: NDArray[np.float64]) -> None:
     """Skin, moles, beard and the hair above the forehead."""
-    face, skin, hair = head.face, _skin_colour(head.face), _hair_colour(head.face)
+    face, skin, hair = head.face, _skin_color(head.face), _hair_color(head.face)
     head.paint(head.skin, skin)
     for u, v in moles.tolist():
         x, y, window = head.near(u, v, 2, 2)
@@ -279,28 +278,28 @@ def _paint_skin(head: _Head, moles: NDArray[np.float64]) -> None:
 
 
 def _paint_eyes(head: _Head) -> None:
-    face, skin, hair = head.face, _skin_colour(head.face), _hair_colour(head.face)
+    face, skin, hair = head.face, _skin_color(head.face), _hair_color(head.face)
     blue = min(max(face.iris_blue, 0.0), 1.0)
-    iris = _colour(0.45 - 0.2 * blue, 0.28 + 0.2 * blue, 0.12 + 0.5 * blue)
+    iris = _color(0.45 - 0.2 * blue, 0.28 + 0.2 * blue, 0.12 + 0.5 * blue)
     iris *= 0.5 + face.iris_light
     opening = max(face.eye_opening, 0.15)
     for side in (-1, 1):
-        centre = side * face.eye_distance / 2
-        head.relief(centre, face.eye_height - 2, 13, 8, -face.socket)
-        x, y, window = head.near(centre, face.eye_height, 11, 9)
+        center = side * face.eye_distance / 2
+        head.relief(center, face.eye_height - 2, 13, 8, -face.socket)
+        x, y, window = head.near(center, face.eye_height, 11, 9)
         y = y - face.eye_tilt * side * x
         arc = 1 - (x / face.eye_width) ** 2
         upper = y + opening * arc
         inside = _soft((np.abs(y) - opening * arc) * 0.8)
         ball = np.sqrt((x - face.gaze_u) ** 2 + (y - face.gaze_v) ** 2)
-        head.paint(inside, _colour(0.88, 0.86, 0.84), window)
+        head.paint(inside, _color(0.88, 0.86, 0.84), window)
         head.paint(inside * _soft(ball - face.iris_radius), iris, window)
         head.paint(inside * _soft(ball - 1.3), 0.05, window)
         head.paint(0.8 * _soft((np.abs(upper) - 0.5) * 0.9) * (arc > 0), 0.12, window)
         crease = _soft(np.abs(upper + 2.4) - 0.4) * (arc > -0.1)
         head.paint(max(face.lid, 0.0) * crease, skin * 0.55, window)
 
-        x, y, window = head.near(centre + 0.5 * side, face.eye_height - face.brow_gap, 13, 8)
+        x, y, window = head.near(center + 0.5 * side, face.eye_height - face.brow_gap, 13, 8)
         outward = side * x / face.brow_width
         middle = face.brow_arch * (outward**2 - 0.5) + face.brow_tilt * side * x
         thickness = face.brow_thickness * (1 - 0.45 * outward)
@@ -310,7 +309,7 @@ def _paint_eyes(head: _Head) -> None:
 
 def _paint_nose(head: _Head) -> None:
     """A lit ridge from between the eyes to the tip, which the pose moves (parallax)."""
-    face, skin = head.face, _skin_colour(head.face)
+    face, skin = head.face, _skin_color(head.face)
     tip_u = face.head_width * face.nose_lift * head.sin_yaw
     tip_v = face.nose_tip + face.head_length * face.nose_lift * head.sin_pitch
     length = tip_v - face.eye_height
@@ -334,8 +333,8 @@ def _paint_nose(head: _Head) -> None:
 
 def _paint_mouth(head: _Head) -> None:
     """Lips, the open mouth with its teeth, and what a smile does to the cheeks."""
-    face, skin = head.face, _skin_colour(head.face)
-    lips = skin * (1 - face.lip_red * _colour(0.25, 0.75, 0.65))
+    face, skin = head.face, _skin_color(head.face)
+    lips = skin * (1 - face.lip_red * _color(0.25, 0.75, 0.65))
     smile, gap = max(face.smile, 0.0), max(face.mouth_open, 0.0)
     width = face.mouth_width + 0.9 * smile
     x, y, window = head.near(0, face.mouth_height, 24, 18)
@@ -346,10 +345,10 @@ def _paint_mouth(head: _Head) -> None:
     within = arc > 0
     lip = _soft(np.maximum(-y - bow, below - face.lower_lip * arc)) * within
     head.paint(0.9 * lip, lips, window)
-    head.paint(_soft(np.maximum(-y, below)) * within, _colour(0.25, 0.08, 0.08), window)
+    head.paint(_soft(np.maximum(-y, below)) * within, _color(0.25, 0.08, 0.08), window)
     if gap > 1.5:
         teeth = _soft(np.maximum(-y, y - 0.5 * gap * arc)) * (arc > 0.15)
-        head.paint(teeth, _colour(0.9, 0.88, 0.84), window)
+        head.paint(teeth, _color(0.9, 0.88, 0.84), window)
     head.paint(0.7 * _soft(np.abs(y) - 0.25) * within, skin * 0.3, window)
     head.relief(0, face.mouth_height + gap + face.lower_lip + 4.5, 9, 3, -face.chin_fold)
     for side in (-1, 1):
@@ -368,41 +367,41 @@ def _light(head: _Head, rng: np.random.Generator) -> None:
     edge = math.cos(angle) * head.x + math.sin(angle) * head.y - offset
     shade *= 1 - max(depth, 0.0) * _soft(-0.15 * edge)
     head.image *= shade
-    head.image *= _colour(1 + face.warmth, 1 + face.tint, 1 - face.warmth)
+    head.image *= _color(1 + face.warmth, 1 + face.tint, 1 - face.warmth)
 
 
 def _occlude(head: _Head, rng: np.random.Generator) -> None:
     """Glasses, mask, hat, and a bar across the picture."""
-    face, colour = head.face, rng.random((3, 1, 1), np.float32)
+    face, color = head.face, rng.random((3, 1, 1), np.float32)
     if face.glasses > 0 or face.sunglasses > 0:
         size = rng.uniform(11, 13)
         for side in (-1, 1):
             x, y, window = head.near(side * face.eye_distance / 2, face.eye_height + 1, 15, 12)
             lens = ((np.abs(x) / size) ** 3 + (np.abs(y) / (0.8 * size)) ** 3) ** (1 / 3)
             if face.sunglasses > 0:
-                head.paint(0.9 * _soft((lens - 1) * size), colour * 0.2, window)
-            head.paint(0.9 * _soft(np.abs(lens - 1) * size - 0.7), colour * 0.5, window)
+                head.paint(0.9 * _soft((lens - 1) * size), color * 0.2, window)
+            head.paint(0.9 * _soft(np.abs(lens - 1) * size - 0.7), color * 0.5, window)
         x, y, window = head.near(0, face.eye_height, 8, 3)
         bridge = np.maximum(np.abs(y) - 0.8, np.abs(x) - 6.5)
-        head.paint(0.9 * _soft(bridge), colour * 0.5, window)
+        head.paint(0.9 * _soft(bridge), color * 0.5, window)
     if face.mask > 0:
-        head.paint(_soft(4 - head.v - 0.004 * head.u**2) * head.skin, 0.3 + 0.6 * colour)
+        head.paint(_soft(4 - head.v - 0.004 * head.u**2) * head.skin, 0.3 + 0.6 * color)
     if face.hat > 0:
-        head.paint(_soft(head.v - face.hairline - 6) * (head.radius < 1.2), colour)
+        head.paint(_soft(head.v - face.hairline - 6) * (head.radius < 1.2), color)
     if face.bar > 0:
         angle, offset, half_width = rng.uniform((0, -40, 4), (math.pi, 40, 12)).tolist()
         across = math.cos(angle) * head.x + math.sin(angle) * head.y - offset
-        head.paint(_soft(np.abs(across) - half_width), colour)
+        head.paint(_soft(np.abs(across) - half_width), color)
 
 
 def _photograph(head: _Head, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Exposure, contrast, tone, loss of colour, blur and noise; rounded to bytes."""
+    """Exposure, contrast, tone, loss of color, blur and noise; rounded to bytes."""
     face, image = head.face, head.image
     image *= face.exposure * face.contrast
     image += 0.5 * (1 - face.contrast)
     image += face.tone * image * (1 - image)
-    if face.grey > 0:
-        image += min(face.grey, 1.0) * (image.mean(axis=0) - image)
+    if face.gray > 0:
+        image += min(face.gray, 1.0) * (image.mean(axis=0) - image)
     if face.blur > 0:
         for _ in range(2):  # steps of diffusion along each axis
             image[:, 1:-1] += face.blur * np.diff(image, 2, axis=1)

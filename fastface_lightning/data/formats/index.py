@@ -3,15 +3,16 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ...files import printable, replacing
+from ...files import file_stamp, printable, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,19 @@ def cached(
         else:
             return _load(place) or arrays
     return arrays
+
+
+def cached_while(
+    files: Sequence[Path], source: Path, build: Callable[[], Arrays], rebuild: bool = False
+) -> Arrays:
+    """What :func:`cached` returns, fresh while none of the files is rewritten, added or gone."""
+    stamp = np.array(file_stamp(*files), np.int64)
+    return cached(
+        source,
+        lambda: {**build(), "stamp": stamp},
+        lambda kept: np.array_equal(kept["stamp"], stamp),
+        rebuild,
+    )
 
 
 def _places(source: Path) -> list[Path]:

@@ -1,7 +1,6 @@
 """What a folder of millions of faces holds besides good ones: each fault is named, and survived."""
 
 import io
-import logging
 import os
 import shutil
 import struct
@@ -58,24 +57,18 @@ FAULTS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_counted_and_replaced(tree: Tree, caplog, fault: str) -> None:
     root = tree(ann=3)
-    dataset = IdentityFolder(root, size=8)
+    dataset = IdentityFolder(root, size=8, max_bad=1)
     file = root / "ann" / "ann_0002.png"
     FAULTS[fault](file)
     for _ in range(2):
         assert [int(dataset[i][0][1, 0, 0]) for i in range(3)] == [1, 3, 3]
     (message,) = caplog.messages
-    assert message.startswith(f"skipping bad image 1 of at most 100: cannot read image {file}: ")
+    assert f"cannot read image {file}: " in message
     assert len(message) < len(str(file)) + 200 and "\n" not in message
     assert dataset.bad.tolist() == [0, 1, 0] and dataset.bad_images() == [str(file)]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_too_many_ends_with_one_sentence(tree: Tree, fault: str) -> None:
-    dataset = IdentityFolder(tree(ann=3), size=8, max_bad=1)
-    for i in (1, 2):
-        FAULTS[fault](dataset.path(i))
-    with pytest.raises(ValueError, match=r"^at most max_bad = 1 images may be unreadable, got 2,"):
-        dataset[1]
+    FAULTS[fault](dataset.path(2))
+    with pytest.raises(ValueError, match="max_bad = 1"):
+        dataset[2]
 
 
 def test_what_is_no_file_at_the_start_is_no_image(tree: Tree) -> None:
@@ -84,37 +77,6 @@ def test_what_is_no_file_at_the_start_is_no_image(tree: Tree) -> None:
     (root / "ann" / "link.jpg").symlink_to("nowhere")
     os.mkfifo(root / "ann" / "pipe.jpg")
     assert len(IdentityFolder(root, size=8)) == 1
-
-
-def test_odd_images_are_images(tmp_path: Path, caplog) -> None:
-    folder = tmp_path / "faces" / "ann"
-    folder.mkdir(parents=True)
-    deep = Image.fromarray((RAMP.astype(np.int32) * 257).astype(np.uint16))
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    contents = {
-        "0 plain.png": encoded(PHOTO, "PNG"),
-        "1 cmyk.jpg": encoded(PHOTO.convert("CMYK"), "JPEG", quality=100),
-        "2 grey.jpg": encoded(Image.fromarray(RAMP), "JPEG", quality=100),
-        "3 deep.png": encoded(deep, "PNG"),
-        "4 turned.png": encoded(PHOTO.transpose(Image.Transpose.ROTATE_90), "PNG", exif=turned),
-        "5 palette.png": encoded(PHOTO.convert("P"), "PNG"),
-        "6 clear.webp": encoded(PHOTO.convert("RGBA"), "WEBP", lossless=True),
-        "7 png.jpg": encoded(PHOTO, "PNG"),
-    }
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    dataset = IdentityFolder(tmp_path / "faces")
-    plain, cmyk, grey, depth, upright, _, clear, named = (
-        dataset[i][0].permute(1, 2, 0).numpy().astype(int) for i in range(len(contents))
-    )
-    assert dataset.bad.sum() == 0 and not caplog.records
-    assert (plain == np.asarray(PHOTO)).all()
-    for same in (upright, clear, named):
-        assert (same == plain).all()
-    assert np.abs(cmyk - plain).mean() < 8
-    assert np.abs(grey - RAMP[..., None].astype(int)).mean() < 3
-    assert np.abs(depth - RAMP[..., None].astype(int)).max() <= 1
 
 
 def test_links_are_followed(tree: Tree) -> None:
@@ -138,35 +100,22 @@ def undecodable(tree: Tree) -> Path:
     return root
 
 
-def test_undecodable_names_are_served(undecodable: Path) -> None:
-    for _ in range(2):  # walked, and from the index
-        dataset = IdentityFolder(undecodable, size=8)
-        assert dataset.identities == [os.fsdecode(b"b\xffb")]
-        assert [int(dataset[i][0][1, 0, 0]) for i in range(2)] == [2, 1]
-        assert dataset.path(1).is_file()
-
-
-def test_undecodable_names_are_told_in_letters_that_any_stream_takes(
+def test_undecodable_names_are_served_and_told_in_letters_that_any_stream_takes(
     undecodable: Path, caplog
 ) -> None:
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
-    handler = logging.StreamHandler(stream)
-    handler.handleError = pytest.fail  # type: ignore[assignment]
-    logging.getLogger("fastface_lightning").addHandler(handler)
-    try:
-        missing = [os.fsdecode(b"b\xffb"), os.fsdecode(b"no\xff")]
+    missing = [os.fsdecode(b"b\xffb"), os.fsdecode(b"no\xff")]
+    for _ in range(2):  # walked, and from the index
         dataset = IdentityFolder(undecodable, size=8, identities=missing, max_bad=1)
-        shutil.copy(__file__, dataset.path(1))
-        assert dataset[1][0][1, 0, 0] == 2
-        dataset.path(0).unlink()
-        with pytest.raises(ValueError, match=r"got 2, .*b.udcffb") as error:
-            dataset[0]
-    finally:
-        logging.getLogger("fastface_lightning").removeHandler(handler)
-    assert (
-        "no\\udcff" in caplog.messages[0] and "b\\udcffb/\\udcfe.png: not a" in caplog.messages[1]
-    )
-    assert str(error.value).encode() and all(name.encode() for name in dataset.bad_images())
+        assert dataset.identities == missing[:1] and dataset.path(1).is_file()
+        assert [int(dataset[i][0][1, 0, 0]) for i in range(2)] == [2, 1]
+    shutil.copy(__file__, dataset.path(1))
+    assert dataset[1][0][1, 0, 0] == 2
+    dataset.path(0).unlink()
+    with pytest.raises(ValueError, match=r"got 2, .*b.udcffb") as error:
+        dataset[0]
+    assert all(text.encode() for text in (str(error.value), *caplog.messages))
+    assert "no\\udcff" in caplog.text and "b\\udcffb/\\udcfe.png: not a" in caplog.text
+    assert all(name.encode() for name in dataset.bad_images())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -185,16 +134,6 @@ def test_training_goes_on_when_a_folder_vanishes(tree: Tree, workers: int) -> No
     assert dataset.bad.tolist() == [0] * 8 + [1] * 8 + [0] * 8
 
 
-def test_a_vanished_folder_larger_than_max_bad_ends_the_run(tree: Tree) -> None:
-    root = tree(ann=8, bob=8)
-    dataset = IdentityFolder(root, size=8, max_bad=7)
-    shutil.rmtree(root / "bob")
-    batches = DataLoader(dataset, 4, num_workers=2, collate_fn=collate)._get_iterator()
-    with pytest.raises(ValueError, match=r"at most max_bad = 7 images may be unreadable, got 8"):
-        list(batches)
-    batches._shutdown_workers()
-
-
 # Batches.
 
 
@@ -211,13 +150,6 @@ def test_a_batch_is_channels_last_bytes(tree: Tree, workers: int, function) -> N
     assert images.is_shared() == (workers > 0)
     if function is collate:
         assert images.stride() == (37_632, 1, 336, 3)
-        assert images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_batch_is_a_list_of_samples(tree: Tree) -> None:
-    dataset = IdentityFolder(tree(ann=2, bob=1), size=8)
-    batch = dataset.__getitems__([2, 0])
-    assert len(batch) == 2 and [label for _, label in batch] == [1, 0]
-    for (image, label), i in zip(batch, (2, 0), strict=True):
-        assert torch.equal(image, dataset[i][0]) and label == dataset[i][1] and type(label) is int
-    assert collate(batch)[0].data_ptr() == batch.images.data_ptr(), "nothing is copied"
+    batch = dataset.__getitems__([3, 0])  # to other functions a list of samples
+    assert [label for _, label in batch] == [1, 0] and torch.equal(batch[1][0], dataset[0][0])
+    assert collate(batch)[0].data_ptr() == batch.images.data_ptr(), "it is copied"

@@ -33,44 +33,33 @@ def test_labels_follow_sorted_names_and_images_follow_file_names(tree: Tree) -> 
     assert dataset.identities == ["ann", "bob", "cem"] and dataset.num_classes == 3
     assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 2]
     assert read(dataset) == [(0, 1, 0), (0, 2, 0), (0, 3, 0), (1, 1, 1), (1, 2, 1), (2, 1, 2)]
-    image, label = dataset[0]
+    image, label = dataset[-6]
     assert image.dtype == torch.uint8 and image.shape == (3, 8, 8) and type(label) is int
     assert dataset.path(4) == dataset.root / "bob" / "bob_0002.png"
     assert dataset.bad_images() == dataset.missing == []
-
-
-def test_indices_count_from_the_end_too_and_have_bounds(tree: Tree) -> None:
-    dataset = IdentityFolder(tree(ann=1, bob=2), size=8)
-    assert torch.equal(dataset[-1][0], dataset[2][0])
     with pytest.raises(IndexError):
-        dataset[3]
-
-
-def test_images_are_resized(tree: Tree) -> None:
-    assert IdentityFolder(tree(ann=1, size=20))[0][0].shape == (3, 112, 112)
+        dataset[6]
+    dataset.bad = torch.zeros(0)  # what is shared cannot be pickled here
+    assert len(pickle.dumps(dataset)) < 6 * 40 + 1500, "it holds an object a file"
 
 
 def test_any_case_of_the_suffixes_counts_and_nothing_else(tree: Tree) -> None:
     root = tree(ann=1)
-    for name in ("b.JPG", "c.Jpeg", "d.PNG", "e.webp", "f.BMP"):
-        Image.new("RGB", (8, 8)).save(root / "ann" / name)
+    for name in ("b.JPG", "c.Jpeg", "d.PNG", "e.webp", "f.BMP", "ümit 陈.png"):
+        Image.new("RGB", (20, 8)).save(root / "ann" / name)
     for name in (".hidden.jpg", "notes.txt", "jpg"):
         (root / "ann" / name).write_text("")
     (root / "ann" / "folder.jpg").mkdir()
+    (root / "ann" / "loop.png").symlink_to("loop.png")
+    (root / "loop").symlink_to("loop")
     (root / ".cache").mkdir()
     (root / "list.txt").write_text("")
-    dataset = IdentityFolder(root, size=8)
+    dataset = IdentityFolder(root)
     assert identity_names(root) == ["ann"]
     assert [dataset.path(i).name for i in range(len(dataset))] == [
-        "ann_0001.png", "b.JPG", "c.Jpeg", "d.PNG", "e.webp", "f.BMP"
+        "ann_0001.png", "b.JPG", "c.Jpeg", "d.PNG", "e.webp", "f.BMP", "ümit 陈.png"
     ]  # fmt: skip
-
-
-def test_file_names_of_any_script_are_kept(tree: Tree) -> None:
-    root = tree(ann=1)
-    Image.new("RGB", (8, 8)).save(root / "ann" / "ümit 陈.png")
-    dataset = IdentityFolder(root, size=8)
-    assert dataset.path(1).name == "ümit 陈.png" and dataset[1]
+    assert dataset[6][0].shape == (3, 112, 112)
 
 
 def test_identities_restrict_and_absent_ones_are_reported(tree: Tree, caplog) -> None:
@@ -94,38 +83,26 @@ def test_empty_folders_are_left_out_with_one_warning(tree: Tree, caplog) -> None
     assert caplog.messages[0].endswith("empty09 and 2 more")
 
 
-def test_min_images_leaves_out_the_rarer(tree: Tree) -> None:
-    assert IdentityFolder(tree(ann=3, bob=2, cem=1), min_images=2).identities == ["ann", "bob"]
-
-
-def test_errors_are_one_sentence(tree: Tree, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^no folder .*gone; expected .*gone/<identity>/<image>"):
-        IdentityFolder(tmp_path / "gone")
+def test_what_cannot_be_served_is_refused(tree: Tree, tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "flat" / "face.png")
-    with pytest.raises(ValueError, match=r"flat holds no folders; expected .*/<identity>/"):
-        IdentityFolder(tmp_path / "flat")
     (tmp_path / "bare" / "ann").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"none of the 1 identities in .*bare has an image: exp"):
-        IdentityFolder(tmp_path / "bare")
-    root = tree(ann=2)
+    for name, rule in {"gone": "no folder", "flat": "no folders", "bare": "none of the 1"}.items():
+        with pytest.raises(ValueError, match=f"{rule}.*expected .*<identity>/<image>"):
+            IdentityFolder(tmp_path / name)
+    root = tree(ann=3, bob=2, cem=1)
+    assert IdentityFolder(root, min_images=2).identities == ["ann", "bob"]
     with pytest.raises(ValueError, match="none of the 2 identities sought"):
         IdentityFolder(root, identities=["x", "y"])
-    with pytest.raises(ValueError, match=r"no identity in .* has min_images = 3 images"):
-        IdentityFolder(root, min_images=3)
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ({"size": 0}, "size must be at least 1 pixel, got 0"),
-        ({"min_images": 0}, "min_images must be at least 1, got 0"),
-        ({"max_bad": -1}, "max_bad must be at least 0 images, got -1"),
-    ],
-)
-def test_arguments_are_checked(argument: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        IdentityFolder("anywhere", **argument)
+    with pytest.raises(ValueError, match="min_images = 4"):
+        IdentityFolder(root, min_images=4)
+    for argument, value in {"size": 0, "min_images": 0, "max_bad": -1}.items():
+        with pytest.raises(ValueError, match=f"{argument} must be at least .* got {value}"):
+            IdentityFolder(root, **{argument: value})
+    for file in root.rglob("*.png"):
+        break_file(file)
+    with pytest.raises(ValueError, match="none of the 6 images"):
+        IdentityFolder(root, size=8)[0]
 
 
 def test_a_bad_image_is_named_once_and_replaced_by_the_next(tree: Tree, caplog) -> None:
@@ -137,31 +114,6 @@ def test_a_bad_image_is_named_once_and_replaced_by_the_next(tree: Tree, caplog) 
     assert dataset.bad_images() == bad and dataset.bad.tolist() == [0, 0, 1, 0, 1]
     assert len(caplog.records) == 2
     assert all(file in line for file, line in zip(bad, caplog.messages, strict=True))
-
-
-def test_more_bad_images_than_allowed_end_the_run(tree: Tree) -> None:
-    root = tree(ann=5)
-    for j in (1, 2, 3):
-        last = break_file(root / "ann" / f"ann_000{j}.png")
-    dataset = IdentityFolder(root, size=8, max_bad=2)
-    message = rf"at most max_bad = 2 images may be unreadable, got 3, .* {last}: ."
-    with pytest.raises(ValueError, match=message):
-        dataset[0]
-
-
-def test_a_folder_of_bad_images_only_raises(tree: Tree) -> None:
-    root = tree(ann=2)
-    for file in root.rglob("*.png"):
-        break_file(file)
-    with pytest.raises(ValueError, match=r"none of the 2 images in .* can be read"):
-        IdentityFolder(root, size=8)[0]
-
-
-def test_a_file_deleted_after_the_scan_is_a_bad_one(tree: Tree) -> None:
-    root = tree(ann=2)
-    dataset = IdentityFolder(root, size=8)
-    (root / "ann" / "ann_0001.png").unlink()
-    assert read(dataset)[0] == (0, 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -184,14 +136,6 @@ def test_a_worker_ends_the_run_too(tree: Tree) -> None:
     with pytest.raises(ValueError, match="at most max_bad = 0 images may be unreadable, got 1"):
         list(batches)
     batches._shutdown_workers()  # left to the garbage collector, it waits five seconds
-
-
-def test_links_that_lead_in_a_circle_hide_nothing_else(tree: Tree) -> None:
-    root = tree(ann=2)
-    (root / "ann" / "loop.png").symlink_to("loop.png")
-    (root / "loop").symlink_to("loop")
-    dataset = IdentityFolder(root, size=8)
-    assert dataset.identities == ["ann"] and len(dataset) == 2
 
 
 def test_restrictions_add_up(tree: Tree) -> None:
@@ -254,29 +198,17 @@ def test_paths_start_from_the_root_unless_absolute(tree: Tree, tmp_path: Path) -
 
 
 def test_quotes_keep_commas_and_blanks_keep_the_last(tree: Tree) -> None:
-    root = tree(ann=1)
+    root = tree(ann=2)
     (root / "ann" / "ann_0001.png").rename(root / "a, b.png")
-    (root / "a.csv").write_text('"a, b.png","Doe, John"\n')
-    (root / "a.txt").write_text("a, b.png John\n")
-    assert list(FaceList(root / "a.csv").identities) == ["Doe, John"]
-    assert list(FaceList(root / "a.txt").identities) == ["John"]
-    assert FaceList(root / "a.csv").path(0) == FaceList(root / "a.txt").path(0)
-    assert FaceList(root / "a.csv").path(0).is_file()
-
-
-def test_numbers_as_identities_sort_as_text(tree: Tree) -> None:
-    file = tree(ann=2) / "a.lst"
-    file.write_text("0\t10\tann/ann_0001.png\n1\t9\tann/ann_0002.png\n")
-    dataset = FaceList(file, size=8)
-    assert list(dataset.identities) == ["10", "9"] and dataset.labels.tolist() == [0, 1]
-
-
-def test_a_list_holds_undecodable_names(tree: Tree) -> None:
-    root = tree(ann=1)
-    os.rename(root / "ann" / "ann_0001.png", os.fsencode(root) + b"/\xff.png")
-    (root / "a.csv").write_bytes(b"\xff.png,\xfe\n")
-    dataset = FaceList(root / "a.csv", size=8)
-    assert read(dataset) == [(0, 1, 0)] and list(dataset.identities) == [os.fsdecode(b"\xfe")]
+    (root / "ann" / "ann_0002.png").rename(root / os.fsdecode(b"\xff.png"))
+    (root / "a.csv").write_bytes(b'Path,Identity\n"a, b.png","Doe, John"\n\xff.png,\xfe\n')
+    (root / "a.txt").write_bytes(b"a, b.png 10\n\xff.png 9\n")
+    for name, identities in {
+        "a.csv": ["Doe, John", os.fsdecode(b"\xfe")],
+        "a.txt": ["10", "9"],
+    }.items():
+        dataset = FaceList(root / name, size=8)
+        assert list(dataset.identities) == identities and read(dataset) == [(0, 1, 0), (0, 2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -318,28 +250,16 @@ def test_a_rewritten_list_is_read_anew_and_an_old_one_is_not(
 
 def test_absent_and_empty_lists_are_refused(tree: Tree) -> None:
     root = tree(ann=1)
-    with pytest.raises(ValueError, match=r"^no list .*gone\.csv; expected lines of path,identity"):
+    with pytest.raises(ValueError, match="no list"):
         FaceList(root / "gone.csv")
     (root / "a.csv").write_text("path,identity\n\n")
-    with pytest.raises(ValueError, match=r"a\.csv lists no image; expected lines of"):
+    with pytest.raises(ValueError, match="lists no image"):
         FaceList(root / "a.csv")
-    with pytest.raises(ValueError, match=r"^no folder .*gone, from which the paths of .*a\.csv"):
+    with pytest.raises(ValueError, match="no folder"):
         FaceList(root / "a.csv", root / "gone")
-
-
-def test_images_of_a_list_that_share_a_name_are_packed_apart(tree: Tree) -> None:
-    root = tree(ann=1, bob=1)
-    (root / "bob" / "bob_0001.png").rename(root / "bob" / "ann_0001.png")
-    (root / "a.csv").write_text("ann/ann_0001.png,x\nbob/ann_0001.png,x\n")
-    dataset = FaceList(root / "a.csv")
-    assert dataset.file_name(0) != dataset.file_name(1)
-
-
-def test_it_pickles_small(tree: Tree) -> None:
-    """What goes to a spawned worker are arrays, not an object a file."""
-    dataset = IdentityFolder(tree(ann=30, bob=30), size=8)
-    dataset.bad = torch.zeros(0)
-    assert len(pickle.dumps(dataset)) < 60 * 40 + 1500
+    (root / "a.csv").write_text('"ann/ann_0001.png,ann\n' + "x" * 200_000)
+    with pytest.raises(ValueError, match="no CSV file"):
+        FaceList(root / "a.csv")
 
 
 def test_lfw_training_people(shared_data: Path, caplog) -> None:
@@ -361,12 +281,3 @@ def test_a_change_right_after_the_walk_is_seen(tree: Tree) -> None:
     for count in range(2, 8):
         Image.new("RGB", (8, 8)).save(root / "ann" / f"{count}.png")
         assert len(IdentityFolder(root, size=8)) == count
-
-
-def test_a_quote_that_is_never_closed_is_said(tree: Tree) -> None:
-    file = tree(ann=1) / "list.csv"
-    file.write_text('"ann/ann_0001.png,ann\n' + "x" * 200_000)
-    with pytest.raises(ValueError, match=r"list\.csv is no CSV file: field larger"):
-        FaceList(file)
-    file.write_text("Path,Identity\nann/ann_0001.png,ann\n")
-    assert FaceList(file).identities == ["ann"]

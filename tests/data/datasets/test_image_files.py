@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,7 +62,9 @@ def test_what_cannot_be_read_says_why(noise: list[Path], aligned: bool) -> None:
     noise[3].unlink()
     noise[3].mkdir()
     noise[4].write_bytes(b"%!PS")
-    files = ImageFiles([*noise, "a\0b"], np.tile(ARCFACE_POINTS, (7, 1, 1)) if aligned else None)
+    points = np.tile(ARCFACE_POINTS, (8, 1, 1))
+    points[7] = 3
+    files = ImageFiles([*noise, "a\0b", noise[5]], points if aligned else None)
     reasons = {
         0: "No such file or directory",
         1: "it is empty",
@@ -72,29 +73,21 @@ def test_what_cannot_be_read_says_why(noise: list[Path], aligned: bool) -> None:
         4: "not a JPEG, PNG, WebP or BMP image",
         6: "null",
     }
-    for k in range(7):
-        image, readable = files[k]
-        assert readable == (k == 5) and image.shape == (3, 112, 112) and image.dtype == torch.uint8
+    if aligned:
+        reasons[7] = "landmarks must lie apart"
+    for k, (image, readable) in enumerate(files):
+        assert image.shape == (3, 112, 112) and image.dtype == torch.uint8
+        assert readable == (k not in reasons) == bool(image.any())
         if readable:
-            assert files.why(k) == "" and image.any()
+            assert files.why(k) == ""
         else:
-            assert not image.any() and reasons[k] in files.why(k)
-            assert files.why(k).startswith("cannot read image ")
-            assert k == 6 or str(noise[k]) in files.why(k)
-
-
-def test_landmarks_that_fit_no_face_say_why(noise: list[Path]) -> None:
-    points = np.tile(ARCFACE_POINTS, (2, 1, 1))
-    points[0] = 3
-    files = ImageFiles(noise[:2], points)
-    assert [readable for _, readable in files] == [False, True]
-    assert files.why(0).startswith(f"cannot read image {noise[0]}: landmarks must lie apart, got ")
+            assert "cannot read image " in files.why(k) and reasons[k] in files.why(k)
 
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(st.lists(st.one_of(NUMBERS, st.floats(-300, 300)), min_size=10, max_size=10), st.binary())
 def test_nothing_in_the_lists_or_files_raises(
     noise: list[Path], numbers: list[float], content: bytes
@@ -116,10 +109,10 @@ def test_loader_workers_read_them(noise: list[Path]) -> None:
 
 
 def test_pickled_they_are_the_same_and_small() -> None:
-    files = ImageFiles((f"/data/loose_crop/{k}.jpg" for k in range(100_000)), size=5)
+    files = ImageFiles((f"/data/loose_crop/{k}.jpg" for k in range(10_000)), size=5)
     content = pickle.dumps(files)
-    assert len(content) < 100_000 * 34  # 22 to 26 bytes of name, 8 to find it
-    assert pickle.loads(content).why(99_999) == files.why(99_999) != files.why(0)
+    assert len(content) < 10_000 * 34  # 22 to 25 bytes of name, 8 to find it
+    assert pickle.loads(content).why(9_999) == files.why(9_999) != files.why(0)
 
 
 def test_names_in_any_bytes(noise: list[Path], tmp_path: Path) -> None:
@@ -128,15 +121,6 @@ def test_names_in_any_bytes(noise: list[Path], tmp_path: Path) -> None:
     files = ImageFiles([odd, odd + "x"])
     assert files[0][1] and not files[1][1]
     assert files.why(1).encode().endswith(b"jos\\udce9 \n.pngx: No such file or directory")
-
-
-def test_sizes_points_and_indices_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"^size must be at least 1 pixel, got 0$"):
-        ImageFiles([], size=0)
-    with pytest.raises(ValueError, match=r"^points must be \(2, 5, 2\), got \(1, 5, 2\)$"):
-        ImageFiles(["a", "b"], ARCFACE_POINTS[None])
-    with pytest.raises(IndexError):
-        ImageFiles(["a", "b"])[2]
 
 
 def test_images_are_found_at_any_depth(tmp_path: Path) -> None:
@@ -169,15 +153,16 @@ def test_links_are_followed_but_not_in_circles(tree: Tree, tmp_path: Path) -> No
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["gone", "file"])
-def test_an_absent_folder_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=f"^{re.escape(f'no folder {tmp_path / name}')}$"):
-        find_images(tmp_path / name)
-
-
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").touch()
-    expected = f"{tmp_path} holds no image: no file in it ends in .jpg, .jpeg, .png, .webp, .bmp"
-    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+    (tmp_path / "file").touch()
+    for name in ("gone", "file"):
+        with pytest.raises(ValueError, match=f"no folder .*{name}"):
+            find_images(tmp_path / name)
+    with pytest.raises(ValueError, match="holds no image"):
         find_images(tmp_path)
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        ImageFiles([], size=0)
+    with pytest.raises(ValueError, match="points must be"):
+        ImageFiles(["a", "b"], ARCFACE_POINTS[None])
+    with pytest.raises(IndexError):
+        ImageFiles(["a", "b"])[2]

@@ -140,7 +140,7 @@ def test_ten_damaged_records_are_named_and_the_others_counted(
         dataset = RecordDataset(rec, size=8, max_bad=13)
         assert len(dataset) == 1 and len(dataset.damaged) == 13
         assert [m.startswith("left out: ") for m in caplog.messages] == [True] * 10 + [False]
-        assert caplog.messages[10] == f"left out 3 more records of {rec}"
+        assert caplog.messages[10] == f"left out 3 more of {rec}"
     with pytest.raises(ValueError, match=r"max_bad = 12 images .* got 13"):
         RecordDataset(rec, size=8, max_bad=12)
 

@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from fastface_lightning.data.formats.image import (
 )
 
 RAMP = np.add.outer(np.arange(16), np.arange(16)).astype(np.uint8) * 8
-COLOUR = np.stack([RAMP, RAMP.T[::-1], 255 - RAMP], axis=-1)
+COLOR = np.stack([RAMP, RAMP.T[::-1], 255 - RAMP], axis=-1)
+GRAY = np.stack([RAMP] * 3, axis=-1)
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> BytesIO:
@@ -37,67 +39,59 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> Bytes
     return file
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP"])
-def test_lossless_formats_give_the_pixels(format: str) -> None:
-    options = {"lossless": True} if format == "WEBP" else {}
-    tensor = decode_image(encoded(Image.fromarray(COLOUR), format, **options), size=16)
-    assert tensor.dtype == torch.uint8 and tensor.shape == (3, 16, 16) and tensor.is_contiguous()
-    assert np.array_equal(tensor.permute(1, 2, 0), COLOUR)
+DEEP = Image.fromarray(RAMP.astype(np.uint16) * 257)
+MODES = {
+    "png": (encoded(Image.fromarray(COLOR)), COLOR),
+    "bmp": (encoded(Image.fromarray(COLOR), "BMP"), COLOR),
+    "webp": (encoded(Image.fromarray(COLOR), "WEBP", lossless=True), COLOR),
+    "transparent": (encoded(Image.fromarray(np.dstack([COLOR, RAMP]))), COLOR),
+    "gray": (encoded(Image.fromarray(RAMP)), GRAY),
+    "transparent gray": (encoded(Image.fromarray(RAMP).convert("LA")), GRAY),
+    "16 bits are scaled, not clipped": (encoded(DEEP), GRAY),
+    "1 bit": (encoded(Image.fromarray(RAMP > 100)), (GRAY > 100) * np.uint8(255)),
+}
 
 
-@pytest.mark.parametrize("mode", ["L", "LA"])
-def test_grey_is_repeated_in_all_channels(mode: str) -> None:
-    tensor = decode_image(encoded(Image.fromarray(RAMP).convert(mode)), size=16)
-    assert np.array_equal(tensor, np.stack([RAMP] * 3))
-
-
-def test_sixteen_bits_are_scaled_not_clipped() -> None:
-    deep = Image.fromarray(RAMP.astype(np.uint16) * 257)
-    assert np.array_equal(decode_image(encoded(deep), size=16), np.stack([RAMP] * 3))
-
-
-def test_one_bit_is_black_and_white() -> None:
-    tensor = decode_image(encoded(Image.fromarray(RAMP > 100)), size=16)
-    assert np.array_equal(tensor, np.stack([(RAMP > 100) * np.uint8(255)] * 3))
+@pytest.mark.parametrize(("file", "pixels"), MODES.values(), ids=MODES)
+def test_any_mode_becomes_8_bit_rgb(file: BytesIO, pixels: np.ndarray) -> None:
+    for source in (file, file.getvalue()):
+        tensor = decode_image(source, size=16)
+        assert tensor.dtype == torch.uint8 and tensor.is_contiguous()
+        assert np.array_equal(tensor.permute(1, 2, 0), pixels)
 
 
 @pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128] * 8)])
 @pytest.mark.filterwarnings("error")
 def test_palette_gives_its_colours_and_drops_transparency(transparency: object) -> None:
-    palette = Image.fromarray(COLOUR).quantize(16)
+    palette = Image.fromarray(COLOR).quantize(16)
     options = {} if transparency is None else {"transparency": transparency}
     tensor = decode_image(encoded(palette, **options), size=16)
     assert np.array_equal(tensor.permute(1, 2, 0), palette.convert("RGB"))
 
 
-def test_transparent_pixels_show_their_colour() -> None:
-    rgba = Image.fromarray(np.dstack([COLOUR, RAMP]))
-    assert np.array_equal(decode_image(encoded(rgba), size=16).permute(1, 2, 0), COLOUR)
-
-
 def test_cmyk_jpeg_is_nearly_its_rgb() -> None:
-    file = encoded(Image.fromarray(COLOUR).convert("CMYK"), "JPEG", quality=100, subsampling=0)
-    error = decode_image(file, size=16).permute(1, 2, 0).numpy().astype(int) - COLOUR
+    file = encoded(Image.fromarray(COLOR).convert("CMYK"), "JPEG", quality=100, subsampling=0)
+    error = decode_image(file, size=16).permute(1, 2, 0).numpy().astype(int) - COLOR
     assert np.abs(error).max() <= 8
 
 
 @pytest.mark.parametrize(
     ("orientation", "upright"),
     [
-        (1, COLOUR),
-        (2, COLOUR[:, ::-1]),
-        (3, COLOUR[::-1, ::-1]),
-        (4, COLOUR[::-1]),
-        (5, COLOUR.swapaxes(0, 1)),
-        (6, np.rot90(COLOUR, -1)),
-        (7, COLOUR[::-1, ::-1].swapaxes(0, 1)),
-        (8, np.rot90(COLOUR)),
+        (1, COLOR),
+        (2, COLOR[:, ::-1]),
+        (3, COLOR[::-1, ::-1]),
+        (4, COLOR[::-1]),
+        (5, COLOR.swapaxes(0, 1)),
+        (6, np.rot90(COLOR, -1)),
+        (7, COLOR[::-1, ::-1].swapaxes(0, 1)),
+        (8, np.rot90(COLOR)),
     ],
 )
 def test_exif_orientation_is_applied(orientation: int, upright: np.ndarray) -> None:
     exif = Image.Exif()
     exif[274] = orientation
-    tensor = decode_image(encoded(Image.fromarray(COLOUR), exif=exif), size=16)
+    tensor = decode_image(encoded(Image.fromarray(COLOR), exif=exif), size=16)
     assert np.array_equal(tensor.permute(1, 2, 0), upright)
 
 
@@ -108,48 +102,33 @@ def test_resizing_is_antialiased() -> None:
     assert ((small > 110) & (small < 145)).all()
 
 
-def test_other_aspect_ratios_become_square() -> None:
-    assert decode_image(encoded(Image.new("RGB", (40, 20))), size=8).shape == (3, 8, 8)
+JPEG = encoded(Image.fromarray(COLOR), "JPEG").getvalue()
+PNG = encoded(Image.fromarray(COLOR)).getvalue()
+BROKEN = {
+    "empty": (b"", "it is empty"),
+    "text": (b"this is no picture", "not a JPEG, PNG, WebP or BMP image"),
+    "gif": (encoded(Image.fromarray(COLOR), "GIF").getvalue(), "not a JPEG"),
+    "tiff": (encoded(Image.fromarray(COLOR), "TIFF").getvalue(), "not a JPEG"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a JPEG"),
+    "half a jpeg": (JPEG[: len(JPEG) // 2], "[Tt]runcated"),
+    "head of a jpeg": (JPEG[:4], "its header is broken"),
+    "half a png": (PNG[: len(PNG) // 2], "trunc"),
+    "header of a png": (PNG[:20] + b"\xff" * 8 + PNG[28:], "header|checksum|IHDR|CRC"),
+}
 
 
-def jpeg() -> bytes:
-    return encoded(Image.fromarray(COLOUR), "JPEG").getvalue()
-
-
-def png() -> bytes:
-    return encoded(Image.fromarray(COLOUR)).getvalue()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"this is no picture",
-        jpeg()[: len(jpeg()) // 2],
-        jpeg()[:4],
-        png()[: len(png()) // 2],
-        png()[:20] + b"\xff" * 8 + png()[28:],
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-        b"GIF89a" + bytes(20),
-    ],
-    ids=["empty", "text", "half jpeg", "jpeg head", "half png", "broken png", "eps", "gif"],
-)
-def test_a_broken_file_raises_one_sentence_that_names_it(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_raises_one_sentence_that_names_it(
+    content: bytes, reason: str, tmp_path: Path
+) -> None:
     file = tmp_path / "face.jpg"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"^cannot read image .*face\.jpg: ."):
+    with pytest.raises(ValueError, match=r"face\.jpg: No such file or directory$"):
         decode_image(file)
-
-
-def test_an_absent_file_raises_the_systems_reason(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone\.jpg: No such file or directory$"):
-        decode_image(tmp_path / "gone.jpg")
-
-
-def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="decompression bomb"):
-        decode_image(encoded(Image.fromarray(COLOUR)))
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^cannot read image .*face\.jpg: .*{reason}"):
+        decode_image(file)
+    with pytest.raises(ValueError, match=reason):
+        decoded(content, 16)
 
 
 # The two decoders of `decode_into`.
@@ -201,32 +180,23 @@ def test_the_fast_path_gives_pillows_pixels_of_real_faces(shared_data: Path) -> 
 
 
 @pytest.mark.usefixtures("without_pillow")
-@pytest.mark.parametrize("size", [1, 17, 112])
 @pytest.mark.parametrize(
     "options",
     [
         {"subsampling": "4:4:4"},
-        {"subsampling": "4:2:2"},
-        {"subsampling": "4:2:0"},
+        {"subsampling": "4:2:2", "optimize": True},
         {"subsampling": "4:2:0", "progressive": True},
-        {"subsampling": "4:4:4", "progressive": True},
-        {"quality": 30},
-        {"quality": 100},
-        {"optimize": True},
-        {"restart_marker_blocks": 2},
+        {"quality": 30, "restart_marker_blocks": 2},
         {"keep_rgb": True},
-        {"comment": b"a face"},
-        {"icc_profile": bytes(3000)},
-        {"dpi": (300, 300)},
+        {"comment": b"a face", "icc_profile": bytes(3000), "dpi": (300, 300)},
     ],
     ids=str,
 )
-def test_the_fast_path_gives_pillows_pixels_of_every_kind(size: int, options: dict) -> None:
-    for mode in ("RGB", "L"):
-        if mode == "L" and "keep_rgb" in options:
-            continue
-        data = encoded(photo(size).convert(mode), "JPEG", **options).getvalue()
-        assert np.array_equal(decoded(data, size), by_pillow(data))
+def test_the_fast_path_gives_pillows_pixels_of_every_kind(options: dict) -> None:
+    for size in (1, 17, 112):
+        for mode in ("RGB",) if "keep_rgb" in options else ("RGB", "L"):
+            data = encoded(photo(size).convert(mode), "JPEG", **options).getvalue()
+            assert np.array_equal(decoded(data, size), by_pillow(data))
 
 
 def test_any_buffer_of_bytes_will_do(tmp_path: Path) -> None:
@@ -251,7 +221,7 @@ def test_any_buffer_of_bytes_will_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_only_the_images_place_in_the_batch_is_written(format: str) -> None:
     batch = torch.full((3, 16, 16, 3), 7, dtype=torch.uint8)
-    data = encoded(Image.fromarray(COLOUR), format).getvalue()
+    data = encoded(Image.fromarray(COLOR), format).getvalue()
     decode_into(data, batch.numpy()[1])
     assert np.array_equal(batch[1], by_pillow(data))
     assert (batch[[0, 2]] == 7).all()
@@ -276,16 +246,12 @@ def test_out_must_be_a_writable_square(out: np.ndarray) -> None:
 
 
 @pytest.mark.usefixtures("without_simplejpeg")
-@pytest.mark.parametrize("shape", [(28, 63), (42, 21), (40, 40), (50, 50)])
-def test_jpegs_of_another_size_are_pillows(shape: tuple[int, int]) -> None:
+def test_jpegs_of_another_size_or_in_cmyk_are_pillows() -> None:
     """Also when they hold just as many bytes as the square of 42."""
-    data = encoded(photo(64).resize(shape), "JPEG").getvalue()
-    want = Image.fromarray(by_pillow(data)).resize((42, 42), Image.Resampling.BILINEAR)
-    assert np.array_equal(decoded(data, 42), want)
-
-
-@pytest.mark.usefixtures("without_simplejpeg")
-def test_cmyk_jpegs_are_pillows() -> None:
+    for shape in ((28, 63), (42, 21), (50, 50)):
+        data = encoded(photo(64).resize(shape), "JPEG").getvalue()
+        want = Image.fromarray(by_pillow(data)).resize((42, 42), Image.Resampling.BILINEAR)
+        assert np.array_equal(decoded(data, 42), want)
     data = encoded(photo(16).convert("CMYK"), "JPEG").getvalue()
     assert np.array_equal(decoded(data, 16), by_pillow(data))
 
@@ -299,21 +265,16 @@ def exif(orientation: int, order: str = "<", kind: int = 3) -> bytes:
     return b"Exif\0\0" + head + first + second + bytes(4)
 
 
-@pytest.mark.parametrize("kind", [3, 4], ids=["short", "long"])
-@pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("orientation", range(9))
-def test_turned_jpegs_of_the_right_size_are_turned(orientation: int, order: str, kind: int) -> None:
-    data = encoded(photo(16), "JPEG", exif=exif(orientation, order, kind)).getvalue()
-    plain = encoded(photo(16), "JPEG").getvalue()
-    assert np.array_equal(decoded(data, 16), by_pillow(data))
-    assert np.array_equal(by_pillow(data), by_pillow(plain)) == (orientation < 2)
-
-
-def test_xmp_turns_a_jpeg_too() -> None:
-    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+def test_turned_jpegs_of_the_right_size_are_turned(orientation: int) -> None:
+    plain = by_pillow(encoded(photo(16), "JPEG").getvalue())
+    for order, kind in product("<>", (3, 4)):
+        data = encoded(photo(16), "JPEG", exif=exif(orientation, order, kind)).getvalue()
+        assert np.array_equal(decoded(data, 16), by_pillow(data))
+        assert np.array_equal(by_pillow(data), plain) == (orientation < 2)
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>' % orientation
     data = encoded(photo(16), "JPEG", xmp=xmp).getvalue()
-    plain = encoded(photo(16), "JPEG").getvalue()
-    assert np.array_equal(decoded(data, 16), np.rot90(decoded(plain, 16), -1))
+    assert np.array_equal(decoded(data, 16), by_pillow(data))
 
 
 @pytest.mark.usefixtures("without_pillow")
@@ -329,7 +290,7 @@ def test_metadata_that_turns_nothing_keeps_the_fast_path(block: bytes) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Tag data larger")
 @given(block=st.binary(max_size=60), orientation=st.integers(0, 9), cut=st.integers(0, 60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_metadata_never_makes_the_decoders_disagree(
     block: bytes, orientation: int, cut: int
 ) -> None:
@@ -353,38 +314,12 @@ def test_what_only_simplejpeg_refuses_is_read_as_ever() -> None:
 # Hostile input.
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "it is empty"),
-        (b"this is no picture", "not a JPEG, PNG, WebP or BMP image: it starts with b'this is '"),
-        (b"GIF89a" + bytes(20), "not a JPEG, PNG, WebP or BMP image: it starts with b'GIF89a"),
-        (b"II*\0" + bytes(20), "not a JPEG, PNG, WebP or BMP image: it starts with b'II"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0", "not a JPEG, PNG, WebP or BMP image: it starts with b'%!PS"),
-        (b"\xff\xd8\xff", "its header is broken"),
-        (b"\x89PNG\r\n\x1a\n\0\0", "its header is broken"),
-        (b"\xff\xd8", "not a JPEG, PNG, WebP or BMP image: it starts with b'.xff.xd8'"),
-    ],
-)
-def test_the_bare_reason_is_given(data: bytes, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"^{reason}"):
-        decoded(data, 16)
-
-
-def test_a_real_gif_or_tiff_is_refused_whatever_its_name(tmp_path: Path) -> None:
-    for format in ("GIF", "TIFF", "PPM"):
-        file = tmp_path / f"{format}.jpg"
-        photo(16).save(file, format)
-        with pytest.raises(ValueError, match=rf"{format}\.jpg: not a JPEG, PNG, WebP or BMP image"):
-            decode_image(file)
-
-
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
-def test_a_jpeg_cut_anywhere_in_its_data_raises(options: dict) -> None:
-    data = encoded(photo(16), "JPEG", **options).getvalue()
-    for length in range(len(data) - 2):
-        with pytest.raises(ValueError):
-            decoded(data[:length], 16)
+def test_a_jpeg_cut_anywhere_in_its_data_raises() -> None:
+    for options in ({}, {"progressive": True}):
+        data = encoded(photo(16), "JPEG", **options).getvalue()
+        for length in range(0, len(data) - 2, 3):
+            with pytest.raises(ValueError):
+                decoded(data[:length], 16)
 
 
 def with_size(data: bytes, width: int, height: int) -> bytes:
@@ -408,15 +343,11 @@ def with_size(data: bytes, width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("format", "width", "height"),
     [
-        ("JPEG", 65500, 65500),
         ("JPEG", 10000, 10000),  # above Pillow's limit, where Pillow only warns
         ("JPEG", 65535, 65535),
         ("JPEG", 43690, 32769),  # 3 W H is 32,768 modulo 2^32
         ("PNG", 2**31 - 1, 2**31 - 1),
-        ("PNG", 10000, 10000),
         ("BMP", 2**30, 2**30),
-        ("BMP", 10000, 10000),
-        ("WEBP", 16383, 16383),
         ("WEBP", 10000, 10000),
     ],
 )
@@ -464,7 +395,7 @@ def test_mutated_files_fill_the_square_or_raise(
     rng = np.random.default_rng(1)
     whole = save(photo(24)).getvalue()
     outcomes = {True: 0, False: 0}
-    for _ in range(150):
+    for _ in range(60):
         # Half of the mutations hit the header, where the fast path looks.
         cut = len(whole) if rng.random() < 0.5 else min(700, len(whole))
         data = mutated(whole[:cut], rng) + whole[cut:]
@@ -476,15 +407,7 @@ def test_mutated_files_fill_the_square_or_raise(
         outcomes[True] += 1
         if is_packable(data, 24):
             assert np.array_equal(pixels, by_pillow(data))
-    assert min(outcomes.values()) >= 5
-
-
-@pytest.mark.usefixtures("without_pillow")
-def test_decode_image_shares_the_decoders() -> None:
-    data = encoded(photo(16), "JPEG").getvalue()
-    want = decoded(data, 16).transpose(2, 0, 1)
-    for source in (data, BytesIO(data)):
-        assert np.array_equal(decode_image(source, size=16), want)
+    assert min(outcomes.values()) >= 2
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
@@ -499,28 +422,18 @@ def test_an_original_keeps_its_size_and_stands_upright(format: str) -> None:
         decode_original(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("size", [0, -3])
-def test_decode_image_wants_a_positive_size(size: int) -> None:
-    with pytest.raises(ValueError, match=f"^size must be at least 1 pixel, got {size}$"):
-        decode_image(b"", size)
-
-
-def test_bytes_are_named_by_their_number() -> None:
-    with pytest.raises(ValueError, match=r"^cannot read image of 4 bytes: not a JPEG"):
-        decode_image(b"text")
-
-
 # What goes into a pack.
 
 
 @pytest.mark.parametrize("quality", [50, 95, 100])
-def test_encoding_keeps_colour_at_full_resolution(quality: int) -> None:
+def test_encoding_keeps_color_at_full_resolution(quality: int) -> None:
     pixels = np.asarray(photo(112))
     data = encode_jpeg(pixels, quality)
     assert simplejpeg.decode_jpeg_header(data) == (112, 112, "YCbCr", "444")
     twin = encoded(Image.fromarray(pixels), "JPEG", quality=quality, subsampling="4:4:4").getvalue()
     assert np.array_equal(decoded(data, 112), by_pillow(twin)) and len(data) < len(twin)
     assert is_packable(data, 112)
+    assert encode_jpeg(pixels[5:25, ::-1]) == encode_jpeg(pixels[5:25, ::-1].copy())
 
 
 def test_encoding_is_nearer_than_the_fields_for_few_bytes_more(shared_data: Path) -> None:
@@ -544,32 +457,15 @@ def test_noise_of_any_size_can_be_encoded() -> None:
         assert simplejpeg.decode_jpeg(encode_jpeg(pixels, quality)).shape == pixels.shape
 
 
-def test_finer_quality_is_nearer_and_longer() -> None:
-    pixels = np.asarray(photo(112))
-    coded = [encode_jpeg(pixels, quality) for quality in (1, 50, 95, 100)]
-    errors = [np.abs(decoded(data, 112).astype(int) - pixels).mean() for data in coded]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 1
-    assert [*map(len, coded)] == sorted(map(len, coded))
-
-
-def test_encoding_takes_any_strides_and_shapes() -> None:
-    pixels = np.asarray(photo(40))[5:25, ::-1]
-    assert encode_jpeg(pixels) == encode_jpeg(pixels.copy())
-    assert simplejpeg.decode_jpeg_header(encode_jpeg(pixels))[:2] == (20, 40)
-
-
-@pytest.mark.parametrize("quality", [0, 101, -5])
-def test_quality_has_bounds(quality: int) -> None:
-    with pytest.raises(ValueError, match=rf"^quality must lie in \[1, 100\], got {quality}$"):
-        encode_jpeg(COLOUR, quality)
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 4), (3, 8, 8), (0, 8, 3)])
-def test_pixels_have_a_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"^pixels must be \(H, W, 3\) uint8, got uint8 \("):
-        encode_jpeg(np.zeros(shape, np.uint8))
-    with pytest.raises(ValueError, match="got float64"):
-        encode_jpeg(np.zeros((8, 8, 3)))
+def test_arguments_have_bounds() -> None:
+    for quality in (0, 101):
+        with pytest.raises(ValueError, match=f"quality .* got {quality}"):
+            encode_jpeg(COLOR, quality)
+    for pixels in (COLOR[0], np.zeros((8, 8, 4), np.uint8), COLOR[:0], COLOR.astype(float)):
+        with pytest.raises(ValueError, match="pixels must be"):
+            encode_jpeg(pixels)
+    with pytest.raises(ValueError, match="size must be"):
+        decode_image(b"", 0)
 
 
 def test_a_pack_keeps_only_what_all_readers_see_alike() -> None:
