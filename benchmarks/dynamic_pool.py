@@ -70,12 +70,12 @@ IMAGES, IDENTITIES, SIZE = 126, 42, 512
 # 93,431 are MS1MV3's identities, 205,990 WebFace4M's, 617,970 and 2,059,906 those of 12M and 42M.
 CLASSES = [10_000, 30_000, 93_431, 205_990, 617_970, 2_059_906]
 MEASURED = CLASSES[-2:]  # where a process of its own tells the memory, too
-FIXED, SMALL = "DCP 10,000 slots", "DCP 1 %"
+FIXED, SMALL = "dynamic pool 10,000 slots", "dynamic pool 1 %"
 HEADS: dict[str, Callable[[int], Classifier]] = {
     "full": lambda n: FullClassifier(n, SIZE),
     "chunked": lambda n: ChunkedClassifier(n, SIZE),
     "partial 0.1": lambda n: PartialClassifier(n, SIZE),
-    "DCP 10 %": lambda n: DynamicClassPool(n, SIZE, pool_size=0.1),
+    "dynamic pool 10 %": lambda n: DynamicClassPool(n, SIZE, pool_size=0.1),
     SMALL: lambda n: DynamicClassPool(n, SIZE, pool_size=0.01),
     FIXED: lambda n: DynamicClassPool(n, SIZE, pool_size=min(10_000, n)),
     "AttFC 30 %": lambda n: AttentionClassifier(n, SIZE),
@@ -92,8 +92,8 @@ MARGIN: dict[str, Any] = {"margin": CosFace(0.3), "scale": 32.0}
 WAYS: dict[str, tuple[Callable[[int], Classifier], int]] = {
     "full": (lambda n: FullClassifier(n, WIDTH, **MARGIN), 78),
     "partial 0.1": (lambda n: PartialClassifier(n, WIDTH, **MARGIN), 78),
-    "DCP 10 %": (lambda n: DynamicClassPool(n, WIDTH, **MARGIN, pool_size=0.1), 26),
-    "DCP 1 %": (lambda n: DynamicClassPool(n, WIDTH, **MARGIN, pool_size=0.01), 26),
+    "dynamic pool 10 %": (lambda n: DynamicClassPool(n, WIDTH, **MARGIN, pool_size=0.1), 26),
+    "dynamic pool 1 %": (lambda n: DynamicClassPool(n, WIDTH, **MARGIN, pool_size=0.01), 26),
     # Its own momentum, 0.999, leaves a run of 2,000 steps too much of the first, random weights.
     "AttFC 30 %": (lambda n: AttentionClassifier(n, WIDTH, **MARGIN, momentum=0.99), 78),
 }
@@ -202,7 +202,7 @@ def groups(plans: dict[str, PartPlan], room: float) -> list[list[str]]:
 def planned(way: str, num_classes: int) -> PartPlan:
     """What a way holds, computed."""
     build = functools.partial(HEADS[way], num_classes)
-    batch = IDENTITIES if way.startswith("DCP") else IMAGES
+    batch = IDENTITIES if way.startswith("dynamic pool") else IMAGES
     return plan_classifier(build, make_optimizer, batch, SIZE, num_classes)
 
 
@@ -537,7 +537,7 @@ def layer_facts(rows: list[Row]) -> dict[str, float]:
     fixed = [row["s/step"] for row in rows if row["way"] == FIXED]
     return {
         "identities": most,
-        "held_by_dcp_1_percent_of_full": held_there[SMALL] / held_there["full"],
+        "held_by_dynamic_pool_1_percent_of_full": held_there[SMALL] / held_there["full"],
         "fixed_pool_slowest_to_fastest": max(fixed) / min(fixed),
     }
 
@@ -564,7 +564,7 @@ def plot(rows: list[Row], file: Path) -> None:
     """Time and memory over the number of identities, all axes logarithmic."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     time_axis, memory_axis = figure.subplots(1, 2)
     for way in HEADS:
         mine = sorted((r for r in rows if r["way"] == way), key=lambda row: row["identities"])
@@ -579,7 +579,7 @@ def plot(rows: list[Row], file: Path) -> None:
     for axis in (time_axis, memory_axis):
         axis.set_xlabel("identities")
         axis.grid(alpha=0.3, which="both")
-    time_axis.legend(frameon=False)
+    figure.legend(*time_axis.get_legend_handles_labels(), loc="outside right", frameon=False)
     figure.suptitle(f"Class layer and its update, {IMAGES} images a step, D = {SIZE}, float32")
     figure.savefig(file, dpi=130)
 

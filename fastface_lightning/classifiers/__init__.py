@@ -3,10 +3,10 @@
 from .attention import AttentionClassifier
 from .base import CentreClassifier, Classifier
 from .chunked import ChunkedClassifier, chunk_that_fits
+from .dynamic_pool import DynamicClassPool
 from .full import FullClassifier
 from .momentum import MomentumClassifier
 from .partial import PartialClassifier
-from .pool import DynamicClassPool
 
 __all__ = [
     "AttentionClassifier",
