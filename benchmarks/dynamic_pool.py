@@ -261,7 +261,7 @@ def momentum_step(head: MomentumClassifier) -> Callable[[], None]:
 
 def fill(slots: Slots) -> None:
     """Give every slot to an identity, as it is for nearly all of a run."""
-    slots.keep(slots.place(range(slots.size)))
+    slots.commit(slots.plan(range(slots.size)))
 
 
 def seconds_a_step(ways: list[str], num_classes: int, repeats: int) -> dict[str, float]:
@@ -331,10 +331,10 @@ def bookkeeping(size: int, batch: int) -> float:
         pairs, *others = torch.randint(10 * size, (2 * batch,)).split([batch, *2 * [batch // 2]])
         x, y = (torch.cat([pairs, other]).tolist() for other in others)
         start = time.perf_counter()
-        slots.find(x, slots.place(y))
-        placement = slots.place(x)
-        slots.find(y, placement)
-        slots.keep(placement)
+        slots.find(x, slots.plan(y))
+        plan = slots.plan(x)
+        slots.find(y, plan)
+        slots.commit(plan)
         times.append(time.perf_counter() - start)
     return median(times)
 
@@ -579,7 +579,7 @@ def plot(rows: list[Row], file: Path) -> None:
     for axis in (time_axis, memory_axis):
         axis.set_xlabel("identities")
         axis.grid(alpha=0.3, which="both")
-    figure.legend(*time_axis.get_legend_handles_labels(), loc="outside right", frameon=False)
+    figure.legend(*time_axis.get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(f"Class layer and its update, {IMAGES} images a step, D = {SIZE}, float32")
     figure.savefig(file, dpi=130)
 
