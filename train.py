@@ -164,7 +164,7 @@ def feed(data: FaceDataModule, classifier: nn.Module) -> None:
     """Let the data come in the batches that a classifier trains on."""
     data.batches = getattr(classifier, "batches", "images")
     if isinstance(classifier, MomentumClassifier):
-        classifier.check_room(data.batch_size)  # at least: of one rank
+        classifier.check_batch_size(data.batch_size)  # at least: of one rank
         log.info("%s of %s", type(classifier).__name__, classifier.extra_repr())
         data.keys = getattr(classifier, "keys", data.keys)
 

@@ -82,9 +82,9 @@ def step_of(way: str, num_classes: int, bfloat16: bool) -> Callable[[], None]:
 
 def resident(what: str) -> int:
     """Bytes of this process that are in memory now (VmRSS), or were at most (VmHWM)."""
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def measure_memory(way: str, num_classes: int, bfloat16: bool) -> int:
@@ -166,12 +166,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--memory", nargs=3, metavar=("WAY", "CLASSES", "BF16"))
     parser.add_argument("--repeats", type=int, default=5)
-    asked = parser.parse_args()
-    if asked.memory:
-        way, num_classes, bfloat16 = asked.memory
+    arguments = parser.parse_args()
+    if arguments.memory:
+        way, num_classes, bfloat16 = arguments.memory
         print_memory(way, int(num_classes), bool(int(bfloat16)))
         return
-    rows = table(asked.repeats)
+    rows = table(arguments.repeats)
     largest = [r for r in rows if r["classes"] == CLASSES[-1] and r["way"] == "chunked"]
     report(
         "classifiers",

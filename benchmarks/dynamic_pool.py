@@ -70,30 +70,30 @@ IMAGES, IDENTITIES, SIZE = 126, 42, 512
 # 93,431 are MS1MV3's identities, 205,990 WebFace4M's, 617,970 and 2,059,906 those of 12M and 42M.
 CLASSES = [10_000, 30_000, 93_431, 205_990, 617_970, 2_059_906]
 MEASURED = CLASSES[-2:]  # where a process of its own tells the memory, too
-FIXED, SMALL = "DCP 10,000 slots", "DCP 1 %"
+FIXED, SMALL = "dynamic pool 10,000 slots", "dynamic pool 1 %"
 HEADS: dict[str, Callable[[int], Classifier]] = {
     "full": lambda n: FullClassifier(n, SIZE),
     "chunked": lambda n: ChunkedClassifier(n, SIZE),
     "partial 0.1": lambda n: PartialClassifier(n, SIZE),
-    "DCP 10 %": lambda n: DynamicClassPool(n, SIZE, pool_size=0.1),
+    "dynamic pool 10 %": lambda n: DynamicClassPool(n, SIZE, pool_size=0.1),
     SMALL: lambda n: DynamicClassPool(n, SIZE, pool_size=0.01),
     FIXED: lambda n: DynamicClassPool(n, SIZE, pool_size=min(10_000, n)),
     "AttFC 30 %": lambda n: AttentionClassifier(n, SIZE),
 }
-ROOM = 0.75  # share of the machine's memory that may be filled
-STRETCH = 0.3  # seconds that are timed at once, of steps that are shorter
+MEMORY_SHARE = 0.75  # share of the machine's memory that may be filled
+TIMED_SECONDS = 0.3  # seconds that are timed at once, of steps that are shorter
 
 POOLS = [1_000, 20_599, 205_990]
 
 # Training: 78 images a step are 26 identities x 2 and 26 further images; they write 39 at once.
 PIXELS, WIDTH = 32, 128
-DRAWN, HELD_OUT, EACH = 4_000, 200, 6
+PEOPLE, HELD_OUT, EACH = 4_000, 200, 6
 MARGIN: dict[str, Any] = {"margin": CosFace(0.3), "scale": 32.0}
 WAYS: dict[str, tuple[Callable[[int], Classifier], int]] = {
     "full": (lambda n: FullClassifier(n, WIDTH, **MARGIN), 78),
     "partial 0.1": (lambda n: PartialClassifier(n, WIDTH, **MARGIN), 78),
-    "DCP 10 %": (lambda n: DynamicClassPool(n, WIDTH, **MARGIN, pool_size=0.1), 26),
-    "DCP 1 %": (lambda n: DynamicClassPool(n, WIDTH, **MARGIN, pool_size=0.01), 26),
+    "dynamic pool 10 %": (lambda n: DynamicClassPool(n, WIDTH, **MARGIN, pool_size=0.1), 26),
+    "dynamic pool 1 %": (lambda n: DynamicClassPool(n, WIDTH, **MARGIN, pool_size=0.01), 26),
     # Its own momentum, 0.999, leaves a run of 2,000 steps too much of the first, random weights.
     "AttFC 30 %": (lambda n: AttentionClassifier(n, WIDTH, **MARGIN, momentum=0.99), 78),
 }
@@ -115,7 +115,7 @@ def main() -> None:
     slots.add_argument("--repeats", type=int, default=7)
     accuracy = parts.add_parser("accuracy", help="training runs, judged on people not trained on")
     accuracy.add_argument(
-        "--lfw", type=Path, metavar="DIR", help="LFW View 1, aligned; without it, drawn faces"
+        "--lfw", type=Path, metavar="DIR", help="LFW View 1, aligned; else synthetic faces"
     )
     accuracy.add_argument("--steps", type=int, default=1200, help="optimizer steps of a run")
     accuracy.add_argument("--seeds", type=int, default=3, help="runs of each way")
@@ -128,17 +128,17 @@ def main() -> None:
     )
     accuracy.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     parts.add_parser("report", help="tables, JSON and figure of the rows that are kept")
-    asked = parser.parse_args()
-    if asked.part == "layer" and asked.memory:
-        print_memory(asked.memory[0], int(asked.memory[1]))
-    elif asked.part == "layer":
-        run_layer(asked.classes, asked.repeats)
-    elif asked.part == "slots":
-        run_slots(asked.repeats)
-    elif asked.part == "accuracy":
-        run_accuracy(asked)
+    arguments = parser.parse_args()
+    if arguments.part == "layer" and arguments.memory:
+        print_memory(arguments.memory[0], int(arguments.memory[1]))
+    elif arguments.part == "layer":
+        run_layer(arguments.classes, arguments.repeats)
+    elif arguments.part == "slots":
+        run_slots(arguments.repeats)
+    elif arguments.part == "accuracy":
+        run_accuracy(arguments)
     else:
-        tell()
+        write_report()
 
 
 def kept() -> dict[str, Any]:
@@ -162,14 +162,14 @@ def keep(part: str, row: Row) -> None:
 
 def run_layer(classes: Iterable[int], repeats: int) -> None:
     """Seconds a step and memory of every way and size that has no row yet."""
-    room = ROOM * memory_of(torch.device("cpu"))
+    memory = MEMORY_SHARE * memory_of(torch.device("cpu"))
     for num_classes in classes:
         done = {row["way"] for row in rows_of("layer") if row["identities"] == num_classes}
         plans = {way: planned(way, num_classes) for way in HEADS if way not in done}
-        fitting = [way for way, plan in plans.items() if held(plan) + above(plan) <= room]
+        fitting = [way for way, plan in plans.items() if held(plan) + above(plan) <= memory]
         for way in plans.keys() - fitting:
             keep("layer", layer_row(way, num_classes, plans[way], None, None))
-        for ways in groups({way: plans[way] for way in fitting}, room):
+        for ways in groups({way: plans[way] for way in fitting}, memory):
             taken = seconds_a_step(ways, num_classes, repeats)
             for way in ways:
                 measured = measure_memory(way, num_classes) if num_classes in MEASURED else None
@@ -191,18 +191,18 @@ def layer_row(
     }
 
 
-def groups(plans: dict[str, PartPlan], room: float) -> list[list[str]]:
+def groups(plans: dict[str, PartPlan], memory: float) -> list[list[str]]:
     """The ways that take turns: all of them, or if memory would not hold them one at a time."""
     if not plans:
         return []
     most = sum(map(held, plans.values())) + max(map(above, plans.values()))
-    return [list(plans)] if most <= room else [[way] for way in plans]
+    return [list(plans)] if most <= memory else [[way] for way in plans]
 
 
 def planned(way: str, num_classes: int) -> PartPlan:
     """What a way holds, computed."""
     build = functools.partial(HEADS[way], num_classes)
-    batch = IDENTITIES if way.startswith("DCP") else IMAGES
+    batch = IDENTITIES if way.startswith("dynamic pool") else IMAGES
     return plan_classifier(build, make_optimizer, batch, SIZE, num_classes)
 
 
@@ -250,8 +250,8 @@ def momentum_step(head: MomentumClassifier) -> Callable[[], None]:
     }
 
     def run() -> None:
-        drawn = torch.randint(head.num_classes, (IMAGES,))
-        batch = {name: (x, drawn[sample[name][1]]) for name, x in embeddings.items()}
+        ids = torch.randint(head.num_classes, (IMAGES,))
+        batch = {name: (x, ids[sample[name][1]]) for name, x in embeddings.items()}
         head.training_loss(nn.Identity(), batch).backward()
         for x in embeddings.values():
             x.grad = None
@@ -261,7 +261,7 @@ def momentum_step(head: MomentumClassifier) -> Callable[[], None]:
 
 def fill(slots: Slots) -> None:
     """Give every slot to an identity, as it is for nearly all of a run."""
-    slots.keep(slots.place(range(slots.size)))
+    slots.commit(slots.plan(range(slots.size)))
 
 
 def seconds_a_step(ways: list[str], num_classes: int, repeats: int) -> dict[str, float]:
@@ -272,7 +272,7 @@ def seconds_a_step(ways: list[str], num_classes: int, repeats: int) -> dict[str,
         step()
         start = time.perf_counter()
         step()
-        counts[way] = max(1, round(STRETCH / (time.perf_counter() - start)))
+        counts[way] = max(1, round(TIMED_SECONDS / (time.perf_counter() - start)))
 
     def turn(way: str) -> None:
         for _ in range(counts[way]):
@@ -331,10 +331,10 @@ def bookkeeping(size: int, batch: int) -> float:
         pairs, *others = torch.randint(10 * size, (2 * batch,)).split([batch, *2 * [batch // 2]])
         x, y = (torch.cat([pairs, other]).tolist() for other in others)
         start = time.perf_counter()
-        slots.find(x, slots.place(y))
-        placement = slots.place(x)
-        slots.find(y, placement)
-        slots.keep(placement)
+        slots.find(x, slots.plan(y))
+        plan = slots.plan(x)
+        slots.find(y, plan)
+        slots.commit(plan)
         times.append(time.perf_counter() - start)
     return median(times)
 
@@ -350,8 +350,8 @@ def network_step(size: int) -> Callable[[], None]:
     images["instance"] = torch.randn(IDENTITIES, 3, 112, 112)
 
     def run() -> None:
-        drawn = torch.randint(pool.num_classes, (2 * IDENTITIES,))
-        pairs, others = drawn[:IDENTITIES].repeat_interleave(2), drawn[IDENTITIES:]
+        ids = torch.randint(pool.num_classes, (2 * IDENTITIES,))
+        pairs, others = ids[:IDENTITIES].repeat_interleave(2), ids[IDENTITIES:]
         pool.update_momentum_encoder(probe)
         batch = {
             "identity": (images["identity"], pairs),
@@ -385,21 +385,23 @@ class Run(NamedTuple):
     seed: int
 
 
-def run_accuracy(asked: argparse.Namespace) -> None:
+def run_accuracy(arguments: argparse.Namespace) -> None:
     """The runs that have no row yet: those that choose a learning rate, then those that count."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "faces.pt"
-        data = drawn_faces() if asked.lfw is None else lfw(asked.lfw.resolve())
-        name = "drawn" if asked.lfw is None else "lfw"
+        data = synthetic_faces() if arguments.lfw is None else lfw(arguments.lfw.resolve())
+        name = "synthetic" if arguments.lfw is None else "lfw"
         torch.save([(part.images, torch.from_numpy(part.labels)) for part in data], file)
         # A third of the steps will do to choose by.
-        pilots = [Run(name, *x, PILOT) for x in product(WAYS, [asked.steps // 3], asked.rates)]
-        run_all(pilots if len(asked.rates) > 1 else [], file, asked.jobs)
-        runs = [
-            Run(name, way, asked.steps, best_rate(pilots, way), seed)
-            for seed, way in product(range(asked.seeds), WAYS)
+        pilots = [
+            Run(name, *x, PILOT) for x in product(WAYS, [arguments.steps // 3], arguments.rates)
         ]
-        run_all(runs, file, asked.jobs)
+        run_all(pilots if len(arguments.rates) > 1 else [], file, arguments.jobs)
+        runs = [
+            Run(name, way, arguments.steps, best_rate(pilots, way), seed)
+            for seed, way in product(range(arguments.seeds), WAYS)
+        ]
+        run_all(runs, file, arguments.jobs)
 
 
 def best_rate(pilots: list[Run], way: str) -> float:
@@ -417,12 +419,11 @@ def run_of(row: Row) -> Run:
     return Run(*(row[key] for key in Run._fields))
 
 
-def drawn_faces() -> Data:
-    """Drawn faces of 4,000 people, six of each."""
-    print("drawing faces", flush=True)
-    drawn = SyntheticFaces(DRAWN + 2 * HELD_OUT, EACH)
-    faces = downsampled(drawn, PIXELS)
-    bounds = [DRAWN, HELD_OUT, HELD_OUT]
+def synthetic_faces() -> Data:
+    """Synthetic faces of 4,000 people, six of each."""
+    print("making faces", flush=True)
+    faces = downsampled(SyntheticFaces(PEOPLE + 2 * HELD_OUT, EACH), PIXELS)
+    bounds = [PEOPLE, HELD_OUT, HELD_OUT]
     parts = zip(faces.images.split([EACH * n for n in bounds]), bounds, strict=True)
     return Data(
         *(InMemoryDataset(part, torch.arange(n).repeat_interleave(EACH)) for part, n in parts)
@@ -512,7 +513,7 @@ def tar_of_all_pairs(module: FaceModule, faces: InMemoryDataset) -> float:
 # ------------------------------------------------------------------------------------ report
 
 
-def tell() -> None:
+def write_report() -> None:
     """Print what is kept as tables, write what follows from it, draw the figure."""
     layer, slots, accuracy = map(rows_of, ("layer", "slots", "accuracy"))
     facts: dict[str, Any] = {}
@@ -539,21 +540,21 @@ def layer_facts(rows: list[Row]) -> dict[str, float]:
     fixed = [row["s/step"] for row in rows if row["way"] == FIXED]
     return {
         "identities": most,
-        "held_by_dcp_1_percent_of_full": held_there[SMALL] / held_there["full"],
+        "held_by_dynamic_pool_1_percent_of_full": held_there[SMALL] / held_there["full"],
         "fixed_pool_slowest_to_fastest": max(fixed) / min(fixed),
     }
 
 
 def summary(rows: list[Row]) -> list[Row]:
     """Mean and range over the seeds, of every way; without the runs that chose learning rates."""
-    found: dict[Run, list[Row]] = {}
+    by_run: dict[Run, list[Row]] = {}
     for row in rows:
         if row["seed"] != PILOT:
-            found.setdefault(run_of(row)._replace(seed=0), []).append(row)
+            by_run.setdefault(run_of(row)._replace(seed=0), []).append(row)
     table = []
     ways = list(WAYS)
-    for run in sorted(found, key=lambda run: (run.data, run.steps, ways.index(run.way))):
-        seeds = found[run]
+    for run in sorted(by_run, key=lambda run: (run.data, run.steps, ways.index(run.way))):
+        seeds = by_run[run]
         line: Row = {"data": run.data, "way": run.way, "steps": run.steps, "lr": run.lr}
         line["seeds"] = len(seeds)
         values = [row["TAR"] for row in seeds]
@@ -566,7 +567,7 @@ def plot(rows: list[Row], file: Path) -> None:
     """Time and memory over the number of identities, all axes logarithmic."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     time_axis, memory_axis = figure.subplots(1, 2)
     for way in HEADS:
         mine = sorted((r for r in rows if r["way"] == way), key=lambda row: row["identities"])
@@ -581,7 +582,7 @@ def plot(rows: list[Row], file: Path) -> None:
     for axis in (time_axis, memory_axis):
         axis.set_xlabel("identities")
         axis.grid(alpha=0.3, which="both")
-    time_axis.legend(frameon=False)
+    figure.legend(*time_axis.get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(f"Class layer and its update, {IMAGES} images a step, D = {SIZE}, float32")
     figure.savefig(file, dpi=130)
 

@@ -156,9 +156,9 @@ class Program:
 
     def __init__(self, folder: Path, root: Path, num_classes: int, overrides: list[str]) -> None:
         self.folder = folder
-        given = [*COMMON, f"data.root={root}", *overrides, f"hydra.runtime.output_dir={folder}"]
+        overrides = [*COMMON, f"data.root={root}", *overrides, f"hydra.runtime.output_dir={folder}"]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            self.cfg = compose("train", given, return_hydra_config=True)
+            self.cfg = compose("train", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(self.cfg)
         train.resolve_device(self.cfg)
         self.data = instantiate(self.cfg.data)
@@ -210,7 +210,9 @@ class Program:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lfw", type=Path, help="folder of <identity>/<image>; else drawn faces")
+    parser.add_argument(
+        "--lfw", type=Path, help="folder of <identity>/<image>; else synthetic faces"
+    )
     parser.add_argument("--images", type=int, default=320, help="images an epoch")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
@@ -247,13 +249,13 @@ def main() -> None:
         rows,
         **facts,
         trainer_percent_of_a_step=shares,
-        images="LFW" if arguments.lfw else "drawn",
+        images="LFW" if arguments.lfw else "synthetic",
         images_an_epoch=arguments.images,
     )
 
 
 def pictures(folder: Path, source: Path | None, count: int) -> Path:
-    """A folder of so many images by identity: of ``source``, else drawn ones."""
+    """A folder of so many images by identity: of ``source``, else synthetic ones."""
     faces = SyntheticFaces(math.ceil(count / 8), 8) if source is None else IdentityFolder(source)
     for i in range(count):
         file = folder / faces.identities[int(faces.labels[i])] / faces.file_name(i)

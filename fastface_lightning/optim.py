@@ -1,4 +1,4 @@
-"""SGD for weights that fill the card: no copy of them, and only the rows a gradient names."""
+"""SGD for weights that fill a GPU: in place without a copy, and row by row for sparse gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = 4096  # rows
 
 
 class SGD(torch.optim.SGD):
-    r"""torch's SGD with momentum, in place, and row by row for a sparse gradient.
+    r"""torch's SGD with momentum, in place, and row-sparse for a sparse gradient.
 
     .. math::
 
@@ -21,15 +21,17 @@ class SGD(torch.optim.SGD):
         w \leftarrow w - \eta b \quad
         (\text{Nesterov: } w \leftarrow w - \eta (g + \lambda w + \mu b))
 
+    with the gradient g, the momentum buffer b and the weights w.
+
     torch's own adds :math:`\lambda w` to a copy of the gradient, which for 617,970 identities is
     another 1.3 GB, unless its fused kernel is asked for; and that one takes over the work of the
     loss scaler, so that under float16 gradients cannot be clipped. This one uses the fused kernel
     on every processor and CUDA device, on gradients the scaler has unscaled already.
 
-    A sparse gradient (``torch.sparse_coo``, its rows from
-    :class:`fastface_lightning.classifiers.PartialClassifier`) moves the rows it names alone: the
-    momentum and the weights of all others stay, and nothing decays. A named row is counted as
-    named however small its gradient is.
+    A sparse gradient (``torch.sparse_coo``, as of
+    :class:`fastface_lightning.classifiers.PartialClassifier`) updates the rows it holds alone: of
+    all others weights and momentum stay as they are, without weight decay. A row that it holds is
+    updated however small its gradient is.
 
     Args:
         params: as every torch optimizer.
@@ -58,60 +60,59 @@ class SGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the parameters along their gradients, once ``closure`` has computed them."""
+        """Update the parameters by their gradients, once ``closure`` has computed them."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            for p in moved:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
                 if p.grad.is_sparse:
-                    self._move_rows(p, p.grad.coalesce(), group)
-            self._move_all([p for p in moved if not p.grad.is_sparse], group)
+                    self._update_rows(p, p.grad.coalesce(), group)
+            self._update_dense([p for p in params if not p.grad.is_sparse], group)
         return loss
 
-    def _buffer(self, p: nn.Parameter) -> Tensor:
+    def _buffer(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor | None:
+        if not group["momentum"]:
+            return None
         state = self.state[p]
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(p)
-        like_weights(state, p)
+        match_memory_format(state, p)
         return state["momentum_buffer"]
 
-    def _move_all(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _update_dense(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
         if not params:
             return
-        momentum = group["momentum"]
-        buffers = [self._buffer(p) if momentum else None for p in params]
         sgd(
             list(params),
             [p.grad for p in params if p.grad is not None],
-            buffers,
+            [self._buffer(p, group) for p in params],
             fused=all(p.device.type in ("cpu", "cuda") for p in params),
             weight_decay=group["weight_decay"],
-            momentum=momentum,
+            momentum=group["momentum"],
             lr=group["lr"],
             dampening=0,
             nesterov=group["nesterov"],
             maximize=False,
         )
 
-    def _move_rows(self, p: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
-        """Move the rows of p (C, D) that a coalesced sparse ``grad`` of its shape names."""
-        momentum = group["momentum"]
-        buffer = self._buffer(p) if momentum else None
+    def _update_rows(self, p: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
+        """Update the rows of p (C, D) that a coalesced sparse ``grad`` of its shape holds."""
+        momentum, buffer = group["momentum"], self._buffer(p, group)
         # A block at a time: all rows at once would be copied three times.
         blocks = zip(grad.indices()[0].split(BLOCK), grad.values().split(BLOCK), strict=True)
         for rows, values in blocks:
             step = values.add(p[rows], alpha=group["weight_decay"])
             if buffer is not None:
-                moved = buffer[rows].mul_(momentum).add_(step)
-                buffer[rows] = moved
-                step = step.add_(moved, alpha=momentum) if group["nesterov"] else moved
+                b = buffer[rows].mul_(momentum).add_(step)
+                buffer[rows] = b
+                step = step.add_(b, alpha=momentum) if group["nesterov"] else b
             p.index_add_(0, rows, step, alpha=-group["lr"])
 
 
-def like_weights(state: dict[str, Any], p: Tensor) -> None:
+def match_memory_format(state: dict[str, Any], p: Tensor) -> None:
     """Bring an optimizer's state of a parameter into the parameter's memory format.
 
     A state that was saved with another one, by a run that had ``channels_last`` set otherwise,

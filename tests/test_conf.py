@@ -48,7 +48,7 @@ def test_the_options_are_those_promised() -> None:
         *("fastface", "fastface_released", "mhlr", "polynomial", "multistep"),
         *("cosine", "linear", "trapezoid", "onecycle", "plateau", "constant"),
     }
-    assert set(OPTIONS["classifier"]) == {"full", "chunked", "partial", "dcp", "attfc"}
+    assert set(OPTIONS["classifier"]) == {"full", "chunked", "partial", "dynamic_pool", "attfc"}
     assert set(OPTIONS["optimizer"]) == {"sgd", "adamw"}
     assert set(OPTIONS["trainer"]) == {"auto", "cpu", "gpu", "ddp"}
     assert set(OPTIONS["logger"]) == {"csv", "tensorboard", "none"}

@@ -535,9 +535,9 @@ def test_plan_of_the_papers_run_without_its_data(run: Run) -> None:
     product = 2 * 128 * 617_970 * 512
     assert plan["flops"] / 496_875 == pytest.approx(128 * 6 * 12.09e9 + 4 * product, rel=0.01)
     assert plan["heads"]["chunked"]["fits"]
-    assert list(plan["heads"]) == ["chunked", "attfc", "dcp", "full", "partial"]
+    assert list(plan["heads"]) == ["chunked", "attfc", "dynamic_pool", "full", "partial"]
     # A tenth of the identities with two features each, and the gallery net; three times the images.
-    pool, network = plan["heads"]["dcp"], plan["backbone"]["weights"]
+    pool, network = plan["heads"]["dynamic_pool"], plan["backbone"]["weights"]
     assert pool["weights"] == pytest.approx(2 * 61_797 * 512 * 4 + network, rel=1e-6)
     assert (pool["gradients"], pool["states"], pool["images"]) == (0, 0, 3 * 128)
     assert "classifier=partial" in ended.out and not (ended.folder / "checkpoints").exists()
@@ -546,7 +546,7 @@ def test_plan_of_the_papers_run_without_its_data(run: Run) -> None:
     assert {name: head["fits"] for name, head in heads.items()} == {
         "chunked": False,
         "attfc": True,
-        "dcp": False,
+        "dynamic_pool": False,
         "full": False,
         "partial": True,
     }

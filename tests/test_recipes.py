@@ -209,8 +209,8 @@ def faces(tmp_path: Path) -> None:
 
 def two_steps(paper: str) -> list[str]:
     """A recipe's command on the people of DIR, two steps long."""
-    small = {"dcp": "classifier.pool_size=12", "attfc": "classifier.queue_size=12"}
-    kind = "dcp" if paper in F2C else paper.partition("_")[0]
+    small = {"dynamic_pool": "classifier.pool_size=12", "attfc": "classifier.queue_size=12"}
+    kind = "dynamic_pool" if paper in F2C else paper.partition("_")[0]
     return [
         f"+paper={paper}",
         "data.root=DIR",

@@ -1,6 +1,6 @@
 """Images to embeddings by any timm model; importing registers IResNet and MobileFaceNet there."""
 
-from .base import normalise
+from ..preprocessing import normalise
 from .iresnet import IResNet
 from .mobilefacenet import MobileFaceNet
 from .timm_model import build_backbone

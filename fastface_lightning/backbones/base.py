@@ -23,7 +23,7 @@ class FaceBackbone(Freezable, ABC):
     under autocast, since half precision is too coarse for cosines. ``num_classes`` is timm's word
     for the width of the last layer: here the embedding size D.
 
-    A subclass defines both halves and ``reset_classifier``, runs its stages by ``run``, and calls
+    A subclass defines what is abstract here, runs its stages by ``run``, and names
     ``features`` the end of its head, where batch norms see one vector an image.
 
     Args:
@@ -52,7 +52,7 @@ class FaceBackbone(Freezable, ABC):
         height, width = to_2tuple(img_size)
         if min(height, width) < 16 or height % 16 or width % 16:
             raise ValueError(f"img_size must be a multiple of 16 pixels, got {img_size}")
-        check_embedder(num_classes, drop_rate, smallest=0)
+        check_head(num_classes, drop_rate, minimum=0)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.img_size = (height, width)
@@ -75,7 +75,11 @@ class FaceBackbone(Freezable, ABC):
 
     @abstractmethod
     def reset_classifier(self, num_classes: int) -> None:
-        """Start a new last layer of embedding size ``num_classes``."""
+        """Start a new last layer of embedding size ``num_classes``; 0 for none."""
+
+    @abstractmethod
+    def get_classifier(self) -> nn.Module:
+        """The layer whose output width is the embedding size."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each stage in backward, trading about a third more time for memory."""
@@ -95,22 +99,21 @@ class FaceBackbone(Freezable, ABC):
             raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}")
 
 
-def check_embedder(embedding_size: int, dropout: float, smallest: int = 1) -> None:
-    """The door of every embedder: its width and its dropout."""
-    if embedding_size < smallest:
-        raise ValueError(f"embedding_size must be at least {smallest}, got {embedding_size}")
+def check_head(embedding_size: int, dropout: float, minimum: int = 1) -> None:
+    """Refuse an embedding size or a dropout out of its range."""
+    if embedding_size < minimum:
+        raise ValueError(f"embedding_size must be at least {minimum}, got {embedding_size}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
 
 
 def check_batch(images: Tensor, head: nn.Module) -> None:
-    """The door of a forward: one vector has no variance for a batch norm of the head to train on.
+    """Refuse a training batch of one image, which has no variance for a batch norm of the head.
 
     A SyncBatchNorm is left to its own check, since it sees the images of every process.
     """
-    norms = (m for m in head.modules() if isinstance(m, _BatchNorm))
-    trains = any(m.training and not isinstance(m, nn.SyncBatchNorm) for m in norms)
-    if trains and len(images) < 2:
+    norms = (m for m in head.modules() if isinstance(m, _BatchNorm) and m.training)
+    if len(images) < 2 and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
         raise ValueError(
             f"a training batch must hold at least 2 images for BatchNorm, got {len(images)}"
         )
@@ -120,8 +123,8 @@ def architecture(model: nn.Module) -> str:
     """What a message calls a model: ``iresnet18 (IResNet)``, or its class outside of timm."""
     network: Any = getattr(model, "trunk", model)
     name = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
-    kind = type(network).__name__
-    return f"{name} ({kind})" if name else kind
+    class_name = type(network).__name__
+    return f"{name} ({class_name})" if name else class_name
 
 
 def create(cls: type[BackboneT], name: str, pretrained: bool, **kwargs: Any) -> BackboneT:
@@ -165,9 +168,3 @@ def in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
         return head(x)
     with torch.autocast(device, enabled=False):
         return head(x)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Images uint8 (N, 3, H, W) in [0, 255] as float32 in [-1, 1]."""
-    # Decoders write (N, H, W, 3); a network whose weights are not so ordered would turn to it.
-    return images.contiguous().float().div_(127.5).sub_(1)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing that counts every batch once: batch norms sit still while recomputed."""
+"""Gradient checkpointing that counts every batch once: recomputing moves no batch norm."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -25,13 +25,13 @@ def recompute(stage: nn.Module, x: Tensor) -> Tensor:
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms keep their running statistics: a recomputation has counted its batch already."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
@@ -39,7 +39,7 @@ class CountOnce:
     """The same for a network that checkpoints its stages itself, as timm's do.
 
     Inside :meth:`forward_of` its batch norms count their batches; where they run outside of it,
-    backward is recomputing them, and hooks hold their statistics. The hooks are methods of this
+    backward is recomputing them, and hooks freeze their statistics. The hooks are methods of this
     object, so a deep copy of the network that owns it has hooks of its own.
     """
 
@@ -50,20 +50,20 @@ class CountOnce:
     def forward_of(self, network: nn.Module) -> Iterator[None]:
         """Around a forward of ``network``; norms that are new in it get their hooks first."""
         for norm in network.modules():
-            if isinstance(norm, _BatchNorm) and not hasattr(norm, "held"):
-                norm.held = ExitStack()  # type: ignore[assignment]
-                norm.register_forward_pre_hook(self._hold)
-                norm.register_forward_hook(self._release, always_call=True)
+            if isinstance(norm, _BatchNorm) and not hasattr(norm, "freezing"):
+                norm.freezing = ExitStack()  # type: ignore[assignment]
+                norm.register_forward_pre_hook(self._freeze)
+                norm.register_forward_hook(self._unfreeze, always_call=True)
         self.counting = True
         try:
             yield
         finally:
             self.counting = False
 
-    def _hold(self, norm: Any, inputs: Any) -> None:
+    def _freeze(self, norm: Any, inputs: Any) -> None:
         if not (self.counting or torch.compiler.is_compiling()):
-            norm.held.enter_context(frozen_statistics(norm))
+            norm.freezing.enter_context(frozen_statistics(norm))
 
-    def _release(self, norm: Any, inputs: Any, output: Any) -> None:
+    def _unfreeze(self, norm: Any, inputs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            norm.held.close()
+            norm.freezing.close()

@@ -1,4 +1,4 @@
-"""Hold parts of a network fixed: their parameters, BatchNorm statistics and dropout stand still."""
+"""Freeze parts of a network: their parameters and batch norm statistics stay, dropout is off."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -11,12 +11,12 @@ FreezableT = TypeVar("FreezableT", bound="Freezable")
 
 
 class Freezable(nn.Module):
-    """A network of which :meth:`freeze` holds parts fixed, whatever ``train()`` says later."""
+    """A network of which parts can be frozen, whatever ``train()`` says later."""
 
     frozen: frozenset[str] = frozenset()
 
     def freeze(self, names: str | Iterable[str]) -> None:
-        """Hold parts fixed: no gradient for their parameters, and their modules stay in eval.
+        """Freeze parts: no gradient for their parameters, and their modules stay in eval mode.
 
         Args:
             names: submodules or single parameters by their names in the state_dict, such as
@@ -25,20 +25,20 @@ class Freezable(nn.Module):
         Raises:
             ValueError: a name the network has not; nothing is frozen then.
         """
-        asked = [names] if isinstance(names, str) else [str(name) for name in names]
+        names = [names] if isinstance(names, str) else [str(name) for name in names]
         parts: dict[str, nn.Module | nn.Parameter] = {
             **dict(self.named_parameters()),
             **dict(self.named_modules()),
         }
         parts[WHOLE] = parts.pop("")
-        for name in asked:
+        for name in names:
             if name not in parts:
                 raise ValueError(
                     f"freeze must name parts of the backbone, got {name!r}, {_hint(name, parts)}"
                 )
-        for name in asked:
+        for name in names:
             parts[name].requires_grad_(False)
-        self.frozen = self.frozen.union(asked)
+        self.frozen = self.frozen.union(names)
         self.train(self.training)
 
     def train(self: FreezableT, mode: bool = True) -> FreezableT:
@@ -52,9 +52,8 @@ class Freezable(nn.Module):
 
 
 def _hint(name: str, parts: Iterable[str]) -> str:
-    """Parts whose last word is the name, else those written alike, else the outermost ones."""
-    within = [part for part in parts if name and part.endswith(f".{name}")][:5]
-    near = within or get_close_matches(name, parts, n=5)
-    if near:
+    """Parts whose last word is the name, else those spelled alike, else the outermost ones."""
+    inner = [part for part in parts if name and part.endswith(f".{name}")][:5]
+    if near := inner or get_close_matches(name, parts, n=5):
         return f"did you mean {' or '.join(near)}?"
     return f"which has {', '.join(part for part in parts if '.' not in part)}"

@@ -52,7 +52,7 @@ class IBasicBlock(nn.Module):
 
 
 class IResNet(FaceBackbone):
-    """A 3x3 stem (at full resolution), four stages that each halve it, and a flattened linear head.
+    """A 3x3 stem at full resolution, four stages that each halve it, and a flattened linear head.
 
     Args:
         layers: blocks in each of the four stages; the first block of a stage has stride 2.
@@ -61,10 +61,7 @@ class IResNet(FaceBackbone):
             backward on processors with AVX-512 and channels_last otherwise).
         stem_stride: 1, or 2 to halve every map, which quarters the cost; the final map is then
             H/32 x W/32, rounded up, instead of H/16 x W/16.
-        num_classes: embedding size D; 0 gives the flattened final map.
-        in_chans: channels of an image.
-        img_size: pixels, one number or (height, width), multiples of 16.
-        drop_rate: probability of dropping an element of the final map, in [0, 1).
+        num_classes, in_chans, img_size, drop_rate: as :class:`FaceBackbone`.
 
     Shape: float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D), float32 under autocast.
 
@@ -89,10 +86,10 @@ class IResNet(FaceBackbone):
             raise ValueError(f"width must be at least 1 channel, got {width}")
         if stem_stride not in (1, 2):
             raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride}")
-        height, width_of_map = self.map_size
-        self.map_size = (-(-height // stem_stride), -(-width_of_map // stem_stride))
+        map_height, map_width = (-(-pixels // stem_stride) for pixels in self.map_size)
+        self.map_size = (map_height, map_width)
         self.num_features = 8 * width
-        self.head_hidden_size = self.num_features * self.map_size[0] * self.map_size[1]
+        self.head_hidden_size = self.num_features * map_height * map_width
 
         self.conv1 = nn.Conv2d(in_chans, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -110,7 +107,6 @@ class IResNet(FaceBackbone):
                 nn.init.normal_(module.weight, std=0.1)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Start a new ``fc`` and ``features`` of embedding size ``num_classes``; 0 for none."""
         self.num_classes = num_classes
         self.fc: nn.Module = nn.Identity()
         self.features = nn.Identity()
@@ -119,11 +115,9 @@ class IResNet(FaceBackbone):
             self.features = embedding_norm(num_classes)
 
     def get_classifier(self) -> nn.Module:
-        """The layer whose output width is the embedding size."""
         return self.fc
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) to the final map (N, 8 width, *map_size)."""
         self.check_images(images)
         x = self.prelu(self.bn1(self.conv1(images)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -132,7 +126,6 @@ class IResNet(FaceBackbone):
         return self.bn2(x)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """The final map to embeddings (N, D), or flattened with ``pre_logits``."""
         x = self.dropout(features).flatten(1)
         if pre_logits or not self.num_classes:
             return x
@@ -144,19 +137,8 @@ def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
     return nn.Sequential(first, *(IBasicBlock(channels, channels) for _ in range(blocks - 1)))
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: face_cfg(first_conv="conv1", classifier="fc")
-        for name in (
-            "iresnet_tiny",
-            "iresnet18",
-            "iresnet34",
-            "iresnet50",
-            "iresnet100",
-            "iresnet200",
-        )
-    }
-)
+NAMES = ("iresnet_tiny", *(f"iresnet{depth}" for depth in (18, 34, 50, 100, 200)))
+default_cfgs = generate_default_cfgs({name: face_cfg("conv1", "fc") for name in NAMES})
 
 
 @register_model

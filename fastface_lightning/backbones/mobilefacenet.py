@@ -16,33 +16,29 @@ from torch import Tensor, nn
 from .base import FaceBackbone, create, face_cfg, in_full_precision
 
 
-class LinearBlock(nn.Module):
-    """Convolution and batch norm, with no activation: (N, in, H, W) to (N, out, H', W').
+class ConvBlock(nn.Module):
+    """Convolution, batch norm and PReLU: (N, in, H, W) to (N, out, H', W').
 
-    ``conv`` holds further arguments of ``nn.Conv2d``: stride, padding, groups.
+    Without the PReLU if ``linear``; ``conv`` holds further arguments of ``nn.Conv2d``: stride,
+    padding, groups.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, kernel: int | tuple[int, int] = 1, **conv: Any
+        self,
+        in_channels: int,
+        channels: int,
+        kernel: int | tuple[int, int] = 1,
+        linear: bool = False,
+        **conv: Any,
     ) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(in_channels, channels, kernel, bias=False, **conv),
-            nn.BatchNorm2d(channels),
-        )
+        convolution = nn.Conv2d(in_channels, channels, kernel, bias=False, **conv)
+        self.layers = nn.Sequential(convolution, nn.BatchNorm2d(channels))
+        if not linear:
+            self.layers.append(nn.PReLU(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
-
-
-class ConvBlock(LinearBlock):
-    """Convolution, batch norm and PReLU: (N, in, H, W) to (N, out, H', W')."""
-
-    def __init__(
-        self, in_channels: int, channels: int, kernel: int | tuple[int, int] = 1, **conv: Any
-    ) -> None:
-        super().__init__(in_channels, channels, kernel, **conv)
-        self.layers.append(nn.PReLU(channels))
 
 
 class DepthWise(nn.Module):
@@ -71,7 +67,7 @@ class DepthWise(nn.Module):
         self.layers = nn.Sequential(
             ConvBlock(in_channels, groups),
             ConvBlock(groups, groups, kernel=3, stride=stride, padding=1, groups=groups),
-            LinearBlock(groups, channels),
+            ConvBlock(groups, channels, linear=True),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +98,7 @@ class GDC(nn.Module):
 
     def __init__(self, channels: int, map_size: tuple[int, int], embedding_size: int) -> None:
         super().__init__()
-        pool = LinearBlock(channels, channels, map_size, groups=channels)
+        pool = ConvBlock(channels, channels, map_size, linear=True, groups=channels)
         self.layers = nn.Sequential(pool, nn.Flatten())
         if embedding_size:
             self.layers.append(nn.Linear(channels, embedding_size, bias=False))
@@ -123,10 +119,8 @@ class MobileFaceNet(FaceBackbone):
     Args:
         blocks: blocks in each of the four runs; a first run of one is a plain grouped convolution.
         scale: k, widths of 64k and 128k channels outside the bottlenecks.
-        num_classes: embedding size D; 0 gives the 512 pooled features.
-        in_chans: channels of an image.
-        img_size: pixels, one number or (height, width), multiples of 16.
-        drop_rate: probability of dropping an element of the final map, in [0, 1).
+        num_classes, in_chans, img_size, drop_rate: as :class:`FaceBackbone`; without a head it
+            gives the 512 pooled features.
 
     Shape: float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D), float32 under autocast.
 
@@ -176,18 +170,15 @@ class MobileFaceNet(FaceBackbone):
         self.apply(_init_weights)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Start a new last layer of ``num_classes`` outputs after the same pooling; 0 for none."""
         pool = self.features.pool
         self.num_classes = num_classes
         self.features = GDC(self.num_features, self.map_size, num_classes).apply(_init_weights)
         self.features.pool.load_state_dict(pool.state_dict())
 
     def get_classifier(self) -> nn.Module:
-        """The layer whose output width is the embedding size."""
         return self.features.layers[2] if self.num_classes else nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) to the final map (N, 512, H/16, W/16)."""
         self.check_images(images)
         x = images
         for layer in self.layers:
@@ -195,7 +186,6 @@ class MobileFaceNet(FaceBackbone):
         return self.conv_sep(x)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """The final map to embeddings (N, D), or to the 512 pooled features with ``pre_logits``."""
         head = self.features.pool if pre_logits else self.features
         return in_full_precision(head, self.dropout(features))
 
@@ -205,11 +195,9 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+NAMES = ("mobilefacenet", "mobilefacenet_large")
 default_cfgs = generate_default_cfgs(
-    {
-        name: face_cfg(first_conv="layers.0.layers.0", classifier="features.layers.2")
-        for name in ("mobilefacenet", "mobilefacenet_large")
-    }
+    {name: face_cfg("layers.0.layers.0", "features.layers.2") for name in NAMES}
 )
 
 

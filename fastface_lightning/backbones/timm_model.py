@@ -1,6 +1,7 @@
 """Any backbone by its timm name, ending in an embedding: images (N, 3, 112, 112) in, (N, D) out."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from difflib import get_close_matches
 from itertools import chain
 from typing import Any
@@ -9,18 +10,18 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ..files import reason
+from ..preprocessing import IMAGE_SHAPE
 from .base import (
     FaceBackbone,
     architecture,
     check_batch,
-    check_embedder,
+    check_head,
     embedding_norm,
     in_full_precision,
 )
 from .checkpointing import CountOnce
 from .freeze import Freezable
-
-IMAGE_SHAPE = (3, 112, 112)
 
 
 class EmbeddingNeck(nn.Sequential):
@@ -56,14 +57,10 @@ class TimmEmbedder(Freezable):
 
     def forward(self, images: Tensor) -> Tensor:
         check_batch(images, self.neck)
-        return in_full_precision(self.neck, self._pooled(images))
-
-    def _pooled(self, images: Tensor) -> Tensor:
-        """The trunk's features (N, F)."""
-        if not self.grad_checkpointing or torch.compiler.is_compiling():
-            return self.trunk(images)
-        with self.count_once.forward_of(self.trunk):
-            return self.trunk(images)
+        counted = self.grad_checkpointing and not torch.compiler.is_compiling()
+        with self.count_once.forward_of(self.trunk) if counted else nullcontext():
+            features = self.trunk(images)
+        return in_full_precision(self.neck, features)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the trunk's stages in backward as timm does it, but count each batch once.
@@ -107,8 +104,8 @@ def build_backbone(
             state_dict keeps its keys, so checkpoints load with and without.
         grad_checkpointing: recompute each stage in backward, trading about a third more time for
             memory.
-        freeze: parts held fixed, with parameters that get no gradient, batch norms that keep their
-            statistics and dropout that is off. Submodules or parameters by their names in the
+        freeze: parts that stay as they are: no gradient for their parameters, batch norms keep
+            their statistics, dropout is off. Submodules or parameters by their names in the
             state_dict: ``layer1``, and within any other timm model ``trunk.stem``; ``all`` is the
             whole backbone.
         timm_kwargs: passed to ``timm.create_model``, such as ``drop_path_rate``.
@@ -126,10 +123,15 @@ def build_backbone(
         >>> model(torch.zeros(2, 3, 112, 112)).shape
         torch.Size([2, 256])
     """
-    check_embedder(embedding_size, dropout)
-    _check_switches(
-        channels_last=channels_last, compile=compile, grad_checkpointing=grad_checkpointing
-    )
+    check_head(embedding_size, dropout)
+    switches = {
+        "channels_last": channels_last,
+        "compile": compile,
+        "grad_checkpointing": grad_checkpointing,
+    }
+    for key, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} must be true or false, got {value!r}")
     model = _create(name, embedding_size, pretrained, dropout, timm_kwargs)
     if channels_last:
         model.to(memory_format=torch.channels_last)
@@ -139,12 +141,6 @@ def build_backbone(
     if compile:
         model.compile()
     return model
-
-
-def _check_switches(**switches: bool) -> None:
-    for key, value in switches.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{key} must be true or false, got {value!r}")
 
 
 def _create(
@@ -163,19 +159,19 @@ def _create(
         timm_kwargs.update(num_classes=embedding_size, drop_rate=dropout)
         model = timm.create_model(name, pretrained=pretrained, **timm_kwargs)
         assert isinstance(model, FaceBackbone)
-        _vector_size(model, name)
+        _output_size(model, name)
         return model
     try:
         trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
     except (AssertionError, IndexError) as error:  # how some models meet a small img_size
         raise ValueError(
-            f"{name} cannot be built for 3x112x112 images: {_reason(error)}"
+            f"{name} cannot be built for 3x112x112 images: {_first_line(error)}"
         ) from error
-    num_features = _vector_size(trunk, name)
+    num_features = _output_size(trunk, name)
     return TimmEmbedder(trunk, EmbeddingNeck(num_features, embedding_size, dropout))
 
 
-def _vector_size(model: nn.Module, name: str) -> int:
+def _output_size(model: nn.Module, name: str) -> int:
     """Length of the vector the model gives for an image, by a forward on the meta device that
     computes nothing."""
     state = chain(model.named_parameters(), model.named_buffers())
@@ -186,7 +182,7 @@ def _vector_size(model: nn.Module, name: str) -> int:
         with torch.no_grad():
             output = torch.func.functional_call(model.eval(), shapes, images)
     except Exception as error:  # a model's code may fail on a strange size in any way
-        raise ValueError(f"{name} cannot take 3x112x112 images: {_reason(error)}") from error
+        raise ValueError(f"{name} cannot take 3x112x112 images: {_first_line(error)}") from error
     finally:
         model.train(training)
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
@@ -194,6 +190,5 @@ def _vector_size(model: nn.Module, name: str) -> int:
     return output.shape[1]
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what an error says, or what it is."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _first_line(error: Exception) -> str:
+    return reason(error).splitlines()[0]

@@ -19,7 +19,7 @@ SAFETENSORS = ".safetensors"
 ABOUT = "fastface_lightning"  # key of a .safetensors' metadata: JSON of what is known of the model
 # The last batch norm of MobileFaceNet, of any other timm model behind a neck, and of IResNet.
 LAST_BIASES = ("features.layers.3.bias", "neck.features.bias", "features.bias")
-NAMED_IN_FULL = 8  # so many keys are all named in a message; of more, the first three
+MAX_LISTED = 8  # keys that a message lists; of more, the first three
 
 
 def load_weights(model: nn.Module, file: str | Path) -> None:
@@ -28,9 +28,9 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     The file holds a state_dict with the model's keys and shapes, such as InsightFace's
     ``backbone.pth`` and ``model.pt``, with or without the prefix that a wrapper puts before every
     key; or a ``.safetensors`` of the same; or a Lightning checkpoint of ``train.py``, whose
-    ``backbone.`` keys are taken. Only
-    tensors are read: no code in the file runs. They take the dtype, device and memory format of the
-    model's own. Counts of batches (``num_batches_tracked``), which old files lack, may be missing.
+    ``backbone.`` keys are taken. Only tensors are read: no code in the file runs. They take the
+    dtype, device and memory format of the model's own. Counts of batches
+    (``num_batches_tracked``), which old files lack, may be missing.
 
     Args:
         model: what :func:`build_backbone` gives for the file's architecture and embedding size.
@@ -44,23 +44,23 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
         >>> load_weights(build_backbone("iresnet100"), "backbone.pth")  # doctest: +SKIP
     """
     weights = read_weights(file)
-    own = model.state_dict()
-    differences = _differences(weights, own)
+    expected = model.state_dict()
+    differences = _differences(weights, expected)
     if differences:
         raise ValueError(
             f"weights must match {architecture(model)}, got {', '.join(differences)} in {file}"
         )
-    weights = {key: value.to(own[key].dtype) for key, value in weights.items()}
+    weights = {key: value.to(expected[key].dtype) for key, value in weights.items()}
     check_finite(weights, file)
     model.load_state_dict(weights, strict=False)  # only counts of batches may be missing
 
 
 def check_finite(weights: Mapping[str, Tensor], file: str | Path) -> None:
-    """Refuse weights of a file with a number that is none, naming its key."""
+    """Refuse weights of a file that are not all finite, naming the key and the value."""
     for key, value in weights.items():
-        if not value.isfinite().all():
-            odd = value[~value.isfinite()][0].item()
-            raise ValueError(f"weights must be finite, got {odd} in {key} of {file}")
+        bad = value[~value.isfinite()]
+        if len(bad) > 0:
+            raise ValueError(f"weights must be finite, got {bad[0].item()} in {key} of {file}")
 
 
 def read_weights(file: str | Path, part: str = "backbone.") -> dict[str, Tensor]:
@@ -77,12 +77,14 @@ def read_weights(file: str | Path, part: str = "backbone.") -> dict[str, Tensor]
     content = _read(Path(file))
     is_checkpoint = isinstance(content, Mapping) and "state_dict" in content
     state = content["state_dict"] if is_checkpoint else content
-    if not isinstance(state, Mapping) or not state:
-        raise _refused(file, f"holds {'no tensors' if state == {} else _kind(state)}")
+    if state == {}:
+        raise _refused(file, "holds no tensors")
+    if not isinstance(state, Mapping):
+        raise _refused(file, f"holds an object of type {type(state).__name__}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise _refused(file, f"holds {_kind(value)} under {key!r}")
-    weights = _unwrapped(dict(state))
+            raise _refused(file, f"holds an object of type {type(value).__name__} under {key!r}")
+    weights = _unwrapped(state)
     if not is_checkpoint:
         return weights if part == "backbone." else {}
     weights = _unwrapped(_under(part, weights))
@@ -121,8 +123,8 @@ def recognise(weights: Mapping[str, Tensor]) -> str | None:
     size = embedding_size_of(weights)
     for name in timm.list_models(module="iresnet") + timm.list_models(module="mobilefacenet"):
         with torch.device("meta"):
-            own = timm.create_model(name, num_classes=size or 512).state_dict()
-        if not _differences(weights, own):
+            expected = timm.create_model(name, num_classes=size or 512).state_dict()
+        if not _differences(weights, expected):
             return name
     return None
 
@@ -140,8 +142,8 @@ def _read(path: Path) -> Any:
         raise ValueError(f"weights must be a file that may be read, got {path}") from error
     except Exception as error:  # there is no end to what a damaged pickle may raise
         foreign = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"also holds {foreign[1]}" if foreign else "is damaged or of another format"
-        raise _refused(path, reason) from error
+        fault = f"also holds {foreign[1]}" if foreign else "is damaged or of another format"
+        raise _refused(path, fault) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -152,15 +154,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise _refused(path, "is damaged or of another format") from error
 
 
-def _refused(file: str | Path, reason: str) -> ValueError:
+def _refused(file: str | Path, fault: str) -> ValueError:
     return ValueError(
         f"weights must be a file of tensors, a state_dict or a checkpoint of train.py, "
-        f"got {file}, which {reason}"
+        f"got {file}, which {fault}"
     )
-
-
-def _kind(value: object) -> str:
-    return f"an object of type {type(value).__name__}"
 
 
 def _under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,35 +166,36 @@ def _under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the prefixes that wrappers have put before every key."""
     for prefix in WRAPPERS:
         if weights and all(key.startswith(prefix) for key in weights):
             return _unwrapped(_under(prefix, weights))
-    return weights
+    return dict(weights)
 
 
-def _differences(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """What keeps ``weights`` from filling ``own``, one phrase for each kind; none if they fit."""
-    shared = [key for key in own if key in weights]
-    kinds = {
-        "missing": [k for k in own if k not in weights and not k.endswith("num_batches_tracked")],
-        "unexpected": [key for key in weights if key not in own],
+def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``weights`` from loading, one phrase for each kind of fault; none if they fit."""
+    shared = {key: (weights[key], expected[key]) for key in expected if key in weights}
+    absent = [key for key in expected if key not in weights]
+    faults = {
+        "missing": [key for key in absent if not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in weights if key not in expected],
         "mis-shaped": [
-            f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}"
-            for key in shared
-            if weights[key].shape != own[key].shape
+            f"{key} {tuple(value.shape)} for {tuple(wanted.shape)}"
+            for key, (value, wanted) in shared.items()
+            if value.shape != wanted.shape
         ],
         "mistyped": [
-            f"{key} {weights[key].dtype} for {own[key].dtype}"
-            for key in shared
-            if weights[key].is_floating_point() != own[key].is_floating_point()
+            f"{key} {value.dtype} for {wanted.dtype}"
+            for key, (value, wanted) in shared.items()
+            if value.is_floating_point() != wanted.is_floating_point()
         ],
     }
-    return [f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds.items() if keys]
+    return [f"{len(keys)} {fault} ({_listed(keys)})" for fault, keys in faults.items() if keys]
 
 
 def _listed(keys: Sequence[str]) -> str:
-    if len(keys) <= NAMED_IN_FULL:
+    if len(keys) <= MAX_LISTED:
         return ", ".join(keys)
     return f"{', '.join(keys[:3])} and {len(keys) - 3} more"

@@ -1,16 +1,16 @@
 """Classifiers: embeddings and identities in, the loss a face recogniser trains on out."""
 
 from .attention import AttentionClassifier
-from .base import CentreClassifier, Classifier
+from .base import CenterClassifier, Classifier
 from .chunked import ChunkedClassifier, chunk_that_fits
+from .dynamic_pool import DynamicClassPool
 from .full import FullClassifier
 from .momentum import MomentumClassifier
 from .partial import PartialClassifier
-from .pool import DynamicClassPool
 
 __all__ = [
     "AttentionClassifier",
-    "CentreClassifier",
+    "CenterClassifier",
     "ChunkedClassifier",
     "Classifier",
     "DynamicClassPool",

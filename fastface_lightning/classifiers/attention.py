@@ -1,24 +1,22 @@
-"""AttFC: a class centre is made of a few images of the identity, and kept for a while."""
+"""AttFC: attention over a few images of an identity makes its centre; a queue keeps the newest."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..margins import Margin
-from .base import Negatives, unit
+from .base import Negatives, normalize_rows
 from .momentum import (
     Batch,
     MomentumClassifier,
-    differentiated,
-    of_all_ranks,
-    on_device,
-    random_directions,
-    ranks,
-    slots_of,
+    all_gather,
+    eager_backward,
+    number_of_slots,
+    random_unit_vectors,
+    to_device,
+    world_size,
 )
 
 
@@ -47,7 +45,7 @@ class AttentionClassifier(MomentumClassifier):
         momentum: of the momentum encoder, in [0, 1).
 
     Attributes:
-        queue: (Q, D) unit centres; random directions at first.
+        queue: (Q, D) unit centres; random at first.
         queue_labels: (Q,) int64, their identities; -1 at first.
         position: int64 scalar, where the next centre goes.
 
@@ -61,6 +59,7 @@ class AttentionClassifier(MomentumClassifier):
     """
 
     batches = "keys"
+    loaders = ("identity",)
     queue_labels: Tensor
     position: Tensor
 
@@ -78,31 +77,28 @@ class AttentionClassifier(MomentumClassifier):
         super().__init__(num_classes, embedding_size, margin, scale, interclass_filter, momentum)
         if not isinstance(keys, int) or keys < 1:
             raise ValueError(f"keys must be at least 1 image, got {keys}")
-        self.queue_size = slots_of("queue_size", queue_size, num_classes)
+        self.queue_size = number_of_slots("queue_size", queue_size, num_classes)
         self.keys = keys
-        self.register_buffer("queue", random_directions(self.queue_size, embedding_size))
+        self.register_buffer("queue", random_unit_vectors(self.queue_size, embedding_size))
         self.register_buffer("queue_labels", torch.full((self.queue_size,), -1))
         self.register_buffer("position", torch.tensor(0))
 
     def training_loss(self, probe: nn.Module, batch: Batch) -> Tensor:
         self.check_batch(batch)
         images, labels = (part.unflatten(0, (-1, self.keys + 1)) for part in batch["identity"])
-        self.check_room(len(labels) * ranks())
+        self.check_batch_size(len(labels) * world_size())
         features = self.encode(probe, images[:, 1:].flatten(0, 1)).unflatten(0, (-1, self.keys))
         # Contiguous: of a view, all images would be held for the backward.
-        embeddings = self._promoted(probe(images[:, 0].contiguous()))
-        labels = on_device(labels, embeddings.device)
+        embeddings = self._at_least_float32(probe(images[:, 0].contiguous()))
+        labels = to_device(labels, embeddings.device)
         own = labels[:, 0]
         self._check(embeddings, own)
-        centres = self.centres(embeddings.detach(), features, labels[:, 1:] == own[:, None])
-        loss = differentiated(lambda x: self._queue_loss(x, own, centres), embeddings)
-        self._enqueue(of_all_ranks(centres), of_all_ranks(own.contiguous()))
+        centers = self.centers(embeddings.detach(), features, labels[:, 1:] == own[:, None])
+        loss = eager_backward(lambda x: self._queue_loss(x, own, centers), embeddings)
+        self._enqueue(all_gather(centers), all_gather(own.contiguous()))
         return loss
 
-    def check_batch(self, batch: Any) -> None:
-        self._check_names(batch, "identity")
-
-    def check_room(self, batch_size: int) -> None:
+    def check_batch_size(self, batch_size: int) -> None:
         if self.queue_size < batch_size:
             raise ValueError(
                 f"queue_size must be at least the {batch_size} centres of a batch, got "
@@ -114,7 +110,7 @@ class AttentionClassifier(MomentumClassifier):
         images = torch.empty(batch_size * (self.keys + 1), 3, 1, 1)
         return {"identity": (images, labels.repeat_interleave(self.keys + 1))}
 
-    def centres(self, queries: Tensor, features: Tensor, same: Tensor) -> Tensor:
+    def centers(self, queries: Tensor, features: Tensor, same: Tensor) -> Tensor:
         """The unit centres (N, D) of embeddings (N, D) and features (N, K, D) of their identities.
 
         Args:
@@ -123,11 +119,11 @@ class AttentionClassifier(MomentumClassifier):
         """
         cos = F.cosine_similarity(queries.to(features.dtype)[:, None], features, dim=2)
         cos = cos.masked_fill(~same & same.any(1, keepdim=True), -torch.inf)
-        return unit((cos.softmax(1)[:, :, None] * features).sum(1))[0]
+        return normalize_rows((cos.softmax(1)[:, :, None] * features).sum(1))[0]
 
-    def _queue_loss(self, embeddings: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
-        x, norm = unit(embeddings)
-        cos_y = (x * centres).sum(1)
+    def _queue_loss(self, embeddings: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+        x, norm = normalize_rows(embeddings)
+        cos_y = (x * centers).sum(1)
         cos_y_prime = self.margin(cos_y, norm, labels)
         cos = x @ self.queue.to(x.dtype).T
         negatives = Negatives(self.margin, self.interclass_filter)(cos, cos_y, cos_y_prime)
@@ -136,14 +132,8 @@ class AttentionClassifier(MomentumClassifier):
         loss = -F.logsigmoid(self.scale * cos_y_prime - others)
         return (loss + self.margin.penalty(norm)).mean()
 
-    def _enqueue(self, centres: Tensor, labels: Tensor) -> None:
+    def _enqueue(self, centers: Tensor, labels: Tensor) -> None:
         places = (self.position + torch.arange(len(labels), device=labels.device)) % self.queue_size
-        self.queue[places] = centres
+        self.queue[places] = centers
         self.queue_labels[places] = labels
         self.position.copy_((self.position + len(labels)) % self.queue_size)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, queue_size={self.queue_size}, keys={self.keys}, "
-            f"momentum={self.momentum}"
-        )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..margins import CosFace, Margin
+from ..margins.base import constructor_arguments
 
 
 class Classifier(nn.Module):
@@ -55,13 +56,7 @@ class Classifier(nn.Module):
         self.interclass_filter = interclass_filter
 
     def extra_repr(self) -> str:
-        text = (
-            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, "
-            f"scale={self.scale}"
-        )
-        if self.interclass_filter is not None:
-            text += f", interclass_filter={self.interclass_filter}"
-        return text
+        return constructor_arguments(self)
 
     def _check(self, embeddings: Tensor, labels: Tensor) -> None:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
@@ -89,7 +84,7 @@ class Classifier(nn.Module):
                 )
 
 
-class CentreClassifier(Classifier, ABC):
+class CenterClassifier(Classifier, ABC):
     r"""Mean margin-softmax loss of a batch over C identities.
 
     .. math::
@@ -124,10 +119,6 @@ class CentreClassifier(Classifier, ABC):
     ) -> None:
         super().__init__(num_classes, embedding_size, margin, scale, interclass_filter)
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the centres from N(0, 0.01), 0.01 being the standard deviation."""
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -148,7 +139,7 @@ class CentreClassifier(Classifier, ABC):
         self._check(embeddings, labels)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(embeddings.device.type, enabled=False):
-            x, norm = unit(embeddings.to(dtype))
+            x, norm = normalize_rows(embeddings.to(dtype))
             loss = self.softmax_loss(x, norm, labels)
             return (loss + self.margin.penalty(norm)).mean()
 
@@ -193,8 +184,8 @@ class Negatives(nn.Module):
         return self.margin.negatives(cos, cos_y, cos_y_prime)
 
 
-def unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of x at length one, and their lengths: (N, D) -> (N, D), (N,)."""
+def normalize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of x at length one, and their lengths before: (N, D) -> (N, D), (N,)."""
     norm = torch.linalg.vector_norm(x, dim=1)
     # A zero row has no direction: it stays zero, and its gradient is not blown up by 1 / norm.
     return x / torch.where(norm > 0, norm, 1.0)[:, None], norm

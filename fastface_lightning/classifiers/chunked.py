@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +12,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..margins import Margin
-from .base import CentreClassifier, Negatives, unit
+from .base import CenterClassifier, Negatives, normalize_rows
 
-# Rows of a chunk. On a processor its centres, cosines and gradients then stay in the cache; on a
-# GPU the products fill the card. Both take some tens of megabytes at D = 512.
+# Classes of a chunk. On a processor its centres, cosines and gradients then stay in the cache; on a
+# GPU the products fill it. Both take some tens of megabytes at D = 512.
 CHUNK = {"cpu": 2048, "cuda": 16384}
 SMALLEST_CHUNK = 256
 
 
-class ChunkedClassifier(CentreClassifier):
-    r"""The loss of :class:`CentreClassifier`, one chunk of classes at a time.
+class ChunkedClassifier(CenterClassifier):
+    r"""The loss of :class:`CenterClassifier`, one chunk of classes at a time.
 
     .. math::
 
@@ -46,9 +44,9 @@ class ChunkedClassifier(CentreClassifier):
     N x C matrix. Four products of N x C x D replace the plain way's three.
 
     Args:
-        num_classes, embedding_size, margin, scale, interclass_filter: as :class:`CentreClassifier`.
-        chunk: classes at a time, at least 1; None chooses at the first batch, by the device and its
-            free memory, and keeps to it.
+        num_classes, embedding_size, margin, scale, interclass_filter: as :class:`CenterClassifier`.
+        chunk: classes at a time, at least 1; None chooses at the first batch, by the device and a
+            GPU's free memory, and keeps to it.
         products: ``"float32"``, or ``"bfloat16"`` to round the factors of the four products to
             bfloat16; they are summed and everything else is computed in float32.
 
@@ -57,7 +55,7 @@ class ChunkedClassifier(CentreClassifier):
             and ``negatives`` that may depend on them.
 
     References:
-        As :class:`CentreClassifier`. Milakov and Gimelshein, Online normalizer calculation for
+        As :class:`CenterClassifier`. Milakov and Gimelshein, Online normalizer calculation for
         softmax, 2018 (arXiv 1805.02867), algorithm 3: the running sum.
     """
 
@@ -76,10 +74,10 @@ class ChunkedClassifier(CentreClassifier):
             raise ValueError(f"chunk must be at least 1 class, got {chunk}")
         if products not in ("float32", "bfloat16"):
             raise ValueError(f"products must be float32 or bfloat16, got {products!r}")
-        learnt = any(True for _ in self.margin.parameters())
-        if learnt and type(self.margin).negatives is not Margin.negatives:
+        has_parameters = any(True for _ in self.margin.parameters())
+        if has_parameters and type(self.margin).negatives is not Margin.negatives:
             raise ValueError(
-                f"a margin whose negatives are learnt needs FullClassifier, got {self.margin}"
+                f"a margin whose negatives are learned needs FullClassifier, got {self.margin}"
             )
         self.chunk = chunk
         self.products = products
@@ -88,13 +86,13 @@ class ChunkedClassifier(CentreClassifier):
         return self.loss_over(self.weight, labels, x, norm, labels)
 
     def loss_over(
-        self, centres: Tensor, rows: Tensor, x: Tensor, norm: Tensor, labels: Tensor
+        self, centers: Tensor, rows: Tensor, x: Tensor, norm: Tensor, labels: Tensor
     ) -> Tensor:
-        """The loss (N,) over ``centres`` (K, D), the own one of each embedding in ``rows`` (N,)."""
+        """The loss (N,) over ``centers`` (K, D), the own one of each embedding in ``rows`` (N,)."""
         if self.chunk is None:
             self.chunk = chunk_that_fits(len(x), self.embedding_size, x.device)
         gradient = _Gradient()
-        own, _ = unit(_OwnCentres.apply(centres, rows, gradient).to(x.dtype))
+        own, _ = normalize_rows(_OwnCenters.apply(centers, rows, gradient).to(x.dtype))
         cos_y = (x * own).sum(1)
         cos_y_prime = self.margin(cos_y, norm, labels)
         others = _LogSumExpOfOthers.apply(
@@ -102,7 +100,7 @@ class ChunkedClassifier(CentreClassifier):
             own,
             cos_y,
             cos_y_prime,
-            centres.detach(),
+            centers.detach(),
             rows,
             Negatives(self.margin, self.interclass_filter),
             self.scale,
@@ -112,29 +110,17 @@ class ChunkedClassifier(CentreClassifier):
         )
         return -F.logsigmoid(self.scale * cos_y_prime - others)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, chunk={self.chunk}, products={self.products}"
-
 
 def chunk_that_fits(batch_size: int, embedding_size: int, device: torch.device) -> int:
-    """Classes at a time: what suits the device, less where its free memory is short."""
-    # Float32: a row's cosines, their gradients and two temporaries, and its centre twice.
-    bytes_per_class = 4 * (4 * batch_size + 2 * embedding_size)
-    fits = free_memory(device) // 8 // bytes_per_class
-    return max(SMALLEST_CHUNK, min(fits, CHUNK.get(device.type, CHUNK["cuda"])))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, as far as it tells."""
+    """Classes at a time: what suits the device, less on a GPU whose free memory is short."""
+    chunk = CHUNK.get(device.type, CHUNK["cuda"])
     if device.type == "cuda" and torch.cuda.is_available():
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.is_file():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        if found:
-            return int(found[1]) * 1024
-    return 2**63 - 1
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+        # Float32: a row's cosines, their gradients and two temporaries, and its centre twice.
+        bytes_per_class = 4 * (4 * batch_size + 2 * embedding_size)
+        chunk = min(chunk, free // 8 // bytes_per_class)
+    return max(SMALLEST_CHUNK, chunk)
 
 
 class _Gradient:
@@ -143,18 +129,18 @@ class _Gradient:
     value: Tensor | None = None
 
 
-class _OwnCentres(Function):
-    """The rows of ``centres`` that the batch's own classes have: (K, D), (N,) -> (N, D).
+class _OwnCenters(Function):
+    """The rows of ``centers`` that the batch's own classes have: (K, D), (N,) -> (N, D).
 
     Its backward comes after that of :class:`_LogSumExpOfOthers`, which is computed from its
     output. So it adds to the gradient that one has left, and the two never are two tensors.
     """
 
     @staticmethod
-    def forward(ctx: Any, centres: Tensor, rows: Tensor, gradient: _Gradient) -> Tensor:
+    def forward(ctx: Any, centers: Tensor, rows: Tensor, gradient: _Gradient) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.gradient = gradient
-        return centres[rows]
+        return centers[rows]
 
     @staticmethod
     @once_differentiable
@@ -177,7 +163,7 @@ class _LogSumExpOfOthers(Function):
         own: Tensor,
         cos_y: Tensor,
         cos_y_prime: Tensor,
-        centres: Tensor,
+        centers: Tensor,
         rows: Tensor,
         negatives: Negatives,
         scale: float,
@@ -187,15 +173,17 @@ class _LogSumExpOfOthers(Function):
     ) -> Tensor:
         product = _product_bfloat16 if bfloat16 else torch.mm
         total = x.new_full((len(x),), -torch.inf)
-        inverse = x.new_empty(len(centres))
-        for part in _parts(len(centres), chunk):
-            w = centres[part].to(x.dtype)
-            inverse[part] = _inverse_norm(w)
-            cos = product(w, x.T).mul_(inverse[part, None])
+        inverse_norm = x.new_empty(len(centers))
+        for part in _chunks(len(centers), chunk):
+            w = centers[part].to(x.dtype)
+            norm = torch.linalg.vector_norm(w, dim=1)
+            # A zero row has no direction: its cosines are 0.
+            inverse_norm[part] = torch.where(norm > 0, norm, 1).reciprocal_()
+            cos = product(w, x.T).mul_(inverse_norm[part, None])
             z = cos if negatives.is_identity else negatives(cos.T, cos_y, cos_y_prime).T
             _set_own(z, rows - part.start, -torch.inf)
             torch.logaddexp(total, z.mul_(scale).logsumexp(0), out=total)
-        ctx.save_for_backward(x, cos_y, cos_y_prime, centres, rows, inverse, total)
+        ctx.save_for_backward(x, cos_y, cos_y_prime, centers, rows, inverse_norm, total)
         # The statistics of a margin may have moved on when the backward asks it again.
         ctx.statistics = {name: value.clone() for name, value in negatives.named_buffers()}
         ctx.negatives, ctx.scale, ctx.chunk, ctx.product = negatives, scale, chunk, product
@@ -205,33 +193,33 @@ class _LogSumExpOfOthers(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, cos_y, cos_y_prime, centres, rows, inverse, total = ctx.saved_tensors
+        x, cos_y, cos_y_prime, centers, rows, inverse_norm, total = ctx.saved_tensors
         grad_x, grad_y, grad_prime = (torch.zeros_like(t) for t in (x, cos_y, cos_y_prime))
-        whole = torch.empty_like(centres) if ctx.needs_input_grad[1] else None
+        whole = torch.empty_like(centers) if ctx.needs_input_grad[1] else None
         with torch.autocast(x.device.type, enabled=False):
-            for part in _parts(len(centres), ctx.chunk):
-                w, inv = centres[part].to(x.dtype), inverse[part, None]
-                cos = ctx.product(w, x.T).mul_(inv)
-                n, leaves = _again(ctx, cos, cos_y, cos_y_prime)
+            for part in _chunks(len(centers), ctx.chunk):
+                w, inverse = centers[part].to(x.dtype), inverse_norm[part, None]
+                cos = ctx.product(w, x.T).mul_(inverse)
+                n, leaves = _negatives_again(ctx, cos, cos_y, cos_y_prime)
                 a = (ctx.scale * n).sub_(total).exp_().mul_(ctx.scale * grad)
                 _set_own(a, rows - part.start, 0)
                 if leaves:
-                    a, *more = torch.autograd.grad(n, leaves, a, materialize_grads=True)
-                    grad_y += more[0]
-                    grad_prime += more[1]
-                grad_x += ctx.product((a * inv).T, w)
+                    a, by_y, by_prime = torch.autograd.grad(n, leaves, a, materialize_grads=True)
+                    grad_y += by_y
+                    grad_prime += by_prime
+                grad_x += ctx.product((a * inverse).T, w)
                 if whole is not None:
-                    along = (a * cos).sum(1, keepdim=True).mul_(-inv)
+                    along = (a * cos).sum(1, keepdim=True).mul_(-inverse)
                     out = whole[part] if whole.dtype == x.dtype else None
                     # Divided by the length twice, as the square of a very short one is 0.
-                    block = ctx.product(a, x, out=out).addcmul_(w, along).mul_(inv)
+                    block = ctx.product(a, x, out=out).addcmul_(w, along).mul_(inverse)
                     if out is None:
                         whole[part] = block
         ctx.gradient.value = whole
         return grad_x, None, grad_y, grad_prime, *[None] * 7
 
 
-def _again(
+def _negatives_again(
     ctx: Any, cos: Tensor, cos_y: Tensor, cos_y_prime: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The negatives (K, N) as in the forward, and the leaves of the graph that leads to them: none
@@ -244,16 +232,10 @@ def _again(
         return torch.func.functional_call(ctx.negatives, ctx.statistics, arguments).T, leaves
 
 
-def _parts(num_classes: int, chunk: int) -> Iterator[slice]:
+def _chunks(num_classes: int, chunk: int) -> Iterator[slice]:
     """Slices of ``chunk`` classes, the last one shorter."""
     for start in range(0, num_classes, chunk):
         yield slice(start, min(start + chunk, num_classes))
-
-
-def _inverse_norm(w: Tensor) -> Tensor:
-    """One over the length of each row (K, D) -> (K,); 1 for a zero row, which has no direction."""
-    norm = torch.linalg.vector_norm(w, dim=1)
-    return torch.where(norm > 0, norm, 1).reciprocal_()
 
 
 def _set_own(z: Tensor, rows: Tensor, value: float) -> None:

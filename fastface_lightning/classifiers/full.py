@@ -4,20 +4,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import CentreClassifier, Negatives, unit
+from .base import CenterClassifier, Negatives, normalize_rows
 
 
-class FullClassifier(CentreClassifier):
-    """The loss of :class:`CentreClassifier` as its equation reads, by way of all N x C cosines.
+class FullClassifier(CenterClassifier):
+    """The loss of :class:`CenterClassifier` as its equation reads, by way of all N x C cosines.
 
     For up to some 10,000 identities, and to check the other classifiers against. At its peak it
     holds, beside ``weight`` and its gradient, about three tensors of C x D and four of N x C.
 
-    Args, Raises and References: as :class:`CentreClassifier`.
+    Args, Raises and References: as :class:`CenterClassifier`.
     """
 
     def softmax_loss(self, x: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
-        w, _ = unit(self.weight.to(x.dtype))
+        w, _ = normalize_rows(self.weight.to(x.dtype))
         cos = x @ w.T
         own = torch.arange(len(labels), device=labels.device), labels
         cos_y = cos[own]

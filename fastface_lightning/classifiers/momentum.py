@@ -1,4 +1,4 @@
-"""Class centres that nobody learns: a slow copy of the network makes them from images."""
+"""Class centres that nobody learns: a momentum copy of the network makes them from images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Batch = Mapping[str, tuple[Tensor, Tensor]]  # images and labels (N,) int64, by 
 
 
 class MomentumClassifier(Classifier, ABC):
-    r"""A classifier with a momentum encoder: the network itself, followed at a distance.
+    r"""A classifier with a momentum encoder: an exponential moving average of the network.
 
     .. math:: \theta_G \leftarrow m\, \theta_G + (1 - m)\, \theta_P
 
@@ -42,12 +42,14 @@ class MomentumClassifier(Classifier, ABC):
         momentum: m, in [0, 1).
 
     Attributes:
+        loaders: names of the loaders whose batches, in a dict, make up a step's.
         momentum_encoder: the encoder, once :meth:`follow` has been called.
 
     Raises:
         ValueError: if an argument is outside its range.
     """
 
+    loaders: tuple[str, ...]
     queue: Tensor
 
     def __init__(
@@ -79,7 +81,7 @@ class MomentumClassifier(Classifier, ABC):
 
     @torch.no_grad()
     def update_momentum_encoder(self, probe: nn.Module) -> None:
-        """Bring the momentum encoder nearer to ``probe``: once an optimizer step."""
+        """Move the momentum encoder towards ``probe``: once an optimizer step."""
         if self.momentum_encoder is None:
             self.follow(probe)
             return
@@ -92,36 +94,41 @@ class MomentumClassifier(Classifier, ABC):
 
         Args:
             probe: the network that is trained, images to embeddings (N, D).
-            batch: what the loaders of ``batches`` give, the images as ``probe`` takes them. Labels
-                may be looked at on the host: where they lie there, no step waits for a GPU.
+            batch: what ``loaders`` give, the images as ``probe`` takes them. Labels are read on the
+                host: where they lie there, no step waits for a GPU.
 
         Returns:
             Scalar loss, float32 (float64 for a float64 ``queue``). Its gradient has been computed
             already, so what it was computed from may change before ``backward``.
 
         Raises:
-            ValueError: the batch is of another kind, or writes more than there is room for.
+            ValueError: the batch has other names, or more identities than there are slots.
         """
 
     @abstractmethod
     def sample_batch(self, batch_size: int) -> Batch:
-        """A batch without content, of different identities, as the loaders of ``batches`` give."""
+        """A batch without content, of different identities, as ``loaders`` give."""
 
     @abstractmethod
-    def check_room(self, batch_size: int) -> None:
-        """Refuse loaders' batches, of all ranks together, that write more than there is room for.
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuse batches, of all ranks together, that write more identities than there are slots.
 
         Raises:
             ValueError: they do.
         """
 
-    @abstractmethod
     def check_batch(self, batch: Any) -> None:
-        """Refuse what is no batch of the loaders of ``batches``.
+        """Refuse what is no batch of ``loaders``.
 
         Raises:
             ValueError: it is none.
         """
+        if not isinstance(batch, Mapping) or set(batch) != set(self.loaders):
+            got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f"{type(self).__name__} trains on a dict of {' and '.join(self.loaders)}, which a "
+                f"data module with batches={self.batches!r} gives, got {got}"
+            )
 
     @torch.no_grad()
     def encode(self, probe: nn.Module, images: Tensor) -> Tensor:
@@ -131,29 +138,21 @@ class MomentumClassifier(Classifier, ABC):
         assert self.momentum_encoder is not None
         return self.momentum_encoder(images).to(self.queue.dtype)
 
-    def _check_names(self, batch: Any, *names: str) -> None:
-        if not isinstance(batch, Mapping) or set(batch) != set(names):
-            got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f"{type(self).__name__} trains on a dict of {' and '.join(names)}, which a data "
-                f"module with batches={self.batches!r} gives, got {got}"
-            )
-
-    def _promoted(self, embeddings: Tensor) -> Tensor:
-        """At least float32, so that no gradient is rounded before a loss scaler has scaled it."""
+    def _at_least_float32(self, embeddings: Tensor) -> Tensor:
+        """So that no gradient is rounded before a loss scaler has scaled it."""
         return embeddings.to(torch.promote_types(self.queue.dtype, torch.float32))
 
 
-def slots_of(name: str, value: float, num_classes: int) -> int:
-    """Number of slots, of an int that is one already or a float in (0, 1], a share of the classes.
+def number_of_slots(name: str, value: float, num_classes: int) -> int:
+    """Slots, of an int that is their number or a float in (0, 1], a share of the classes.
 
     Raises:
         ValueError: neither, none at all, or more than there are classes.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    share = isinstance(value, float) and 0 < value <= 1
-    slots = int(value * num_classes + 1e-6) if share else value  # 0.29 of 100 are 29
-    if not number or not 1 <= slots < float("inf") or slots != int(slots):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_share = isinstance(value, float) and 0 < value <= 1
+    slots = int(value * num_classes + 1e-6) if is_share else value  # 0.29 of 100 are 29
+    if not is_number or not 1 <= slots < float("inf") or slots != int(slots):
         raise ValueError(
             f"{name} must be a number of slots, at least 1, or a share of the {num_classes} "
             f"identities in (0, 1] that makes one, got {value}"
@@ -163,14 +162,14 @@ def slots_of(name: str, value: float, num_classes: int) -> int:
     return int(slots)
 
 
-def on_host(labels: Tensor, num_classes: int) -> list[int]:
+def labels_on_host(labels: Tensor, num_classes: int) -> list[int]:
     """The labels (N,); of a fake tensor, which has no values, any, as different as can be."""
     if isinstance(labels, FakeTensor):
         return [label % num_classes for label in range(len(labels))]
     return labels.tolist()
 
 
-def on_device(numbers: Tensor | list[int] | list[list[int]], device: torch.device) -> Tensor:
+def to_device(numbers: Tensor | list[int] | list[list[int]], device: torch.device) -> Tensor:
     """Numbers of the host as int64 on a device, for which the host does not wait."""
     tensor = torch.as_tensor(numbers, dtype=torch.int64)
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -178,22 +177,22 @@ def on_device(numbers: Tensor | list[int] | list[list[int]], device: torch.devic
     return tensor.to(device, non_blocking=True)
 
 
-def random_directions(*shape: int) -> Tensor:
+def random_unit_vectors(*shape: int) -> Tensor:
     """Random unit vectors (..., D), on every rank and in every run the same."""
-    directions = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    return directions.div_(torch.linalg.vector_norm(directions, dim=-1, keepdim=True))
+    vectors = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True))
 
 
-def ranks() -> int:
+def world_size() -> int:
     """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def of_all_ranks(tensor: Tensor) -> Tensor:
+def all_gather(tensor: Tensor) -> Tensor:
     """The tensors (N, ...) of all ranks, one after the other."""
-    if ranks() == 1:
+    if world_size() == 1:
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(ranks())]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
 
@@ -204,8 +203,8 @@ def _floats(module: nn.Module) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
 
 
-def differentiated(loss_of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``loss_of(x)``, differentiated here and now.
+def eager_backward(loss_of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``loss_of(x)``, whose gradient is computed here and now.
 
     Its backward needs nothing but the gradient of x (N, D), so that ``loss_of`` may read tensors
     that change before, and what it took to compute is free again.
@@ -214,10 +213,10 @@ def differentiated(loss_of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         loss = loss_of(leaf)
         (grad,) = torch.autograd.grad(loss, leaf)
-    return _Differentiated.apply(x, loss.detach(), grad)
+    return _WithGradient.apply(x, loss.detach(), grad)
 
 
-class _Differentiated(Function):
+class _WithGradient(Function):
     """A loss and its gradient as they are: (N, D), (), (N, D) -> ()."""
 
     @staticmethod
@@ -228,5 +227,5 @@ class _Differentiated(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (of_x,) = ctx.saved_tensors
-        return of_x * grad, None, None
+        (grad_x,) = ctx.saved_tensors
+        return grad_x * grad, None, None

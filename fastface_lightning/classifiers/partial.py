@@ -1,4 +1,4 @@
-"""Partial FC: the batch's own classes and a random few of the others, drawn anew at every step."""
+"""Partial FC: the batch's own classes and a random sample of the others, anew at every step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class PartialClassifier(ChunkedClassifier):
         S = \{y_1, \dots, y_N\} \cup R, \qquad |S| = \max(\lfloor r C \rfloor, \min(N, C))
 
     with :math:`R` drawn uniformly from the other classes, without repetition, by torch's generator
-    of the device. Only the rows :math:`S` of ``weight`` enter the loss, and its gradient is a
-    sparse tensor that holds these rows alone: :class:`fastface_lightning.optim.SGD` moves them and
-    leaves weights and momentum of all others as they are. (torch's SGD refuses a sparse gradient
-    where a weight decay would touch every row.) At rate 1, and in eval mode, it is
-    :class:`ChunkedClassifier`, with a dense gradient.
+    of the device. Only the rows :math:`S` of ``weight`` enter the loss, and its gradient is
+    row-sparse: :class:`fastface_lightning.optim.SGD` updates these rows and leaves weights and
+    momentum of all others as they are. (torch's SGD refuses a sparse gradient where a weight decay
+    would touch every row.) At rate 1, and in eval mode, it is :class:`ChunkedClassifier`, with a
+    dense gradient.
 
     Args:
         num_classes, embedding_size, margin, scale, interclass_filter, chunk, products: as
@@ -68,20 +68,17 @@ class PartialClassifier(ChunkedClassifier):
         if not (self.samples and self.training):
             return super().softmax_loss(x, norm, labels)
         classes = self.sample(labels)
-        centres = _Rows.apply(self.weight, classes)
-        return self.loss_over(centres, torch.searchsorted(classes, labels), x, norm, labels)
+        centers = _Rows.apply(self.weight, classes)
+        return self.loss_over(centers, torch.searchsorted(classes, labels), x, norm, labels)
 
     def sample(self, labels: Tensor) -> Tensor:
         """The classes of a step: int64, ascending, every class of ``labels`` (N,) among them."""
-        # Room for N classes, however few they are: to count them a GPU would have to be waited for.
-        room = min(len(labels), self.num_classes)
-        size = max(math.floor(self.rate * self.num_classes), room)
-        chance = torch.rand(self.num_classes, device=labels.device)
-        chance[labels] = 2
-        return chance.topk(size).indices.sort().values
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rate={self.rate}"
+        # As though N different classes were in the batch: counting them would stall a GPU.
+        positives = min(len(labels), self.num_classes)
+        size = max(math.floor(self.rate * self.num_classes), positives)
+        priority = torch.rand(self.num_classes, device=labels.device)
+        priority[labels] = 2
+        return priority.topk(size).indices.sort().values
 
 
 class _Rows(Function):

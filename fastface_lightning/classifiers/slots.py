@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Placement(NamedTuple):
-    """Where a batch of identities goes, each slot having two rows.
+class WritePlan(NamedTuple):
+    """Where a batch of identities is written, each slot having two rows.
 
     Attributes:
-        taken: slot and next row of each identity, in the order of their last write.
+        assigned: slot and next row of each identity, in the order of their last write.
         evicted: identities that lost their slot.
-        again: slots whose identity was there before one of the writes.
+        rewritten: slots whose identity was there before one of the writes.
         rows, slots, writes: of each place that is written, its row and slot, and which of the
             batch's writes stays there: the last one.
     """
 
-    taken: dict[int, tuple[int, int]]
+    assigned: dict[int, tuple[int, int]]
     evicted: set[int]
-    again: list[int]
+    rewritten: list[int]
     rows: list[int]
     slots: list[int]
     writes: list[int]
 
 
 class Slots:
-    """Slots of identities, with O(1) work for each identity of a batch.
+    """Least-recently-written slots of identities, with O(1) work for each identity of a batch.
 
-    :meth:`place` finds out where a batch goes and changes nothing; :meth:`keep` makes it so. A
-    write that is to be undone is placed and not kept.
+    :meth:`plan` finds out where a batch goes and changes nothing; :meth:`commit` makes it so. A
+    write that is to be undone is planned and never committed.
 
     Args:
         size: number of slots, at least 1.
@@ -41,63 +41,64 @@ class Slots:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._taken: OrderedDict[int, tuple[int, int]] = OrderedDict()  # oldest write first
+        self._assigned: OrderedDict[int, tuple[int, int]] = OrderedDict()  # oldest write first
 
-    def place(self, identities: Iterable[int]) -> Placement:
+    def plan(self, identities: Iterable[int]) -> WritePlan:
         """Write one identity after the other: an absent one takes a free slot or else the one that
         was written least recently, from row 0; one that is there takes its slot's other row.
 
         Of at most ``size`` different identities, else one would evict another of the same batch.
         """
-        taken: dict[int, tuple[int, int]] = {}
+        assigned: dict[int, tuple[int, int]] = {}
         evicted: set[int] = set()
-        again: dict[int, None] = {}
+        rewritten: dict[int, None] = {}
         last: dict[tuple[int, int], int] = {}
-        oldest = iter(self._taken.items())
-        free = len(self._taken)
+        oldest = iter(self._assigned.items())
+        free = len(self._assigned)
         for write, identity in enumerate(identities):
-            known = taken.pop(identity, None)
-            if known is None and identity not in evicted:
-                known = self._taken.get(identity)
-            if known is not None:
-                slot, row = known
-                again[slot] = None
+            place = assigned.pop(identity, None)
+            if place is None and identity not in evicted:
+                place = self._assigned.get(identity)
+            if place is not None:
+                slot, row = place
+                rewritten[slot] = None
             elif free < self.size:
                 slot, row, free = free, 0, free + 1
             else:
-                gone, (slot, _) = next(item for item in oldest if item[0] not in taken)
+                victim, (slot, _) = next(item for item in oldest if item[0] not in assigned)
                 row = 0
-                evicted.add(gone)
-            taken[identity] = slot, 1 - row
+                evicted.add(victim)
+            assigned[identity] = slot, 1 - row
             last[row, slot] = write
         rows, slots = [row for row, _ in last], [slot for _, slot in last]
-        return Placement(taken, evicted, list(again), rows, slots, list(last.values()))
+        return WritePlan(assigned, evicted, list(rewritten), rows, slots, list(last.values()))
 
-    def keep(self, placement: Placement) -> None:
-        """Let a placement, made by the last call of :meth:`place`, be what is."""
-        for identity in placement.evicted:
-            del self._taken[identity]
-        for identity, place in placement.taken.items():
-            self._taken[identity] = place
-            self._taken.move_to_end(identity)
+    def commit(self, plan: WritePlan) -> None:
+        """Carry out the plan that the last call of :meth:`plan` made."""
+        for identity in plan.evicted:
+            del self._assigned[identity]
+        for identity, place in plan.assigned.items():
+            self._assigned[identity] = place
+            self._assigned.move_to_end(identity)
 
-    def find(self, identities: Iterable[int], placement: Placement) -> list[int]:
-        """Slot of each identity as the placement leaves them; -1 where there is none."""
+    def find(self, identities: Iterable[int], plan: WritePlan) -> list[int]:
+        """Slot of each identity once the plan is carried out; -1 where there is none."""
 
         def slot(identity: int) -> int:
-            if identity in placement.taken:
-                return placement.taken[identity][0]
-            return -1 if identity in placement.evicted else self._taken.get(identity, (-1, 0))[0]
+            if identity in plan.assigned:
+                return plan.assigned[identity][0]
+            return -1 if identity in plan.evicted else self._assigned.get(identity, (-1, 0))[0]
 
         return [slot(identity) for identity in identities]
 
     def to_tensor(self) -> Tensor:
         """Identity, slot and next row, int64 (3, size), the oldest write first; -1 where free."""
-        rows = [(identity, *place) for identity, place in self._taken.items()]
-        rows += [(-1, -1, -1)] * (self.size - len(rows))
-        return torch.tensor(rows).T.contiguous()
+        columns = [(identity, *place) for identity, place in self._assigned.items()]
+        columns += [(-1, -1, -1)] * (self.size - len(columns))
+        return torch.tensor(columns).T.contiguous()
 
     def load(self, state: Tensor) -> None:
         """Take what :meth:`to_tensor` gave."""
-        rows: Sequence[tuple[int, int, int]] = state.T.tolist()
-        self._taken = OrderedDict((i, (slot, row)) for i, slot, row in rows if i >= 0)
+        self._assigned = OrderedDict(
+            (i, (slot, row)) for i, slot, row in state.T.tolist() if i >= 0
+        )

@@ -71,6 +71,3 @@ class AdaFace(Margin):
         z = ((a - self.mean) / (self.std + EPS) * self.h).clamp(-1, 1).to(cos_y.dtype)
         theta_m = angle(cos_y.clamp(-1 + EPS, 1 - EPS)) - self.m * z
         return torch.cos(theta_m.clamp(EPS, math.pi - EPS)) - (self.m + self.m * z)
-
-    def extra_repr(self) -> str:
-        return f"m={self.m}, h={self.h}, alpha={self.alpha}"

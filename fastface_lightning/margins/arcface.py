@@ -47,6 +47,3 @@ class ArcFace(Margin):
         if self.straight_through:
             return cos_y + (cos_y_prime - cos_y).detach()
         return cos_y_prime
-
-    def extra_repr(self) -> str:
-        return f"m={self.m}, straight_through={self.straight_through}"

@@ -1,6 +1,7 @@
 """A margin makes the target cosine smaller, so that the network must earn more than a bare win."""
 
 from abc import ABC, abstractmethod
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -57,3 +58,14 @@ class Margin(nn.Module, ABC):
     def penalty(self, norm: Tensor) -> Tensor:
         """Return what each embedding adds to the loss for its norm: (N,) float -> (N,) float."""
         return torch.zeros_like(norm)
+
+    def extra_repr(self) -> str:
+        return constructor_arguments(self)
+
+
+def constructor_arguments(module: nn.Module) -> str:
+    """``name=value`` of the plain arguments that a module keeps under their names, for its repr."""
+    names = [name for name in signature(type(module)).parameters if hasattr(module, name)]
+    values = {name: getattr(module, name) for name in names}
+    plain = {name: value for name, value in values.items() if not isinstance(value, nn.Module)}
+    return ", ".join(f"{name}={value!r}" for name, value in plain.items())

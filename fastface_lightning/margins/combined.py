@@ -45,6 +45,3 @@ class Combined(Margin):
 
     def forward(self, cos_y: Tensor, norm: Tensor, label: Tensor) -> Tensor:
         return torch.cos(self.m1 * angle(cos_y) + self.m2) - self.m3
-
-    def extra_repr(self) -> str:
-        return f"m1={self.m1}, m2={self.m2}, m3={self.m3}"

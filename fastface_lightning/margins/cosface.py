@@ -29,6 +29,3 @@ class CosFace(Margin):
 
     def forward(self, cos_y: Tensor, norm: Tensor, label: Tensor) -> Tensor:
         return cos_y - self.m
-
-    def extra_repr(self) -> str:
-        return f"m={self.m}"

@@ -62,8 +62,5 @@ class CurricularFace(Margin):
         hard = cos > self._add_margin(cos_y.detach())[:, None]
         return torch.where(hard, cos * (self.t + cos), cos)
 
-    def extra_repr(self) -> str:
-        return f"m={self.m}, alpha={self.alpha}"
-
     def _add_margin(self, cos_y: Tensor) -> Tensor:
         return torch.cos(angle(cos_y) + self.m)

@@ -53,6 +53,3 @@ class ElasticFace(Margin):
     def forward(self, cos_y: Tensor, norm: Tensor, label: Tensor) -> Tensor:
         m_i = self.m + self.std * torch.randn_like(cos_y) if self.training else self.m
         return torch.cos(angle(cos_y) + m_i) if self.kind == "arc" else cos_y - m_i
-
-    def extra_repr(self) -> str:
-        return f"m={self.m}, std={self.std}, kind={self.kind!r}"

@@ -70,9 +70,3 @@ class MagFace(Margin):
     def penalty(self, norm: Tensor) -> Tensor:
         a = norm.clamp(self.l_a, self.u_a)
         return self.lambda_g * (a / self.u_a**2 + 1 / a)
-
-    def extra_repr(self) -> str:
-        return (
-            f"l_a={self.l_a}, u_a={self.u_a}, l_m={self.l_m}, u_m={self.u_m}, "
-            f"lambda_g={self.lambda_g}"
-        )

@@ -21,7 +21,7 @@ from ..backbones.weights import check_finite, read_weights
 from ..classifiers import DynamicClassPool, MomentumClassifier
 from ..data.augment import Augment
 from ..evaluation import ROC, ROCCurve, VerificationAccuracy
-from ..optim import SGD, like_weights
+from ..optim import SGD, match_memory_format
 
 log = logging.getLogger(__name__)
 MOST_LEFT = 0.1  # share of a momentum encoder's first weights that a run should not leave
@@ -301,7 +301,7 @@ class FaceModule(LightningModule):
                 )
         for optimizer in self.trainer.optimizers:
             for p, state in optimizer.state.items():
-                like_weights(state, p)
+                match_memory_format(state, p)
 
     def _scheduler_names(self) -> list[str]:
         return [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs]

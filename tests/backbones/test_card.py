@@ -24,7 +24,10 @@ def test_every_config_has_its_row() -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize(("name", "parameters", "multiply_adds"), [row[1:] for row in ROWS])
+@pytest.mark.parametrize(
+    ("name", "parameters", "multiply_adds"),
+    [pytest.param(*row[1:], marks=[pytest.mark.slow] if "00" in row[1] else []) for row in ROWS],
+)
 def test_parameters_and_multiply_adds(name: str, parameters: str, multiply_adds: str) -> None:
     with torch.device("meta"):
         model = build_backbone(name, embedding_size=512).eval()

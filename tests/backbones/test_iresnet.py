@@ -1,5 +1,7 @@
 """IResNet holds InsightFace's layout, the block's equation and its initialisation."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -16,11 +18,6 @@ BLOCKS = {
     "iresnet200": (6, 26, 60, 6),
 }
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-def on_meta(name: str, **kwargs: object) -> IResNet:
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
 
 
 def insightface_shapes(blocks: tuple[int, ...], embedding_size: int) -> dict[str, tuple[int, ...]]:
@@ -55,20 +52,12 @@ def insightface_shapes(blocks: tuple[int, ...], embedding_size: int) -> dict[str
     return shapes
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"), [("iresnet18", 24.03), ("iresnet50", 43.59), ("iresnet100", 65.16)]
-)
-def test_parameter_count_is_the_published_one(name: str, millions: float) -> None:
-    model = on_meta(name, num_classes=512)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert round(count / 1e6, 2) == millions
-
-
 @pytest.mark.parametrize("name", BLOCKS)
 def test_state_dict_has_insightface_keys_and_shapes(name: str) -> None:
-    model = on_meta(name, num_classes=256)
-    found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    assert found == insightface_shapes(BLOCKS[name], 256)
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=256)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == insightface_shapes(BLOCKS[name], 256)
 
 
 def plain_block(x: Tensor, p: dict[str, Tensor], stride: int) -> Tensor:
@@ -150,15 +139,6 @@ def test_weights_under_insightface_names_load_strictly(tmp_path) -> None:
     model.load_state_dict(weights, strict=True)
 
 
-def test_state_dict_round_trip_gives_the_same_embeddings() -> None:
-    torch.manual_seed(0)
-    first, second = (timm.create_model("iresnet_tiny", num_classes=8) for _ in range(2))
-    images = torch.randn(2, 3, 112, 112)
-    first(images)
-    second.load_state_dict(first.state_dict())
-    assert torch.equal(first.eval()(images), second.eval()(images))
-
-
 def test_width_sets_every_stage() -> None:
     model = IResNet((1, 1, 1, 1), width=32, num_classes=8)
     assert model.conv1.weight.shape == (32, 3, 3, 3)
@@ -172,20 +152,18 @@ def test_other_sizes_and_channels_are_built_on_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "value", "key"),
     [
-        (
-            {"layers": (1, 1, 1)},
-            r"layers must hold four block counts .* got \(1, 1, 1\)",
-        ),
-        ({"layers": (1, 1, 0, 1)}, "layers must hold four block counts of at least 1, got"),
-        ({"width": 0}, "width must be at least 1 channel, got 0"),
-        ({"num_classes": -1}, "embedding_size must be at least 0, got -1"),
-        ({"img_size": 100}, "img_size must be a multiple of 16 pixels, got 100"),
-        ({"img_size": 0}, "img_size must be a multiple of 16 pixels, got 0"),
-        ({"drop_rate": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ("layers", (1, 1, 1), "layers"),
+        ("layers", (1, 1, 0, 1), "layers"),
+        ("width", 0, "width"),
+        ("stem_stride", 3, "stem_stride"),
+        ("num_classes", -1, "embedding_size"),
+        ("img_size", 100, "img_size"),
+        ("img_size", 0, "img_size"),
+        ("drop_rate", 1.0, "dropout"),
     ],
 )
-def test_refuses_an_argument_out_of_range(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        IResNet(**{"layers": (1, 1, 1, 1), "width": 16, **arguments})
+def test_refuses_an_argument_out_of_range(name: str, value: object, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key} must .* got {re.escape(str(value))}"):
+        IResNet(**{"layers": (1, 1, 1, 1), "width": 16, name: value})

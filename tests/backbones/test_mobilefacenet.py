@@ -1,6 +1,7 @@
 """MobileFaceNet holds InsightFace's layout, the block's equation and its initialisation."""
 
 import math
+import re
 
 import pytest
 import timm
@@ -49,31 +50,31 @@ def test_convolutions_have_insightface_keys_and_shapes(
     expected |= depthwise("layers.6", wide, wide, 512)
     expected["conv_sep.layers.0.weight"] = (512, wide, 1, 1)
     expected["features.layers.0.layers.0.weight"] = (512, 1, 7, 7)
-    found = {key: shape for key, shape in shapes(name).items() if len(shape) == 4}
-    assert found == expected
+    got = {key: shape for key, shape in shapes(name).items() if len(shape) == 4}
+    assert got == expected
 
 
 def test_small_parts_have_insightface_keys() -> None:
-    found = shapes("mobilefacenet")
+    by_key = shapes("mobilefacenet")
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    assert {key for key in found if key.startswith("layers.1.")} == {
+    assert {key for key in by_key if key.startswith("layers.1.")} == {
         "layers.1.layers.0.weight",
         *(f"layers.1.layers.1.{key}" for key in norm),
         "layers.1.layers.2.weight",
     }
-    assert {key for key in found if key.startswith("layers.2.layers.2.")} == {
+    assert {key for key in by_key if key.startswith("layers.2.layers.2.")} == {
         "layers.2.layers.2.layers.0.weight",
         *(f"layers.2.layers.2.layers.1.{key}" for key in norm),
     }
-    assert {key for key in found if key.startswith("features.")} == {
+    assert {key for key in by_key if key.startswith("features.")} == {
         "features.layers.0.layers.0.weight",
         *(f"features.layers.0.layers.1.{key}" for key in norm),
         "features.layers.2.weight",
         *(f"features.layers.3.{key}" for key in norm),
     }
-    assert found["layers.1.layers.0.weight"] == (128, 2, 3, 3)
-    assert found["layers.1.layers.2.weight"] == (128,)
-    assert found["features.layers.2.weight"] == (256, 512)
+    assert by_key["layers.1.layers.0.weight"] == (128, 2, 3, 3)
+    assert by_key["layers.1.layers.2.weight"] == (128,)
+    assert by_key["features.layers.2.weight"] == (256, 512)
 
 
 def plain_depthwise(x: Tensor, p: dict[str, Tensor], stride: int) -> Tensor:
@@ -119,15 +120,6 @@ def test_initialisation_is_kaiming_over_outputs() -> None:
             assert torch.all(module.weight == 1) and torch.all(module.bias == 0)
 
 
-def test_weights_load_strictly_from_a_file(tmp_path) -> None:
-    torch.manual_seed(0)
-    first, second = (timm.create_model("mobilefacenet", num_classes=8) for _ in range(2))
-    torch.save(first.state_dict(), tmp_path / "mbf.pth")
-    second.load_state_dict(torch.load(tmp_path / "mbf.pth"), strict=True)
-    images = torch.randn(1, 3, 112, 112)
-    assert torch.equal(first.eval()(images), second.eval()(images))
-
-
 def test_other_sizes_are_built_on_request() -> None:
     model = MobileFaceNet(num_classes=8, img_size=(112, 96)).eval()
     assert model(torch.zeros(1, 3, 112, 96)).shape == (1, 8)
@@ -135,18 +127,15 @@ def test_other_sizes_are_built_on_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "value", "key"),
     [
-        (
-            {"blocks": (1, 4, 6)},
-            r"blocks must hold four block counts .* got \(1, 4, 6\)",
-        ),
-        ({"blocks": (0, 4, 6, 2)}, "blocks must hold four block counts of at least 1, got"),
-        ({"scale": 0}, "scale must be at least 1, got 0"),
-        ({"img_size": 120}, "img_size must be a multiple of 16 pixels, got 120"),
-        ({"drop_rate": -0.1}, r"dropout must lie in \[0, 1\), got -0.1"),
+        ("blocks", (1, 4, 6), "blocks"),
+        ("blocks", (0, 4, 6, 2), "blocks"),
+        ("scale", 0, "scale"),
+        ("img_size", 120, "img_size"),
+        ("drop_rate", -0.1, "dropout"),
     ],
 )
-def test_refuses_an_argument_out_of_range(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MobileFaceNet(**arguments)
+def test_refuses_an_argument_out_of_range(name: str, value: object, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key} must .* got {re.escape(str(value))}"):
+        MobileFaceNet(**{name: value})

@@ -49,7 +49,7 @@ def test_a_traced_network_trains_and_embeds_as_it_does_otherwise(images: Tensor)
     for n in (1, 3):
         torch.testing.assert_close(traced(images[:n]), plain(images[:n]), rtol=1e-9, atol=1e-12)
     traced.train()
-    with pytest.raises(ValueError, match="must hold at least 2 images for BatchNorm, got 1"):
+    with pytest.raises(ValueError, match="at least 2 images for BatchNorm, got 1"):
         traced(images[:1])
 
 
@@ -66,25 +66,31 @@ def test_compile_gives_the_same_embeddings_gradients_and_keys(images: Tensor) ->
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(COMPILER is None, reason="torch.compile for processors needs a C++ compiler")
-def test_a_mobilefacenet_compiles_too(images: Tensor) -> None:
+def test_a_traced_mobilefacenet_trains_as_it_does_otherwise(images: Tensor) -> None:
     torch.manual_seed(0)
     plain = MobileFaceNet((1, 1, 1, 1), scale=1, num_classes=8).double()
-    compiled = copy.deepcopy(plain)
-    compiled.compile()
-    assert_same_step(plain, compiled, images)
+    traced = copy.deepcopy(plain)
+    traced.compile(backend="aot_eager_decomp_partition")
+    assert_same_step(plain, traced, images)
 
 
-def test_compiling_is_asked_for_and_done_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda model: asked.append(model))
-    for name in ("iresnet_tiny", "mobilefacenet", "resnet18"):
-        assert build_backbone(name, 8) not in asked
-        assert build_backbone(name, 8, compile=True) is asked[-1]
+def test_compile_compiles_the_network_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(model))
+    for name in ("iresnet_tiny", "test_resnet"):
+        assert build_backbone(name, 8) not in compiled
+        assert build_backbone(name, 8, compile=True) is compiled[-1]
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224", "levit_128s"]
+    "name",
+    [
+        *("test_resnet", "test_vit"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("levit_128s", "mobilenetv3_small_100")
+        ),
+    ],
 )
 def test_checkpointing_a_timm_trunk_changes_no_gradient_and_no_statistic(
     name: str, images: Tensor
@@ -108,7 +114,7 @@ def recomputations(model: nn.Module, norm: nn.Module, images: Tensor) -> int:
 
 @pytest.mark.parametrize(
     ("name", "inner"),
-    [("resnet18", "layer1.0.bn1"), ("vit_tiny_patch16_224", "blocks.0.norm1")],
+    [("test_resnet", "layer1.0.bn1"), ("test_vit", "blocks.0.norm1")],
 )
 def test_checkpointing_recomputes_a_timm_trunk(name: str, inner: str, images: Tensor) -> None:
     model = build_backbone(name, 8, grad_checkpointing=True).double()
@@ -119,7 +125,7 @@ def test_checkpointing_recomputes_a_timm_trunk(name: str, inner: str, images: Te
 
 
 def test_a_copy_of_a_checkpointed_trunk_counts_its_own_batches(images: Tensor) -> None:
-    model = build_backbone("resnet18", 8, grad_checkpointing=True).double()
+    model = build_backbone("test_resnet", 8, grad_checkpointing=True).double()
     one_step(model, images)
     twin = copy.deepcopy(model)
     one_step(twin, images)
@@ -133,17 +139,16 @@ def test_a_copy_of_a_checkpointed_trunk_counts_its_own_batches(images: Tensor) -
 
 def test_norms_that_are_put_in_later_count_once_too(images: Tensor) -> None:
     """As Lightning puts SyncBatchNorm in, once the network is built."""
-    model = build_backbone("resnet18", 8, grad_checkpointing=True).double()
-    model.trunk.layer1[0].bn1 = nn.BatchNorm2d(64).double()
-    one_step(model, images)
-    model.trunk.layer1[1].bn1 = nn.BatchNorm2d(64).double()
-    one_step(model, images)
-    assert model.trunk.layer1[0].bn1.num_batches_tracked == 2
-    assert model.trunk.layer1[1].bn1.num_batches_tracked == 1
+    model = build_backbone("test_resnet", 8, grad_checkpointing=True).double()
+    block = model.trunk.layer1[0]
+    for _ in range(2):
+        block.bn1 = nn.BatchNorm2d(block.bn1.num_features).double()
+        one_step(model, images)
+        assert block.bn1.num_batches_tracked == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["iresnet_tiny", "resnet18"])
+@pytest.mark.parametrize("name", ["iresnet_tiny", "test_resnet"])
 def test_compiled_checkpointing_counts_once(name: str, images: Tensor) -> None:
     plain = build_backbone(name, 8).double()
     traced = build_backbone(name, 8, grad_checkpointing=True).double()
@@ -154,16 +159,15 @@ def test_compiled_checkpointing_counts_once(name: str, images: Tensor) -> None:
 
 
 def test_a_model_that_cannot_checkpoint_says_so() -> None:
-    message = r"^grad_checkpointing must be false for vgg11_bn \(VGG\), which does not support it"
-    with pytest.raises(ValueError, match=message):
-        build_backbone("vgg11_bn", 8, grad_checkpointing=True)
+    with pytest.raises(ValueError, match=r"^grad_checkpointing must be false for pit_ti_224 "):
+        build_backbone("pit_ti_224", 8, grad_checkpointing=True)
 
 
 FROZEN = {
     "iresnet_tiny": ["conv1", "bn1", "prelu", "layer1"],
     "mobilefacenet": ["layers.0", "layers.1", "features.layers.0"],
-    "resnet18": ["trunk.conv1", "trunk.bn1", "trunk.layer1", "neck.dropout"],
-    "vit_tiny_patch16_224": ["trunk.patch_embed", "trunk.pos_embed", "trunk.blocks.0"],
+    "test_resnet": ["trunk.conv1", "trunk.bn1", "trunk.layer1", "neck.dropout"],
+    "test_vit": ["trunk.patch_embed", "trunk.pos_embed", "trunk.blocks.0"],
 }
 
 
@@ -171,14 +175,13 @@ def within(key: str, names: list[str]) -> bool:
     return any(f"{key}.".startswith(f"{name}.") for name in names)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", FROZEN)
 def test_frozen_parts_stand_still_and_the_others_train(
     name: str, checkpointing: bool, images: Tensor
 ) -> None:
     names = FROZEN[name]
     model = build_backbone(name, 8, freeze=names, grad_checkpointing=checkpointing).double()
-    model.train()
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     one_step(model, images)
@@ -193,12 +196,6 @@ def test_frozen_parts_stand_still_and_the_others_train(
         assert (parameter.grad is None) == fixed, key
     for key, module in model.named_modules():
         assert module.training != within(key, names), key
-
-
-def test_frozen_dropout_is_off(images: Tensor) -> None:
-    model = build_backbone("iresnet_tiny", 8, dropout=0.5, freeze=["dropout"]).double()
-    with torch.no_grad():
-        assert torch.equal(model(images), model(images))
 
 
 def test_frozen_parts_stay_in_eval_whatever_mode_follows() -> None:
@@ -250,7 +247,7 @@ def test_frozen_parts_stay_in_eval_while_lightning_fits_and_validates(images: Te
     assert module.backbone.layer1[0].bn1.num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("name", ["iresnet_tiny", "resnet18"])
+@pytest.mark.parametrize("name", ["iresnet_tiny", "test_resnet"])
 def test_a_whole_backbone_can_be_frozen(name: str, images: Tensor) -> None:
     """Also with one image, for which a batch norm that trains would be no use."""
     model = build_backbone(name, 8, freeze="all", grad_checkpointing=True).double().train()
@@ -262,9 +259,8 @@ def test_a_whole_backbone_can_be_frozen(name: str, images: Tensor) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("nothing", [None, [], ()])
-def test_nothing_is_frozen_unless_asked(nothing: list[str] | None) -> None:
-    model = build_backbone("iresnet_tiny", 8, freeze=nothing)
+def test_nothing_is_frozen_by_default() -> None:
+    model = build_backbone("iresnet_tiny", 8)
     assert all(module.training for module in model.modules())
     fixed = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
     assert fixed == ["features.weight"]
@@ -281,34 +277,31 @@ def test_freezing_adds_up_and_a_replaced_head_trains_again() -> None:
 @pytest.mark.parametrize(
     ("name", "part", "hint"),
     [
-        ("iresnet_tiny", "layer9", "did you mean layer"),
-        ("iresnet_tiny", "stem", "which has conv1, bn1, prelu, layer1, .*features, all$"),
-        ("iresnet_tiny", "", "which has conv1"),
-        ("resnet18", "layer1", r"did you mean trunk\.layer1\?$"),
-        ("resnet18", "xyz", "which has trunk, neck, all$"),
+        ("iresnet_tiny", "layer9", "layer"),
+        ("iresnet_tiny", "stem", "conv1, bn1, prelu, layer1"),
+        ("iresnet_tiny", "", "conv1"),
+        ("test_resnet", "layer1", r"trunk\.layer1\?$"),
+        ("test_resnet", "xyz", "trunk, neck, all$"),
     ],
 )
 def test_an_unknown_part_is_met_with_known_ones(name: str, part: str, hint: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"^freeze must name parts of the backbone, got '{part}', {hint}"
-    ):
+    with pytest.raises(ValueError, match=f"^freeze must .* got '{part}', .*{hint}"):
         build_backbone(name, 8, freeze=[part])
 
 
 @pytest.mark.parametrize("switch", ["channels_last", "compile", "grad_checkpointing"])
 def test_a_switch_is_true_or_false(switch: str) -> None:
-    with pytest.raises(ValueError, match=f"^{switch} must be true or false, got 'auto'"):
+    with pytest.raises(ValueError, match=f"^{switch} must .* got 'auto'"):
         build_backbone("iresnet_tiny", 8, **{switch: "auto"})
 
 
-@pytest.mark.parametrize("name", ["iresnet_tiny", "mobilefacenet", "resnet18"])
+@pytest.mark.parametrize("name", ["iresnet_tiny", "test_resnet"])
 def test_a_training_batch_of_one_is_refused_before_anything_changes(
     name: str, images: Tensor
 ) -> None:
     model = build_backbone(name, 8).double()
     before = copy.deepcopy(model.state_dict())
-    message = "^a training batch must hold at least 2 images for BatchNorm, got 1$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="at least 2 images for BatchNorm, got 1"):
         model(images[:1])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.eval()(images[:1]).shape == (1, 8)
@@ -317,7 +310,7 @@ def test_a_training_batch_of_one_is_refused_before_anything_changes(
 def test_one_image_trains_where_the_norms_of_the_head_do_not(images: Tensor) -> None:
     model = build_backbone("iresnet_tiny", 8, freeze=["features"]).double()
     model(images[:1]).sum().backward()
-    assert build_backbone("resnet18", 8, freeze=["neck"]).double()(images[:1]).requires_grad
+    assert build_backbone("test_resnet", 8, freeze=["neck"]).double()(images[:1]).requires_grad
     bare = build_backbone("iresnet_tiny", 8).double()
     bare.reset_classifier(0)
     assert bare.train()(images[:1]).shape == (1, bare.head_hidden_size)

@@ -1,7 +1,6 @@
 """build_backbone turns any timm name into images -> embeddings, or says why it cannot."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -18,10 +17,8 @@ def test_our_names_give_our_networks_whole() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet18",
         "mobilenetv3_small_100",  # its pooled features are wider than its last map
-        "convnext_atto",
-        "efficientnet_b0",
+        "test_convnext",
         "vit_tiny_patch16_224",  # built for 112x112
         "levit_128s",  # convolutions, then attention
         "mobilevit_xxs",  # both by turns
@@ -39,7 +36,7 @@ def test_any_timm_model_becomes_an_embedder(name: str) -> None:
 
 def test_neck_is_bn_dropout_fc_bn_with_the_last_weight_fixed() -> None:
     torch.manual_seed(0)
-    model = build_backbone("resnet18", 24).double().eval()
+    model = build_backbone("test_resnet", 24).double().eval()
     assert [type(m) for m in model.neck] == [nn.BatchNorm1d, nn.Dropout, nn.Linear, nn.BatchNorm1d]
     assert torch.all(model.neck.features.weight == 1)
     assert not model.neck.features.weight.requires_grad
@@ -51,7 +48,7 @@ def test_neck_is_bn_dropout_fc_bn_with_the_last_weight_fixed() -> None:
 
 
 def test_embeddings_are_float32_under_autocast() -> None:
-    model = build_backbone("resnet18", 24).eval()
+    model = build_backbone("test_resnet", 24).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(torch.zeros(2, 3, 112, 112)).dtype == torch.float32
 
@@ -63,7 +60,7 @@ def test_channels_last_reaches_the_weights() -> None:
 
 def test_the_shape_check_leaves_no_trace() -> None:
     """Parameters stay on their device, statistics at their start, and the model in training."""
-    model = build_backbone("resnet18", 24)
+    model = build_backbone("test_resnet", 24)
     assert model.training and all(module.training for module in model.modules())
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert not model.trunk.bn1.running_mean.any() and model.trunk.bn1.num_batches_tracked == 0
@@ -76,8 +73,7 @@ def test_builds_on_the_meta_device() -> None:
 
 
 def test_a_mistyped_name_is_met_with_near_ones() -> None:
-    message = r"^name must be a model timm lists, got 'iresnet101', did you mean .*iresnet100"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"^name must .* got 'iresnet101', .*iresnet100"):
         build_backbone("iresnet101")
     with pytest.raises(ValueError, match=r"got '\?'$"):
         build_backbone("?")
@@ -105,28 +101,19 @@ def test_a_model_that_cannot_be_built_so_small_is_refused(name: str) -> None:
 
 
 def test_a_model_without_one_vector_an_image_is_refused() -> None:
-    with pytest.raises(ValueError, match="resnet18 must give one feature vector an image"):
-        build_backbone("resnet18", global_pool="")
+    with pytest.raises(ValueError, match="test_resnet must give one feature vector an image"):
+        build_backbone("test_resnet", global_pool="")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"embedding_size": 0}, "embedding_size must be at least 1, got 0"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
-        ({"dropout": -0.5}, r"dropout must lie in \[0, 1\), got -0.5"),
-    ],
+    ("name", "value"), [("embedding_size", 0), ("dropout", 1.0), ("dropout", -0.5)]
 )
-def test_refuses_an_argument_out_of_range(arguments: dict, message: str) -> None:
-    for name in ("iresnet_tiny", "resnet18"):
-        with pytest.raises(ValueError, match=message):
-            build_backbone(name, **arguments)
+def test_refuses_an_argument_out_of_range(name: str, value: float) -> None:
+    for model in ("iresnet_tiny", "test_resnet"):
+        with pytest.raises(ValueError, match=f"^{name} must .* got {value}"):
+            build_backbone(model, **{name: value})
 
 
 def test_our_networks_have_no_pretrained_weights() -> None:
     with pytest.raises(ValueError, match="iresnet100 comes without pretrained weights"):
         build_backbone("iresnet100", pretrained=True)
-
-
-def test_importing_registers_the_names() -> None:
-    assert {"iresnet100", "mobilefacenet"} <= set(timm.list_models())

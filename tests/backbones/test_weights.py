@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,10 +24,10 @@ def trained(name: str, embedding_size: int = 8) -> nn.Module:
     return model
 
 
-def assert_equal(found: State, expected: State) -> None:
-    assert list(found) == list(expected)
+def assert_equal(state: State, expected: State) -> None:
+    assert list(state) == list(expected)
     for key, value in expected.items():
-        assert torch.equal(found[key], value), key
+        assert torch.equal(state[key], value), key
 
 
 def save(content: object, file: Path) -> Path:
@@ -51,17 +50,14 @@ def refused(model: nn.Module, file: Path, message: str) -> None:
     assert_equal(model.state_dict(), before)
 
 
-LARGE = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("iresnet34", "iresnet50", "iresnet100", "iresnet200")
-]
+LARGE = ("iresnet34", "iresnet50", "iresnet100", "iresnet200", "mobilefacenet_large")
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        *("iresnet_tiny", "iresnet18", "mobilefacenet", "mobilefacenet_large", *LARGE),
-        *("resnet18", "vit_tiny_patch16_224"),
+        *("iresnet_tiny", "iresnet18", "mobilefacenet", "test_resnet", "test_vit"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE),
     ],
 )
 def test_a_state_dict_round_trips(name: str, tmp_path: Path) -> None:
@@ -74,9 +70,7 @@ def test_a_state_dict_round_trips(name: str, tmp_path: Path) -> None:
     assert_equal(model.state_dict(), source.state_dict())
 
 
-@pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
-)
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_prefixes_of_wrappers_are_dropped(
     prefix: str, checkpoint: bool, model: nn.Module, tmp_path: Path
@@ -91,7 +85,7 @@ def test_prefixes_of_wrappers_are_dropped(
     assert_equal(model.state_dict(), source)
 
 
-@pytest.mark.parametrize("name", ["mobilefacenet", "resnet18"])
+@pytest.mark.parametrize("name", ["iresnet_tiny", "test_resnet"])
 def test_a_checkpoint_gives_its_backbone(name: str, tmp_path: Path) -> None:
     source = trained(name)
     whole = nn.ModuleDict({"backbone": source, "classifier": nn.Linear(8, 3)})
@@ -129,6 +123,7 @@ def test_weights_take_the_models_dtype_and_format(
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_switches_do_not_change_what_loads(tmp_path: Path) -> None:
     source = trained("iresnet_tiny")
     file = save(source.state_dict(), tmp_path / "backbone.pth")
@@ -159,7 +154,7 @@ FITS = r"^weights must match iresnet_tiny \(IResNet\), got "
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "fault"),
     [
         (drop("fc.weight", "bn2.bias"), r"2 missing \(bn2.bias, fc.weight\) in "),
         (put(other__weight=torch.ones(2)), r"1 unexpected \(other.weight\) in "),
@@ -178,30 +173,23 @@ FITS = r"^weights must match iresnet_tiny \(IResNet\), got "
     ],
 )
 def test_every_key_that_does_not_fit_is_named(
-    change: Callable[[State], None], found: str, model: nn.Module, tmp_path: Path
+    change: Callable[[State], None], fault: str, model: nn.Module, tmp_path: Path
 ) -> None:
     weights = trained("iresnet_tiny").state_dict()
     change(weights)
-    refused(model, save(weights, tmp_path / "b.pth"), FITS + found)
+    refused(model, save(weights, tmp_path / "b.pth"), FITS + fault)
 
 
 def test_another_architecture_is_told_by_counts(model: nn.Module, tmp_path: Path) -> None:
-    file = save(trained("mobilefacenet").state_dict(), tmp_path / "mbf.pth")
-    found = (
-        r"(\d+) missing \(conv1.weight, bn1.weight, bn1.bias and (\d+) more\), "
-        r"(\d+) unexpected \(layers.0.layers.0.weight, .* and (\d+) more\) in "
-    )
-    refused(model, file, FITS + found)
+    other = trained("test_resnet").state_dict()
+    file = save(other, tmp_path / "other.pth")
+    expected = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
+    counts = rf"{len(expected)} missing .* and {len(expected) - 3} more\), {len(other)} unexpected"
+    refused(model, file, FITS + counts)
     with pytest.raises(ValueError) as raised:
         load_weights(model, file)
-    counts = re.search(found, str(raised.value))
-    assert counts is not None and len(str(raised.value)) < 500
-    missing, more_missing, unexpected, more_unexpected = map(int, counts.groups())
-    assert missing == more_missing + 3 and unexpected == more_unexpected + 3
-    ours = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
-    assert missing == len(ours)
-    assert unexpected == len(build_backbone("mobilefacenet").state_dict())
-    refused(build_backbone("resnet18", 8), file, r"^weights must match resnet18 \(ResNet\), got ")
+    assert len(str(raised.value)) < 500
+    refused(build_backbone("mobilefacenet", 8), file, r"^weights must match mobilefacenet ")
 
 
 @pytest.mark.parametrize(
@@ -217,50 +205,42 @@ def test_numbers_that_are_not_finite_are_refused(
 ) -> None:
     weights = trained("iresnet_tiny").to(dtype).state_dict()
     weights[key].view(-1)[-1] = value
-    found = "nan" if value != value else "inf"
-    message = f"^weights must be finite, got {found} in {key} of "
-    refused(model, save(weights, tmp_path / "b.pth"), message)
+    printed = "nan" if value != value else "inf"
+    refused(model, save(weights, tmp_path / "b.pth"), f"finite, got {printed} in {key} of ")
 
 
-RULE = (
-    "^weights must be a file of tensors, a state_dict or a checkpoint of train.py, got .*, which "
-)
+RULE = "^weights must be a file of tensors, .* got .*, which "
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "fault"),
     [
         (nn.Linear(2, 2), "also holds torch.nn.modules.linear.Linear$"),
         ({"state_dict": {"backbone.a": torch.ones(1)}, "hparams": Path("x")}, "also holds pathlib"),
-        ([torch.ones(2)], "holds an object of type list$"),
-        (torch.ones(2), "holds an object of type Tensor$"),
-        ({}, "holds no tensors$"),
-        ({"state_dict": {}}, "holds no tensors$"),
-        ({"state_dict": 3}, "holds an object of type int$"),
-        ({"weights": {"a": torch.ones(1)}}, "holds an object of type dict under 'weights'$"),
-        ({"fc.weight": torch.ones(1), "epoch": 3}, "holds an object of type int under 'epoch'$"),
-        ({0: torch.ones(1)}, "holds an object of type Tensor under 0$"),
-        (
-            {"state_dict": {"net.weight": torch.ones(1)}},
-            r"is a checkpoint without keys that begin with 'backbone\.'$",
-        ),
+        ([torch.ones(2)], "type list$"),
+        (torch.ones(2), "type Tensor$"),
+        ({}, "no tensors$"),
+        ({"state_dict": 3}, "type int$"),
+        ({"weights": {"a": torch.ones(1)}}, "type dict under 'weights'$"),
+        ({0: torch.ones(1)}, "type Tensor under 0$"),
+        ({"state_dict": {"net.weight": torch.ones(1)}}, r"without keys .* 'backbone\.'$"),
     ],
 )
 def test_other_contents_are_refused(
-    content: object, found: str, model: nn.Module, tmp_path: Path
+    content: object, fault: str, model: nn.Module, tmp_path: Path
 ) -> None:
-    refused(model, save(content, tmp_path / "b.pth"), RULE + found)
+    refused(model, save(content, tmp_path / "b.pth"), f"{RULE}.*{fault}")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
 def test_a_truncated_file_is_refused(
     share: float, zipped: bool, model: nn.Module, tmp_path: Path
 ) -> None:
     file = tmp_path / "b.pth"
     torch.save(model.state_dict(), file, _use_new_zipfile_serialization=zipped)
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    refused(model, file, f"{RULE}is damaged or of another format$")
+    refused(model, file, f"{RULE}is damaged")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -270,7 +250,7 @@ def test_a_truncated_file_is_refused(
 def test_another_format_is_refused(content: bytes, model: nn.Module, tmp_path: Path) -> None:
     file = tmp_path / "b.pth"
     file.write_bytes(content)
-    refused(model, file, f"{RULE}is damaged or of another format$")
+    refused(model, file, f"{RULE}is damaged")
 
 
 def test_code_in_a_file_does_not_run(model: nn.Module, tmp_path: Path) -> None:
@@ -290,9 +270,9 @@ def test_a_file_that_may_not_be_read_is_refused(
 
     file = save(model.state_dict(), tmp_path / "b.pth")
     monkeypatch.setattr(torch, "load", forbidden)
-    refused(model, file, r"^weights must be a file that may be read, got .*b\.pth$")
+    refused(model, file, "^weights must be a file that may be read, got ")
 
 
 def test_a_missing_file_is_refused(model: nn.Module, tmp_path: Path) -> None:
-    refused(model, tmp_path / "none.pth", r"^weights must be a file, got .*none\.pth$")
+    refused(model, tmp_path / "none.pth", "^weights must be a file, got ")
     refused(model, tmp_path, "^weights must be a file, got ")

@@ -1,9 +1,9 @@
-"""Margins that use every hook, and random batches, for the tests of all classifiers."""
+"""Margins that use every hook, random batches and a small network, for all classifiers' tests."""
 
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastface_lightning.classifiers import Classifier
 from fastface_lightning.margins import (
@@ -17,6 +17,9 @@ from fastface_lightning.margins import (
     Margin,
     Softmax,
 )
+
+SIZE, PIXELS = 16, 12  # of the small network's embeddings and images
+Batch = dict[str, tuple[Tensor, Tensor]]
 
 
 class HardNegatives(Margin):
@@ -55,7 +58,7 @@ def batch(n: int, num_classes: int, size: int, seed: int = 0) -> tuple[Tensor, T
     return 5 * torch.randn(n, size, dtype=torch.float64), torch.randint(num_classes, (n,))
 
 
-def twins(kind: type[Classifier], reference: Classifier, **settings: object) -> Classifier:
+def counterpart(kind: type[Classifier], reference: Classifier, **settings: object) -> Classifier:
     """A classifier of another kind with the margin, scale, filter and centres of ``reference``."""
     other = kind(
         reference.num_classes,
@@ -78,3 +81,36 @@ def outcome(classifier: Classifier, x: Tensor, labels: Tensor) -> tuple[Tensor, 
     loss.backward()
     assert x.grad is not None and classifier.weight.grad is not None
     return loss.detach(), x.grad, classifier.weight.grad
+
+
+def network() -> nn.Sequential:
+    """Images (N, PIXELS) float64 to embeddings (N, SIZE), with a batch norm."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(PIXELS, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, SIZE)
+    ).double()
+
+
+def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
+    """The slow twin of ``update_momentum_encoder``, parameters alone."""
+    with torch.no_grad():
+        for p, q in zip(slow.parameters(), fast.parameters(), strict=True):
+            p.copy_(momentum * p + (1 - momentum) * q)
+
+
+def assert_same_training(loss: Tensor, expected: Tensor, probe: nn.Module) -> None:
+    """Both losses and their gradients agree; the gradients of ``loss`` stay."""
+    probe.zero_grad()
+    expected.backward()
+    wanted = [p.grad.clone() for p in probe.parameters() if p.grad is not None]
+    probe.zero_grad()
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
+    for p, grad in zip(probe.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-10)
+
+
+def descend(probe: nn.Module, lr: float = 0.01) -> None:
+    with torch.no_grad():
+        for p in probe.parameters():
+            p -= lr * p.grad

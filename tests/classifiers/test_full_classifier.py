@@ -61,7 +61,7 @@ def random_case(
 
 
 @margins
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(
     n=st.integers(1, 8),
     num_classes=st.integers(1, 12),
@@ -127,12 +127,7 @@ def test_float32_whatever_autocast_says(dtype: torch.dtype) -> None:
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
     assert classifier.weight.grad is not None and classifier.weight.grad.dtype == torch.float32
-
-
-def test_half_precision_weights_are_computed_in_float32() -> None:
-    torch.manual_seed(0)
-    classifier = FullClassifier(50, 16).bfloat16()
-    assert classifier(torch.randn(8, 16).bfloat16(), torch.arange(8)).dtype == torch.float32
+    assert classifier.bfloat16()(x, labels).dtype == torch.float32  # half-precision centres too
 
 
 @margins
@@ -176,7 +171,7 @@ def test_weight_shape_and_start() -> None:
     assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.03)
 
 
-def test_default_margin_is_cosface_and_never_shared() -> None:
+def test_defaults() -> None:
     first, second = FullClassifier(3), FullClassifier(3)
     assert isinstance(first.margin, CosFace) and first.margin is not second.margin
     assert (first.embedding_size, first.scale) == (512, 64.0)
@@ -189,35 +184,35 @@ def test_repr_names_sizes_scale_and_margin() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "value"),
     [
-        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ({"embedding_size": 0}, "embedding_size must be at least 1, got 0"),
-        ({"scale": 0}, "scale must be positive and finite, got 0"),
-        ({"scale": math.nan}, "scale must be positive and finite, got nan"),
-        ({"margin": 0.4}, "margin must be a Margin, got 0.4"),
-        ({"interclass_filter": 1.5}, "interclass_filter must lie in [-1, 1], got 1.5"),
+        ("num_classes", 0),
+        ("embedding_size", 0),
+        ("scale", 0),
+        ("scale", math.nan),
+        ("margin", 0.4),
+        ("interclass_filter", 1.5),
     ],
 )
-def test_refuses_bad_arguments(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        FullClassifier(**{"num_classes": 3, **arguments})
+def test_refuses_bad_arguments(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must .* got {value}"):
+        FullClassifier(**{"num_classes": 3, name: value})
 
 
 @pytest.mark.parametrize(
-    ("embeddings", "labels", "message"),
+    ("embeddings", "labels", "value"),
     [
-        (torch.ones(2, 4), torch.tensor([0, 5]), "labels of 5 classes must lie in [0, 5), got 5"),
-        (torch.ones(2, 4), torch.tensor([-1, 0]), "labels of 5 classes must lie in [0, 5), got -1"),
-        (torch.ones(2, 4), torch.tensor([0]), "labels must be (2,), one for each embedding, got"),
-        (torch.ones(2, 4), torch.zeros(2), "labels must be int64, got torch.float32"),
-        (torch.ones(2, 3), torch.tensor([0, 1]), "embeddings must be (N, 4), got (2, 3)"),
-        (torch.ones(4), torch.tensor([0]), "embeddings must be (N, 4), got (4,)"),
-        (torch.ones(0, 4), torch.tensor([]).long(), "embeddings must hold at least one row, got 0"),
+        (torch.ones(2, 4), torch.tensor([0, 5]), "5"),
+        (torch.ones(2, 4), torch.tensor([-1, 0]), "-1"),
+        (torch.ones(2, 4), torch.tensor([0]), "(1,)"),
+        (torch.ones(2, 4), torch.zeros(2), "torch.float32"),
+        (torch.ones(2, 3), torch.tensor([0, 1]), "(2, 3)"),
+        (torch.ones(4), torch.tensor([0]), "(4,)"),
+        (torch.ones(0, 4), torch.tensor([]).long(), "0"),
     ],
 )
-def test_refuses_bad_batches(embeddings: Tensor, labels: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_refuses_bad_batches(embeddings: Tensor, labels: Tensor, value: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"got {value}")):
         FullClassifier(5, 4)(embeddings, labels)
 
 

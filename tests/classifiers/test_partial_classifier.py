@@ -1,26 +1,24 @@
 """PartialClassifier: which classes a step has, that it is the full loss over them, and no more."""
 
 import copy
-import re
 
 import pytest
 import torch
-from cases import MARGINS, batch, outcome, twins
+from cases import MARGINS, batch, counterpart, outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
-from fastface_lightning.margins import ArcFace, CosFace, Margin
+from fastface_lightning.margins import ArcFace, CurricularFace, Margin
 from fastface_lightning.optim import SGD
 
 margins = pytest.mark.parametrize("margin", MARGINS, ids=repr)
 
 
-@margins
-def test_at_rate_one_it_is_the_full_classifier(margin: Margin) -> None:
+def test_at_rate_one_it_is_the_full_classifier() -> None:
     x, labels = batch(8, 30, 5)
-    full = FullClassifier(30, 5, copy.deepcopy(margin), interclass_filter=0.4).double()
-    other = twins(PartialClassifier, full, rate=1.0, chunk=7)
+    full = FullClassifier(30, 5, CurricularFace(), interclass_filter=0.4).double()
+    other = counterpart(PartialClassifier, full, rate=1.0, chunk=7)
     torch.testing.assert_close(
         outcome(other, x, labels), outcome(full, x, labels), rtol=1e-10, atol=1e-10
     )
@@ -35,7 +33,7 @@ def test_it_is_the_full_classifier_over_the_sampled_classes(
     partial = PartialClassifier(40, 5, copy.deepcopy(margin), rate=0.5, chunk=3).double()
     classes = partial.sample(labels)
     monkeypatch.setattr(partial, "sample", lambda _: classes)
-    part = twins(ChunkedClassifier, partial)
+    part = counterpart(ChunkedClassifier, partial)
     part.weight = torch.nn.Parameter(partial.weight.detach()[classes])
     part.num_classes = len(classes)
     rows = torch.searchsorted(classes, labels)
@@ -52,7 +50,7 @@ def test_it_is_the_full_classifier_over_the_sampled_classes(
     torch.testing.assert_close(grad_weight.to_dense(), expected)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     num_classes=st.integers(1, 60),
     n=st.integers(1, 40),
@@ -68,7 +66,7 @@ def test_sample(num_classes: int, n: int, rate: float, seed: int) -> None:
     assert len(classes) == max(int(rate * num_classes), min(n, num_classes))
 
 
-def test_negatives_are_drawn_evenly_and_by_torchs_generator() -> None:
+def test_the_sample_is_uniform_and_by_torchs_generator() -> None:
     partial = PartialClassifier(100, 2, rate=0.2)
     labels = torch.tensor([3, 7])
     torch.manual_seed(0)
@@ -133,15 +131,11 @@ def test_gradients_of_two_batches_add_up() -> None:
 def test_eval_counts_every_class() -> None:
     x, labels = batch(6, 50, 4)
     partial = PartialClassifier(50, 4, rate=0.1).double().eval()
-    full = twins(FullClassifier, partial).eval()
+    full = counterpart(FullClassifier, partial).eval()
     torch.testing.assert_close(outcome(partial, x, labels), outcome(full, x, labels))
 
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.01, float("nan")])
 def test_refuses_a_rate_outside_of_its_range(rate: float) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"rate must lie in (0, 1], got {rate}")):
+    with pytest.raises(ValueError, match=f"^rate must .* got {rate}"):
         PartialClassifier(5, rate=rate)
-
-
-def test_repr() -> None:
-    assert "rate=0.2" in repr(PartialClassifier(7, 8, CosFace(), rate=0.2))

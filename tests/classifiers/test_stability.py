@@ -31,16 +31,16 @@ KINDS: dict[str, Callable[[Margin], Classifier]] = {
 def batches(step: int) -> tuple[Tensor, Tensor, float | None]:
     """Images, labels, and the norm that the embeddings are forced to, if any."""
     images, labels = torch.rand(BATCH, 48) * 2 - 1, torch.randint(CLASSES, (BATCH,))
-    kind = step % 8
-    if kind == 1:
+    case = step % 8
+    if case == 1:
         images = torch.zeros_like(images)
-    if kind == 2:
+    if case == 2:
         images = images[:1].expand(BATCH, -1)
-    if kind == 3:
+    if case == 3:
         labels = labels[:1].expand(BATCH).contiguous()
-    if kind == 4:  # one image under as many names as there are
+    if case == 4:  # one image under as many names as there are
         images, labels = images[:1].expand(BATCH, -1), torch.arange(BATCH)
-    return images, labels, {5: 0.0, 6: 1e4, 7: 1e-20}.get(kind)
+    return images, labels, {5: 0.0, 6: 1e4, 7: 1e-20}.get(case)
 
 
 def train(classifier: Classifier, mode: str, steps: int = 200) -> None:

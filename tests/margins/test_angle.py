@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastface_lightning.margins.angle import angle
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.floats(-1, 1))
 def test_equals_arccos(cos: float) -> None:
     # math.acos is within one rounding; near the edge both inherit sqrt(eps) from 1 - cos.

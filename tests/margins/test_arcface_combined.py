@@ -3,7 +3,7 @@
 import math
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,6 +35,7 @@ def test_combined_holds_arcface_and_cosface() -> None:
     torch.testing.assert_close(apply(Combined(1, 0, 0.4), cos_y), apply(CosFace(0.4), cos_y))
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     cos=st.floats(-1, 1),
     m1=st.floats(1, 2),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,6 +29,7 @@ def twin(cos: float, cos_y: float, t: float, m: float) -> float:
     return cos * (t + cos) if cos > math.cos(math.acos(cos_y) + m) else cos
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.tuples(cosines, cosines, cosines, cosines), min_size=1, max_size=6),
     t=cosines,
@@ -58,15 +59,6 @@ def test_gradient_of_the_negatives() -> None:
     assert not by_target.any()
 
 
-@pytest.mark.parametrize("size", [1, 3, 7])
-def test_classes_may_come_in_chunks(size: int) -> None:
-    cos_y, cos = torch.rand(5), 2 * torch.rand(5, 10) - 1
-    margin = with_t(0.4)
-    whole = margin.negatives(cos, cos_y, cos_y)
-    chunks = [margin.negatives(chunk, cos_y, cos_y) for chunk in cos.split(size, dim=1)]
-    assert torch.equal(torch.cat(chunks, dim=1), whole)
-
-
 def test_negatives_are_compared_with_the_angle_and_not_with_the_fallback() -> None:
     """At cos_y = -0.95 the target falls back to -1.19; cos(theta + m) is -0.98."""
     margin = with_t(0.4)
@@ -81,13 +73,6 @@ def test_negatives_are_compared_with_the_angle_and_not_with_the_fallback() -> No
 def test_target_falls_with_the_angle_through_the_fallback() -> None:
     cos_y = torch.linspace(1, -1, 2001, dtype=torch.float64)
     assert (step(with_t(0), cos_y).diff() < 0).all()
-
-
-def test_margin_zero_leaves_the_target_and_reweights_negatives_above_it() -> None:
-    cos_y = torch.tensor([0.5], dtype=torch.float64)
-    margin = with_t(0.2, m=0.0)
-    got = margin.negatives(torch.tensor([[0.4, 0.6]]).double(), cos_y, step(margin, cos_y))
-    torch.testing.assert_close(got, torch.tensor([[0.4, 0.6 * 0.8]]).double())
 
 
 def test_t_follows_the_mean_target_cosine() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastface_lightning.margins import MagFace
@@ -13,6 +13,7 @@ def cos_prime(cos: float, norms: torch.Tensor, margin: MagFace | None = None) ->
     return (margin or MagFace())(cos_y, norms, torch.zeros(len(norms), dtype=torch.int64))
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.floats(0.1, 200).filter(lambda norm: norm not in (10, 110)))
 def test_penalty(norm: float) -> None:
     a = torch.tensor([norm], dtype=torch.float64, requires_grad=True)

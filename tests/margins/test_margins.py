@@ -7,14 +7,13 @@ training stands in their own files.
 
 import copy
 import math
-import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TypeVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -91,9 +90,6 @@ MARGINS: list[tuple[Margin, Twin]] = [
 ]
 margins = pytest.mark.parametrize(("margin", "twin"), MARGINS, ids=[repr(m) for m, _ in MARGINS])
 alone = pytest.mark.parametrize("margin", [margin for margin, _ in MARGINS], ids=repr)
-dtypes = pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-)
 
 
 def apply(margin: Margin, cos_y: Tensor, norm: Tensor | None = None) -> Tensor:
@@ -107,23 +103,13 @@ def double(margin: AnyMargin) -> AnyMargin:
 
 
 @margins
+@settings(max_examples=20, deadline=None)
 @given(samples=st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 200)), min_size=1, max_size=20))
 def test_formula(margin: Margin, twin: Twin, samples: list[tuple[float, float]]) -> None:
     cos_y, norm = torch.tensor(samples, dtype=torch.float64).T
     expected = torch.tensor([twin(*sample) for sample in samples], dtype=torch.float64)
     got = apply(double(margin), cos_y, norm)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
-
-
-@margins
-def test_float32_agrees_with_float64(margin: Margin, twin: Twin) -> None:
-    cos_y, norm = torch.linspace(-1, 1, 1001), torch.linspace(120, 0, 1001)
-    got = apply(margin, cos_y, norm)
-    assert got.dtype == torch.float32 and got.shape == cos_y.shape
-    expected = torch.tensor(
-        [twin(*pair) for pair in zip(cos_y.tolist(), norm.tolist(), strict=True)]
-    )
-    torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
 
 
 @margins
@@ -145,15 +131,6 @@ def test_gradient_is_exact_unless_straight_through(margin: Margin, twin: Twin) -
     torch.testing.assert_close(torch.stack(got), expected, atol=1e-8, rtol=1e-6)
 
 
-@alone
-def test_samples_do_not_meet_in_the_gradient(margin: Margin) -> None:
-    """The whole Jacobian, batch by batch: each target depends on its own cosine alone."""
-    cos_y = torch.linspace(-0.97, 0.98, 8, dtype=torch.float64, requires_grad=True)
-    norm = torch.linspace(2, 120, 8, dtype=torch.float64)
-    if not getattr(margin, "straight_through", False):
-        assert torch.autograd.gradcheck(lambda cos: apply(double(margin), cos, norm), cos_y)
-
-
 @margins
 def test_finite_at_the_edges(margin: Margin, twin: Twin) -> None:
     """Rounding may carry a float32 cosine past 1; value and gradient stay finite."""
@@ -166,29 +143,30 @@ def test_finite_at_the_edges(margin: Margin, twin: Twin) -> None:
 
 
 @margins
-@dtypes
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
 def test_every_dtype_is_kept_and_finite(
-    margin: Margin, twin: Twin, dtype: torch.dtype, autocast: torch.dtype | None
+    margin: Margin, twin: Twin, autocast: torch.dtype | None
 ) -> None:
     """Cosines of any dtype, edges and one step beyond them; norms of the same or of float32."""
-    one = torch.ones(1, dtype=dtype)
-    beyond = torch.nextafter(one, 2 * one)
-    cos_y = torch.cat([-beyond, torch.linspace(-1, 1, 21).to(dtype), beyond]).requires_grad_()
-    norm = torch.full((23,), 30.0, dtype=torch.float32 if autocast else dtype)
-    with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
-        got = apply(margin, cos_y, norm)
-        hard = margin.negatives(cos_y[:, None], cos_y, got)
-        penalty = margin.penalty(norm)
-        (got.sum() + hard.sum() + penalty.sum()).backward()
-    assert (got.dtype, hard.dtype, penalty.dtype) == (dtype, dtype, norm.dtype)
-    assert cos_y.grad is not None and cos_y.grad.isfinite().all()
-    expected = torch.tensor([twin(clip(cos, -1, 1), 30) for cos in cos_y.tolist()])
-    tolerance = max(16 * torch.finfo(dtype).eps, 1e-6)
-    torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=0)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype)
+        beyond = torch.nextafter(one, 2 * one)
+        cos_y = torch.cat([-beyond, torch.linspace(-1, 1, 21).to(dtype), beyond]).requires_grad_()
+        norm = torch.full((23,), 30.0, dtype=torch.float32 if autocast else dtype)
+        with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
+            got = apply(margin, cos_y, norm)
+            hard = margin.negatives(cos_y[:, None], cos_y, got)
+            penalty = margin.penalty(norm)
+            (got.sum() + hard.sum() + penalty.sum()).backward()
+        assert (got.dtype, hard.dtype, penalty.dtype) == (dtype, dtype, norm.dtype)
+        assert cos_y.grad is not None and cos_y.grad.isfinite().all()
+        expected = torch.tensor([twin(clip(cos, -1, 1), 30) for cos in cos_y.tolist()])
+        tolerance = max(16 * torch.finfo(dtype).eps, 1e-6)
+        torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=0)
 
 
 @alone
+@settings(max_examples=20, deadline=None)
 @given(cos=st.floats(-0.5, 1), norm=st.floats(0, 200))
 def test_a_margin_lowers_the_target(margin: Margin, cos: float, norm: float) -> None:
     """At the angles that training passes through, cos_y' is never above cos_y."""
@@ -309,55 +287,30 @@ def test_the_classifier_may_write_into_the_negatives(margin: Margin) -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_base_class_is_abstract() -> None:
-    with pytest.raises(TypeError, match="abstract"):
-        Margin()  # type: ignore[abstract]
-
-
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("kind", "arguments"),
     [
-        (lambda: CosFace(-0.1), "m must lie in [0, 2), got -0.1"),
-        (lambda: CosFace(2), "m must lie in [0, 2), got 2"),
-        (lambda: CosFace(math.nan), "m must lie in [0, 2), got nan"),
-        (lambda: ArcFace(4), "m must lie in [0, pi), got 4"),
-        (lambda: ArcFace(-0.5), "m must lie in [0, pi), got -0.5"),
-        (lambda: ArcFace(math.pi), "m must lie in [0, pi), got 3.14"),
-        (lambda: Combined(m1=0), "m1 must be positive and finite, got 0"),
-        (lambda: Combined(m1=math.inf), "m1 must be positive and finite, got inf"),
-        (lambda: Combined(m2=-1), "m2 must lie in [0, pi), got -1"),
-        (lambda: Combined(m3=2.5), "m3 must lie in [0, 2), got 2.5"),
-        (lambda: AdaFace(1), "m must lie in [0, 1), got 1"),
-        (lambda: AdaFace(math.nan), "m must lie in [0, 1), got nan"),
-        (lambda: AdaFace(h=-1), "h must be at least 0 and finite, got -1"),
-        (lambda: AdaFace(h=math.inf), "h must be at least 0 and finite, got inf"),
-        (lambda: AdaFace(alpha=0), "alpha must lie in (0, 1], got 0"),
-        (lambda: AdaFace(alpha=1.5), "alpha must lie in (0, 1], got 1.5"),
-        (lambda: MagFace(l_a=0), "l_a and u_a must satisfy 0 < l_a < u_a < inf, got 0 and 110.0"),
-        (lambda: MagFace(9, 9), "l_a and u_a must satisfy 0 < l_a < u_a < inf, got 9 and 9"),
-        (lambda: MagFace(l_m=0.9), "l_m and u_m must satisfy 0 <= l_m <= u_m < pi, got 0.9 and"),
-        (lambda: MagFace(u_m=4), "l_m and u_m must satisfy 0 <= l_m <= u_m < pi, got 0.45 and 4"),
-        (lambda: MagFace(lambda_g=-1), "lambda_g must be at least 0 and finite, got -1"),
-        (lambda: MagFace(lambda_g=math.nan), "lambda_g must be at least 0 and finite, got nan"),
-        (lambda: CurricularFace(-1), "m must lie in [0, pi), got -1"),
-        (lambda: CurricularFace(alpha=2), "alpha must lie in (0, 1], got 2"),
-        (lambda: ElasticFace(4), "m must lie in [0, pi), got 4"),
-        (lambda: ElasticFace(2, kind="cos"), "m must lie in [0, 2), got 2"),
-        (lambda: ElasticFace(std=-0.1), "std must be at least 0 and finite, got -0.1"),
-        (lambda: ElasticFace(kind="tan"), "kind must be 'arc' or 'cos', got 'tan'"),  # type: ignore[arg-type]
+        *((CosFace, {"m": m}) for m in (-0.1, 2, math.nan)),
+        *((ArcFace, {"m": m}) for m in (-0.5, 4, math.pi)),
+        *((Combined, {"m1": m1}) for m1 in (0, math.inf)),
+        *((Combined, bad) for bad in ({"m2": -1}, {"m3": 2.5})),
+        *((AdaFace, {"m": m}) for m in (1, math.nan)),
+        *((AdaFace, {"h": h}) for h in (-1, math.inf)),
+        *((AdaFace, {"alpha": alpha}) for alpha in (0, 1.5)),
+        *((MagFace, bad) for bad in ({"l_a": 0}, {"u_a": 10}, {"l_m": 0.9}, {"u_m": 4})),
+        *((MagFace, {"lambda_g": weight}) for weight in (-1, math.nan)),
+        *((CurricularFace, bad) for bad in ({"m": -1}, {"alpha": 2})),
+        *((ElasticFace, bad) for bad in ({"m": 4}, {"std": -0.1}, {"kind": "tan"})),
+        (ElasticFace, {"m": 2, "kind": "cos"}),
     ],
 )
-def test_refuses_arguments_out_of_range(build: Callable[[], Margin], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        build()
+def test_refuses_arguments_out_of_range(kind: type[Margin], arguments: dict[str, object]) -> None:
+    name, value = next(iter(arguments.items()))
+    with pytest.raises(ValueError, match=rf"\b{name}\b.* must .*{value}"):
+        kind(**arguments)
 
 
-def test_repr_names_the_margin() -> None:
+def test_repr_names_the_margin_and_its_arguments() -> None:
     assert repr(Softmax()) == "Softmax()"
-    assert repr(ArcFace(0.3)) == "ArcFace(m=0.3, straight_through=False)"
-    assert repr(CosFace()) == "CosFace(m=0.4)"
-    assert repr(Combined()) == "Combined(m1=1.0, m2=0.0, m3=0.4)"
-    assert repr(AdaFace()) == "AdaFace(m=0.4, h=0.333, alpha=0.01)"
     assert repr(MagFace()) == "MagFace(l_a=10.0, u_a=110.0, l_m=0.45, u_m=0.8, lambda_g=35.0)"
-    assert repr(CurricularFace()) == "CurricularFace(m=0.5, alpha=0.01)"
     assert repr(ElasticFace()) == "ElasticFace(m=0.5, std=0.05, kind='arc')"

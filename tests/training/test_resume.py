@@ -22,10 +22,10 @@ CASES = {
     "accumulated": "data.num_workers=2 trainer.accumulate_grad_batches=2",
     "a drawn sample of classes": "classifier=partial classifier.rate=0.5 margin=elasticface",
     "two ranks": "trainer=ddp trainer.accelerator=cpu trainer.devices=2 data.batch_size=4",
-    "a dynamic class pool": "classifier=dcp classifier.pool_size=7 data.batch_size=4 "
+    "a dynamic class pool": "classifier=dynamic_pool classifier.pool_size=7 data.batch_size=4 "
     "data.num_workers=2 trainer.accumulate_grad_batches=5",
-    "a dynamic class pool on two ranks": "classifier=dcp classifier.pool_size=7 data.batch_size=2 "
-    "trainer=ddp trainer.accelerator=cpu trainer.devices=2",
+    "a dynamic class pool on two ranks": "classifier=dynamic_pool classifier.pool_size=7 "
+    "data.batch_size=2 trainer=ddp trainer.accelerator=cpu trainer.devices=2",
     "attention on two ranks": "classifier=attfc classifier.queue_size=9 data.batch_size=4 "
     "margin=curricularface trainer=ddp trainer.accelerator=cpu trainer.devices=2 "
     "trainer.accumulate_grad_batches=4",

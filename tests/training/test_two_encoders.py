@@ -21,11 +21,12 @@ SMALL = [
     "data.batch_size=8",
     "trainer.enable_progress_bar=false",
 ]
+POOL = "classifier=dynamic_pool"
 CASES = {
-    "dcp": ["classifier=dcp", "classifier.pool_size=14", "margin=arcface"],
-    "dcp, bf16": ["classifier=dcp", "trainer.precision=bf16-mixed", "model.channels_last=true"],
-    "dcp, any timm model": ["classifier=dcp", "model=timm", "model.name=test_resnet"],
-    "dcp, other parts": ["classifier=dcp", "schedule=cosine", "optimizer=adamw", "margin=adaface"],
+    "dynamic_pool": [POOL, "classifier.pool_size=14", "margin=arcface"],
+    "dynamic_pool, bf16": [POOL, "trainer.precision=bf16-mixed", "model.channels_last=true"],
+    "dynamic_pool, any timm model": [POOL, "model=timm", "model.name=test_resnet"],
+    "dynamic_pool, other parts": [POOL, "schedule=cosine", "optimizer=adamw", "margin=adaface"],
     "attfc": ["classifier=attfc", "classifier.queue_size=10", "classifier.keys=1"],
     "attfc, accumulated": ["classifier=attfc", "classifier.queue_size=0.5"],
 }
@@ -54,7 +55,7 @@ def test_a_run(run: Run, case: str) -> None:
     assert len(losses) == batches // accumulate + (accumulate > 1) and all(
         0 < loss < 1000 for loss in losses
     )
-    if "dcp" in case:
+    if "dynamic_pool" in case:
         shares = [float(row["train/in_pool"]) for row in logged if row["train/in_pool"]]
         assert all(0.5 < share <= 1 for share in shares)
 
@@ -76,14 +77,14 @@ def test_a_run(run: Run, case: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["classifier=dcp", "classifier.pool_size=25"], "pool_size must be at most the 24 ident"),
-        (["classifier=dcp", "classifier.pool_size=7"], "pool_size must be at least the 12 identit"),
-        (["classifier=dcp", "classifier.pool_size=none"], "pool_size must be a number of slots"),
-        (["classifier=dcp", "classifier.lr=0.1"], "classifier_lr must be null where no centres"),
+        ([POOL, "classifier.pool_size=25"], "pool_size must be at most the 24 ident"),
+        ([POOL, "classifier.pool_size=7"], "pool_size must be at least the 12 identit"),
+        ([POOL, "classifier.pool_size=none"], "pool_size must be a number of slots"),
+        ([POOL, "classifier.lr=0.1"], "classifier_lr must be null where no centres"),
         (["classifier=attfc", "classifier.queue_size=0.2"], "queue_size must be at least the 8"),
         (["classifier=attfc", "classifier.keys=0"], "keys must be at least 1 image, got 0"),
-        (["classifier=dcp", "data.num_identities=1"], "needs at least 2 identities, got 1"),
-        (["classifier=dcp", "margin=arcface", "margin.m=4"], "m must lie in [0, pi), got 4"),
+        ([POOL, "data.num_identities=1"], "needs at least 2 identities, got 1"),
+        ([POOL, "margin=arcface", "margin.m=4"], "m must lie in [0, pi), got 4"),
     ],
 )
 def test_bad_input(run: Run, arguments: list[str], sentence: str) -> None:
@@ -95,6 +96,6 @@ def test_bad_input(run: Run, arguments: list[str], sentence: str) -> None:
 
 def test_a_run_goes_on_with_the_classifier_that_it_began_with(run: Run, tmp_path: Path) -> None:
     assert run(*SMALL, "trainer.max_steps=2").code == 0
-    other = ["classifier=dcp", f"resume={tmp_path}/run/checkpoints/last.ckpt"]
+    other = [POOL, f"resume={tmp_path}/run/checkpoints/last.ckpt"]
     ended = run(*SMALL, *other, folder="other")
     assert ended.code == 2 and "must be of the same network and data" in ended.err

@@ -1,29 +1,27 @@
-"""Dynamic Class Pool: the softmax over the identities seen of late, their features as centres."""
+"""Dynamic Class Pool: the softmax over the newest identities, features of theirs as centres."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..margins import Margin
-from .base import Negatives, unit
+from .base import Negatives, normalize_rows
 from .momentum import (
     Batch,
     MomentumClassifier,
-    differentiated,
-    of_all_ranks,
-    on_device,
-    on_host,
-    random_directions,
-    ranks,
-    slots_of,
+    all_gather,
+    eager_backward,
+    labels_on_host,
+    number_of_slots,
+    random_unit_vectors,
+    to_device,
+    world_size,
 )
-from .slots import Placement, Slots
+from .slots import Slots, WritePlan
 
-DEFAULT_SHARE, DEFAULT_LEAST = 0.1, 512
+DEFAULT_SHARE, DEFAULT_MINIMUM = 0.1, 512
 
 
 class DynamicClassPool(MomentumClassifier):
@@ -60,7 +58,7 @@ class DynamicClassPool(MomentumClassifier):
         momentum: of the gallery net, in [0, 1).
 
     Attributes:
-        queue: (2, Q, D) the two rows of unit features; random directions at first.
+        queue: (2, Q, D) the two rows of unit features; random at first.
         in_pool: share of the images of the last step, and rank, whose identity was in the pool.
 
     Raises:
@@ -72,6 +70,7 @@ class DynamicClassPool(MomentumClassifier):
     """
 
     batches = "dual"
+    loaders = ("instance", "identity")
 
     def __init__(
         self,
@@ -85,36 +84,34 @@ class DynamicClassPool(MomentumClassifier):
     ) -> None:
         super().__init__(num_classes, embedding_size, margin, scale, interclass_filter, momentum)
         if pool_size is None:
-            pool_size = min(num_classes, max(int(DEFAULT_SHARE * num_classes), DEFAULT_LEAST))
-        self.pool_size = slots_of("pool_size", pool_size, num_classes)
-        self.hardest = min(max(self.pool_size // 5000, 3), 10, self.pool_size)
-        self.register_buffer("queue", random_directions(2, self.pool_size, embedding_size))
+            pool_size = min(num_classes, max(int(DEFAULT_SHARE * num_classes), DEFAULT_MINIMUM))
+        self.pool_size = number_of_slots("pool_size", pool_size, num_classes)
+        self.num_hardest = min(max(self.pool_size // 5000, 3), 10, self.pool_size)
+        self.register_buffer("queue", random_unit_vectors(2, self.pool_size, embedding_size))
         self.slots = Slots(self.pool_size)
         self.in_pool = 0.0
 
     def training_loss(self, probe: nn.Module, batch: Batch) -> Tensor:
         self.check_batch(batch)
         (x, x_labels), (y, y_labels) = halves(batch)
-        written_y, written_x = (self._written(labels) for labels in (y_labels, x_labels))
+        written_y, written_x = (self._identities_written(labels) for labels in (y_labels, x_labels))
         # The gallery net first: nothing of the probe net's is held for its backward yet.
-        of_y, of_x = self.encode(probe, y), self.encode(probe, x)
+        features_y, features_x = self.encode(probe, y), self.encode(probe, x)
         self.in_pool = 0.0
-        first = self._half(probe(x), x_labels, of_y, written_y, keep=False)
-        second = self._half(probe(y), y_labels, of_x, written_x, keep=True)
+        first = self._half_loss(probe(x), x_labels, features_y, written_y, commit=False)
+        second = self._half_loss(probe(y), y_labels, features_x, written_x, commit=True)
         return first + second
 
-    def check_batch(self, batch: Any) -> None:
-        self._check_names(batch, "instance", "identity")
+    def check_batch_size(self, batch_size: int) -> None:
+        self._check_writes(batch_size + (batch_size + 1) // 2)
 
-    def check_room(self, batch_size: int) -> None:
-        self._check_written(batch_size + (batch_size + 1) // 2)
-
-    def _check_written(self, count: int) -> None:
-        most = min(count, self.num_classes)
-        if self.pool_size < most:
+    def _check_writes(self, count: int) -> None:
+        identities = min(count, self.num_classes)
+        if self.pool_size < identities:
             raise ValueError(
-                f"pool_size must be at least the {most} identities that a batch may write, got "
-                f"{self.pool_size}: a larger pool_size, null for a fitting one, or a smaller batch"
+                f"pool_size must be at least the {identities} identities that a batch may write, "
+                f"got {self.pool_size}: a larger pool_size, null for a fitting one, or a smaller "
+                f"batch"
             )
 
     def sample_batch(self, batch_size: int) -> Batch:
@@ -126,62 +123,64 @@ class DynamicClassPool(MomentumClassifier):
             "instance": (images[:batch_size], labels[batch_size:]),
         }
 
-    def _written(self, labels: Tensor) -> list[int]:
+    def _identities_written(self, labels: Tensor) -> list[int]:
         """The identities that all ranks write in a half, (N,) of them by this one."""
-        written = of_all_ranks(labels.to(self.queue.device)) if ranks() > 1 else labels
-        self._check_written(len(written))
-        return on_host(written, self.num_classes)
+        written = all_gather(labels.to(self.queue.device)) if world_size() > 1 else labels
+        self._check_writes(len(written))
+        return labels_on_host(written, self.num_classes)
 
-    def _half(
-        self, embeddings: Tensor, labels: Tensor, features: Tensor, written: list[int], keep: bool
+    def _half_loss(
+        self, embeddings: Tensor, labels: Tensor, features: Tensor, written: list[int], commit: bool
     ) -> Tensor:
         """Loss of embeddings (N, D) with the features (M, D) of M images written to the pool, as
-        those of the identities ``written`` of all ranks; they stay there if ``keep``."""
+        those of the identities ``written`` of all ranks; they stay there if ``commit``."""
         self._check(embeddings, labels)
-        features = of_all_ranks(unit(features)[0])
-        placement = self.slots.place(written)
-        slots = self.slots.find(on_host(labels, self.num_classes), placement)
-        before = self._write(placement, features[on_device(placement.writes, features.device)])
-        labels = on_device(labels, embeddings.device)
-        loss = differentiated(
-            lambda x: self._pool_loss(x, labels, slots, placement.again),
-            self._promoted(embeddings),
+        features = all_gather(normalize_rows(features)[0])
+        plan = self.slots.plan(written)
+        slots = self.slots.find(labels_on_host(labels, self.num_classes), plan)
+        before = self._write(plan, features[to_device(plan.writes, features.device)])
+        labels = to_device(labels, embeddings.device)
+        loss = eager_backward(
+            lambda x: self._pool_loss(x, labels, slots, plan.rewritten),
+            self._at_least_float32(embeddings),
         )
-        if keep:
-            self.slots.keep(placement)
+        if commit:
+            self.slots.commit(plan)
         else:
-            self._write(placement, before)
+            self._write(plan, before)
         return loss
 
-    def _write(self, placement: Placement, features: Tensor) -> Tensor:
-        """Write features (W, D) to the placement's W places; returns what was there."""
-        places = on_device([placement.rows, placement.slots], self.queue.device).unbind()
+    def _write(self, plan: WritePlan, features: Tensor) -> Tensor:
+        """Write features (W, D) to the plan's W places; returns what was there."""
+        places = to_device([plan.rows, plan.slots], self.queue.device).unbind()
         before = self.queue[places]
         self.queue[places] = features
         return before
 
-    def _pool_loss(self, x: Tensor, labels: Tensor, slots: list[int], again: list[int]) -> Tensor:
+    def _pool_loss(
+        self, x: Tensor, labels: Tensor, slots: list[int], rewritten: list[int]
+    ) -> Tensor:
         """The loss of a half's embeddings (N, D) against both rows, the features written."""
-        x, norm = unit(x)
+        x, norm = normalize_rows(x)
         cos = x @ self.queue[0].to(x.dtype).T
-        repeated = on_device(again, x.device)
-        second = cos.index_copy(1, repeated, x @ self.queue[1, repeated].to(x.dtype).T)
-        found = [i for i, slot in enumerate(slots) if slot >= 0]
-        absent = [i for i, slot in enumerate(slots) if slot < 0]
-        self.in_pool += len(found) / len(slots) / 2
+        index = to_device(rewritten, x.device)
+        second = cos.index_copy(1, index, x @ self.queue[1, index].to(x.dtype).T)
+        inside = [i for i, slot in enumerate(slots) if slot >= 0]
+        outside = [i for i, slot in enumerate(slots) if slot < 0]
+        self.in_pool += len(inside) / len(slots) / 2
         loss = x.new_zeros(())
-        if found:
-            rows, own = on_device([found, [slots[i] for i in found]], x.device).unbind()
+        if inside:
+            rows, own = to_device([inside, [slots[i] for i in inside]], x.device).unbind()
             both = torch.cat([cos[rows], second[rows]])
             loss += self._softmax_loss(
                 both, *(t.repeat(2) for t in (norm[rows], labels[rows], own))
             )
-        if absent:
-            rows = on_device(absent, x.device)
+        if outside:
+            rows = to_device(outside, x.device)
             both = torch.cat([cos[rows], second[rows]])
             if self.interclass_filter is not None:
                 both = both.masked_fill(both > self.interclass_filter, 0)
-            loss += both.topk(self.hardest).values.clamp(min=0).mean()
+            loss += both.topk(self.num_hardest).values.clamp(min=0).mean()
         return 2 * loss  # a mean over both rows so far, and it is their sum
 
     def _softmax_loss(self, cos: Tensor, norm: Tensor, labels: Tensor, own: Tensor) -> Tensor:
@@ -199,9 +198,6 @@ class DynamicClassPool(MomentumClassifier):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.slots.load(state)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pool_size={self.pool_size}, momentum={self.momentum}"
 
 
 def halves(batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
