@@ -102,7 +102,7 @@ def check(cfg: DictConfig) -> tuple[list[str], list[float]]:
     counts = ("epochs", "batch_size", "seeds", "jobs", *(f"drawn.{key}" for key in cfg.drawn))
     for key in counts:
         least = 2 if key == "drawn.unseen" else 1
-        check_count(key, OmegaConf.select(cfg, key), least, optional=False)
+        check_count(key, OmegaConf.select(cfg, key), least)
     only = list(cfg.ways) if cfg.only is None else cfg.only
     if isinstance(only, str) or not only or not set(only) <= set(cfg.ways):
         raise ValueError(f"only must be a list of some of {', '.join(cfg.ways)}, got {only}")

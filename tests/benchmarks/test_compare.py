@@ -22,7 +22,7 @@ from fastface_lightning.evaluation import all_pairs
 compare = load(ROOT / "benchmarks" / "compare.py")
 TINY = (
     *("epochs=1", "batch_size=8", "seeds=2", "jobs=1", "only=[baseline,fastface,linear]"),
-    *("drawn.identities=8", "drawn.images=3", "drawn.unseen=4"),
+    *("synthetic.identities=8", "synthetic.images=3", "synthetic.unseen=4"),
 )
 
 
@@ -112,7 +112,7 @@ def composed_compare(*overrides: str) -> Any:
         return compose("compare", list(overrides))
 
 
-@pytest.mark.parametrize("setting", ["epochs=3", "batch_size=8", "drawn.images=2", "root=LFW"])
+@pytest.mark.parametrize("setting", ["epochs=3", "batch_size=8", "synthetic.images=2", "root=LFW"])
 def test_runs_of_other_settings_are_not_mixed(tmp_path: Path, setting: str) -> None:
     file = tmp_path / "compare.json"
     compare.Kept(file, composed_compare())._keep(row("linear", 0, 0.5))
@@ -210,7 +210,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
         ("epochs=many", "epochs must be a whole number, got many"),
         ("seeds=1.5", "seeds must be a whole number, got 1.5"),
         ("jobs=0", "jobs must be at least 1, got 0"),
-        ("drawn.unseen=1", "drawn.unseen must be at least 2, got 1"),
+        ("synthetic.unseen=1", "synthetic.unseen must be at least 2, got 1"),
         ("only=[linear,mine]", "only must be a list of some of baseline, fastface, "),
         ("only=linear", "only must be a list of some of baseline, fastface, "),
         ("rates=0.1", "rates must be a list of learning rates above 0, got 0.1"),

@@ -838,7 +838,7 @@ def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_progress_bar_shows_rate_and_progress_to_the_next_division(tmp_path: Path) -> None:
-    callback = FastFaceCallback(FastFace(literal=True, ema_window=1, threshold=1.0, patience=9))
+    callback = FastFaceCallback(FastFace(variant="paper", ema_window=1, threshold=1.0, patience=9))
     trainer = fit(tmp_path, callback, max_steps=6, log_every_n_steps=1)
     assert callback.state.plateau_steps == 5  # the first loss has no drop
     assert trainer.progress_bar_metrics == {"fastface/lr": LR, "fastface/plateau": 0.5}
@@ -851,8 +851,8 @@ def test_each_change_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptu
     assert [made.step for made in callback.changes] == [34, 43]
     assert caplog.messages.count(FASTFACE.bind(60).describe()) == 1
     assert [line for line in caplog.messages if line.startswith("step ")] == [
-        "step 34: loss flat for 9 steps, lr 0.125 -> 0.0625",
-        "step 43: loss flat for 9 steps, lr 0.0625 -> 0.03125",
+        "step 34: lr 0.125 -> 0.0625 (x 0.5)",
+        "step 43: lr 0.0625 -> 0.03125 (x 0.5)",
     ]
 
 
