@@ -82,7 +82,7 @@ def main(cfg: DictConfig) -> None:
     kept = Kept(folder / "compare.json", cfg)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "faces.pt"
-        faces = drawn_faces(**cfg.drawn) if cfg.root is None else lfw(Path(cfg.root))
+        faces = synthetic_faces(**cfg.synthetic) if cfg.root is None else lfw(Path(cfg.root))
         torch.save([(part.images, torch.from_numpy(part.labels)) for part in faces], file)
         job = functools.partial(train, epochs=cfg.epochs, batch_size=cfg.batch_size, file=file)
         if len(grid) > 1:
@@ -90,7 +90,7 @@ def main(cfg: DictConfig) -> None:
         rates = {way: kept.best_rate(way, grid) for way in ways}
         runs = [Run(way, rates[way], seed) for seed, way in product(range(cfg.seeds), ways)]
         kept.add(runs, job, cfg.jobs)
-    report(kept.counted(runs), list(cfg.rivals), folder)
+    report(kept.counted(runs), list(cfg.rivals or []), folder)
 
 
 def check(cfg: DictConfig) -> tuple[list[str], list[float]]:
@@ -99,25 +99,21 @@ def check(cfg: DictConfig) -> tuple[list[str], list[float]]:
     Raises:
         ValueError: a setting is not what the program needs.
     """
-    counts = ("epochs", "batch_size", "seeds", "jobs", *(f"drawn.{key}" for key in cfg.drawn))
-    for key in counts:
-        least = 2 if key == "drawn.unseen" else 1
-        check_count(key, OmegaConf.select(cfg, key), least, optional=False)
-    only = list(cfg.ways) if cfg.only is None else cfg.only
-    if isinstance(only, str) or not only or not set(only) <= set(cfg.ways):
-        raise ValueError(f"only must be a list of some of {', '.join(cfg.ways)}, got {only}")
+    synthetic = (f"synthetic.{key}" for key in cfg.synthetic)
+    for key in ("epochs", "batch_size", "seeds", "jobs", *synthetic):
+        check_count(key, OmegaConf.select(cfg, key), 2 if key == "synthetic.unseen" else 1)
+    for key, least in (("only", 1), ("rivals", 0)):
+        ways = list(cfg.ways) if cfg[key] is None else cfg[key]
+        if isinstance(ways, str) or len(ways) < least or not set(ways) <= set(cfg.ways):
+            raise ValueError(f"{key} must be a list of some of {', '.join(cfg.ways)}, got {ways}")
     rates = cfg.rates if isinstance(cfg.rates, ListConfig) else []
     if not rates or not all(type(lr) in (int, float) and 0 < lr < math.inf for lr in rates):
         raise ValueError(f"rates must be a list of learning rates above 0, got {cfg.rates}")
-    if not isinstance(cfg.rivals, ListConfig) or not set(cfg.rivals) <= set(cfg.ways):
-        raise ValueError(
-            f"rivals must be a list of some of {', '.join(cfg.ways)}, got {cfg.rivals}"
-        )
-    return list(dict.fromkeys(only)), list(dict.fromkeys(rates))
+    return list(dict.fromkeys(cfg.only or cfg.ways)), list(dict.fromkeys(rates))
 
 
-def drawn_faces(identities: int, images: int, unseen: int) -> Faces:
-    """Drawn faces; the last people are to be recognised, on six images each."""
+def synthetic_faces(identities: int, images: int, unseen: int) -> Faces:
+    """Synthetic faces; the last people are to be recognised, on six images each."""
     seen = SyntheticFaces(identities, images, size=PIXELS)
     others = SyntheticFaces(unseen, 6, first_identity=identities, size=PIXELS)
     return Faces(downsampled(seen, PIXELS), downsampled(others, PIXELS))
@@ -149,7 +145,7 @@ class Kept:
     def __init__(self, file: Path, cfg: DictConfig) -> None:
         self.file = file
         self.settings: dict[str, Any] = {
-            "faces": "lfw" if cfg.root is not None else OmegaConf.to_container(cfg.drawn),
+            "faces": "lfw" if cfg.root is not None else OmegaConf.to_container(cfg.synthetic),
             "epochs": cfg.epochs,
             "batch_size": cfg.batch_size,
         }
@@ -239,8 +235,7 @@ def train(run: Run, schedule: dict[str, Any], epochs: int, batch_size: int, file
     curves = Curves(faces.unseen, len(loader) * epochs)
     max_epochs = epochs * (TIMES if run.way == BASELINE else 1)
     # A rate that is far too high ends with a network that recognises nobody, not with an error.
-    patient = {} if of_torch else {"max_nonfinite": len(loader) * max_epochs}
-    watching = [] if of_torch else [FastFaceCallback(instantiate(schedule, **patient))]
+    watching = [] if of_torch else [FastFaceCallback(instantiate(schedule, max_nonfinite=math.inf))]
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=max_epochs,
@@ -341,10 +336,10 @@ class Mean(NamedTuple):
         return f"{100 * self.value:.1f}{reach}"
 
 
-def report(found: dict[str, list[Row]], rivals: list[str], folder: Path) -> None:
+def report(rows_of: dict[str, list[Row]], rivals: list[str], folder: Path) -> None:
     """Print what the runs show, keep it as ``summary.json``, draw ``compare.png``."""
     lines = sorted(
-        (line_of(way, found, rivals) for way in found), key=lambda line: -line["tar"].value
+        (line_of(way, rows_of, rivals) for way in rows_of), key=lambda line: -line["tar"].value
     )
     table = Table(title="People not trained on, all pairs, mean over seeds and 95 % interval (%)")
     for column in lines[0]:
@@ -353,18 +348,18 @@ def report(found: dict[str, list[Row]], rivals: list[str], folder: Path) -> None
         table.add_row(*(v.percent() if isinstance(v, Mean) else str(v) for v in line.values()))
     Console(width=150).print(table)
     write_text(folder / "summary.json", json.dumps(lines, indent=1) + "\n")
-    draw(found, folder / "compare.png")
+    draw(rows_of, folder / "compare.png")
 
 
-def line_of(way: str, found: dict[str, list[Row]], rivals: list[str]) -> Row:
+def line_of(way: str, rows_of: dict[str, list[Row]], rivals: list[str]) -> Row:
     """What the runs of a way show, also above those of some others."""
-    rows = found[way]
+    rows = rows_of[way]
     line: Row = {"way": way, "lr": rows[0]["lr"], "seeds": len(rows)}
     line |= {key: Mean.of([row[key] for row in rows]) for key in (*FARS, "auc")}
     for rival in rivals:
-        line[f"tar - {rival}"] = difference(rows, found.get(rival, []))
+        line[f"tar - {rival}"] = difference(rows, rows_of.get(rival, []))
     line["loss"] = round(mean(row["loss"] for row in rows), 3)
-    line["images"] = share_to_reach(rows, found.get(BASELINE, []))
+    line["images"] = share_to_reach(rows, rows_of.get(BASELINE, []))
     first = [f"{row['changes'][0][0] / row['steps']:.2f}" for row in rows if row["changes"]]
     line["changes"] = " ".join(str(len(row["changes"])) for row in rows) if first else ""
     line["first at"] = " ".join(first)
@@ -399,15 +394,15 @@ def mean_curve(rows: list[Row], key: str) -> list[tuple[int, float]]:
     ]
 
 
-def draw(found: dict[str, list[Row]], path: Path) -> None:
+def draw(rows_of: dict[str, list[Row]], path: Path) -> None:
     """Accuracy and loss over the images seen, and where every run ended."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     accuracy, loss, ends = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-    order = sorted(found, key=lambda way: mean(row["tar"] for row in found[way]))
+    order = sorted(rows_of, key=lambda way: mean(row["tar"] for row in rows_of[way]))
     for place, way in enumerate(order):
-        rows, color = found[way], f"C{list(found).index(way) % 10}"
+        rows, color = rows_of[way], f"C{list(rows_of).index(way) % 10}"
         for axis, key, scale in ((accuracy, "tar_curve", 100), (loss, "loss_curve", 1)):
             images, values = zip(*mean_curve(rows, key), strict=True)
             axis.plot(
@@ -419,7 +414,7 @@ def draw(found: dict[str, list[Row]], path: Path) -> None:
     accuracy.set(xlabel="images seen, millions", ylabel="TAR at FAR 1e-2, %")
     loss.set(xlabel="images seen, millions", ylabel="training loss")
     accuracy.legend(frameon=False)
-    reached = [100 * row["tar"] for rows in found.values() for row in rows]
+    reached = [100 * row["tar"] for rows in rows_of.values() for row in rows]
     ends.set(yticks=range(len(order)), yticklabels=order, xlabel="TAR at the end, %")
     ends.set_xlim(min(reached) - 5, max(reached) + 5)  # an interval of two seeds may be far wider
     for axis in (accuracy, loss, ends):

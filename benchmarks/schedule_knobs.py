@@ -35,47 +35,34 @@ def vary(base: PlateauSchedule, knobs: str, values: dict[str, Any]) -> Panel:
 
 
 FASTFACE, AUTHORS = FastFace(), MHLR(haar_window=4000)
+VARIANTS: Panel = {name: FastFace(variant=name) for name in ("scaled", "paper", "released")}
+EMA_WINDOWS = {"250": 250, "1000": 1000, "default 2015": None, "8000": 8000}
+HAAR_WINDOWS = {"2000": 2000, "default 3034": None, "the log's 4000": 4000, "8000": 8000}
 FASTFACE_KNOBS: dict[str, Panel] = {
-    "ema_window = haar_window": vary(
-        FASTFACE,
-        "ema_window haar_window",
-        {"250": 250, "1000": 1000, "default 2015": None, "8000": 8000},
-    ),
-    "ema_window alone": vary(
-        FASTFACE, "ema_window", {"250": 250, "1000": 1000, "default 2015": None, "8000": 8000}
-    ),
+    "ema_window = haar_window": vary(FASTFACE, "ema_window haar_window", EMA_WINDOWS),
+    "ema_window alone": vary(FASTFACE, "ema_window", EMA_WINDOWS),
     "threshold, loss a step": vary(
         FASTFACE, "threshold", {"2.5e-5": 2.5e-5, "5e-5": 5e-5, "default": None, "2e-4": 2e-4}
     ),
     "patience, share of the run": vary(
-        FASTFACE, "patience", {"0.01": 0.01, "0.025": 0.025, "default 0.05": 0.05, "0.1": 0.1}
+        FASTFACE, "patience", {"0.01": 0.01, "0.025": 0.025, "default 0.05": None, "0.1": 0.1}
     ),
-    "factor": vary(FASTFACE, "factor", {"0.1": 0.1, "0.3": 0.3, "default 0.5": 0.5, "0.7": 0.7}),
-    "max_decays": vary(FASTFACE, "max_decays", {"2": 2, "4": 4, "default 8": 8}),
+    "factor": vary(FASTFACE, "factor", {"0.1": 0.1, "0.3": 0.3, "default 0.5": None, "0.7": 0.7}),
+    "max_decays": vary(FASTFACE, "max_decays", {"2": 2, "4": 4, "default 8": None}),
     "restart_after": vary(FASTFACE, "restart_after", {"3": 3, "4": 4, "default: never": None}),
-    "variant": {
-        "default": FASTFACE,
-        "literal": FastFace(literal=True),
-        "released": FastFace(released=True),
-    },
+    "variant": VARIANTS,
 }
 MHLR_KNOBS: dict[str, Panel] = {
-    "haar_window, patience two windows": vary(
-        AUTHORS,
-        "haar_window",
-        {"2000": 2000, "default 3034": None, "the log's 4000": 4000, "8000": 8000},
-    ),
+    "haar_window, patience two windows": vary(AUTHORS, "haar_window", HAAR_WINDOWS),
     "threshold, loss": vary(
-        AUTHORS,
-        "threshold",
-        {"0.015": 0.015, "0.03": 0.03, "default 0.06": 0.06, "0.24": 0.24},
+        AUTHORS, "threshold", {"0.015": 0.015, "0.03": 0.03, "default 0.06": None, "0.24": 0.24}
     ),
     "patience, steps": vary(
         AUTHORS, "patience", {"4000": 4000, "default 8000": None, "16000": 16_000}
     ),
-    "restart_after": vary(AUTHORS, "restart_after", {"never": None, "3": 3, "default 4": 4}),
+    "restart_after": vary(AUTHORS, "restart_after", {"never": math.inf, "3": 3, "default 4": None}),
     "restart_factor": vary(
-        AUTHORS, "restart_factor", {"1": 1.0, "2": 2.0, "default 4": 4.0, "8": 8.0}
+        AUTHORS, "restart_factor", {"1": 1.0, "2": 2.0, "default 4": None, "8": 8.0}
     ),
     "max_decays": vary(AUTHORS, "max_decays", {"4": 4, "default: no limit": None}),
 }
@@ -108,7 +95,7 @@ def trace(schedule: PlateauSchedule, losses: Sequence[float]) -> list[PlateauSta
 
 
 def held(losses: list[float]) -> list[float]:
-    """The loss as if nothing had divided its learning rate at 54,271: it stays where it was.
+    """The loss as if its learning rate had not decayed at 54,271: it stays where it was.
 
     It goes on at its level before step 54,000, with the noise of the log's flat end.
     """
@@ -137,14 +124,14 @@ def knob_rows(name: str, knobs: dict[str, Panel], losses: list[float], lr: float
 
 
 def window_rows(losses: list[float]) -> list[dict[str, Any]]:
-    """Noise of the response on the flat end, predicted and found, and when the run is divided."""
+    """Noise of the response on the flat end, predicted and found, and the first decay."""
     noise, flat = sigma(losses[FLAT]), held(losses)
     rows = []
     for window in WINDOWS:
         schedule = FastFace(ema_window=window, haar_window=window)
-        seen = trace(schedule, losses)
-        response = [state.response for state in seen[FLAT]]
-        threshold = schedule.bind(len(losses)).threshold_at(seen[-1])
+        after = trace(schedule, losses)
+        response = [state.response for state in after[FLAT]]
+        threshold = schedule.bind(len(losses)).threshold_at(after[-1])
         rows.append(
             {
                 "window": window,
@@ -207,7 +194,7 @@ def scale_rows(losses: list[float]) -> list[dict[str, Any]]:
     """The same loss in other units."""
     schedules = {
         "FastFace()": FASTFACE,
-        "FastFace(literal=True)": FastFace(literal=True),
+        "FastFace(variant='paper')": VARIANTS["paper"],
         "MHLR(haar_window=4000)": AUTHORS,
         "MHLR(haar_window=4000, threshold=0.0013, threshold_mode='peak')": replace(
             AUTHORS, threshold=0.0013, threshold_mode="peak"
@@ -227,10 +214,8 @@ def rise_rows(losses: list[float]) -> list[dict[str, Any]]:
     return [
         {
             "rise, steps": rise,
-            "default": first(FASTFACE, risen),
-            "default, arm_after=0": first(replace(FASTFACE, arm_after=0), risen),
-            "literal": first(FastFace(literal=True), risen),
-            "released": first(FastFace(released=True), risen),
+            **{name: first(schedule, risen) for name, schedule in VARIANTS.items()},
+            "scaled, arm_after=0": first(replace(FASTFACE, arm_after=0), risen),
             "MHLR, m = 4000": first(AUTHORS, risen),
         }
         for rise in (5000, 10_000, 15_000, 20_000, 40_000, 60_000)
@@ -247,7 +232,7 @@ def first_loss_rows(losses: list[float]) -> list[dict[str, Any]]:
     for run, below in itertools.product((losses, losses[::10]), (0.0, 0.5, 1.0, 3.0, 5.0)):
         lowered = [run[0] - below, *run[1:]]
         row: dict[str, Any] = {"run, steps": len(run), "first loss lower by": below}
-        for name, schedule in FASTFACE_KNOBS["variant"].items():
+        for name, schedule in VARIANTS.items():
             early = trace(schedule, lowered)[: len(run) // 7]
             row[f"{name}: flat steps"] = max(state.plateau_steps for state in early)
             row[f"{name}: first change"] = first(schedule, lowered)
@@ -271,9 +256,9 @@ def nan_facts(losses: list[float]) -> dict[str, Any]:
 
 
 def close_call(losses: list[float]) -> dict[str, Any]:
-    """The plateau that the recorded run ended by its own first division: how long it counts."""
-    seen = trace(replace(FASTFACE, patience=len(losses) // 2), losses)[:60_000]
-    longest = max(seen, key=lambda state: state.plateau_steps)
+    """The plateau that the recorded run ended by its own first decay: how long it counts."""
+    states = trace(replace(FASTFACE, patience=len(losses) // 2), losses)[:60_000]
+    longest = max(states, key=lambda state: state.plateau_steps)
     return {"flat steps": longest.plateau_steps, "last of them": longest.step - 1}
 
 
@@ -343,21 +328,20 @@ def draw_limits(path: Path, losses: list[float], lr: float) -> None:
     short.set(ylabel="response, 1e-4 loss a step")
     short.set_ylim(-5, 9)
 
-    literal = FastFace(literal=True)
+    paper = VARIANTS["paper"]
     behind(unit, losses)
-    draw_rate(unit, FASTFACE, losses, "default, both", lr, 0)
-    draw_rate(unit, literal, losses, "literal, loss", lr, 1)
-    draw_rate(unit, literal, [loss / 10 for loss in losses], "literal, loss / 10", lr, -1)
+    draw_rate(unit, FASTFACE, losses, "scaled, both", lr, 0)
+    draw_rate(unit, paper, losses, "paper, loss", lr, 1)
+    draw_rate(unit, paper, [loss / 10 for loss in losses], "paper, loss / 10", lr, -1)
 
     risen = rising(held(losses), 15_000)
     behind(rise, risen)
-    draw_rate(rise, FASTFACE, risen, "default", lr, 0)
-    draw_rate(rise, literal, risen, "literal", lr, 1)
+    draw_rate(rise, FASTFACE, risen, "scaled", lr, 0)
+    draw_rate(rise, paper, risen, "paper", lr, 1)
 
     lowered = [losses[0] - 5, *losses[1:]]
-    for name, color in (("default", "black"), ("literal", ORANGES[0]), ("released", BLUES[0])):
-        seen = trace(FASTFACE_KNOBS["variant"][name], lowered)
-        draw_response(start, seen, slice(1, 20_000), 1, name, color)
+    for name, color in (("scaled", "black"), ("paper", ORANGES[0]), ("released", BLUES[0])):
+        draw_response(start, trace(VARIANTS[name], lowered), slice(1, 20_000), 1, name, color)
     start.axhline(5e-5, color="tab:red", linestyle="--", label="threshold")
     start.set_yscale("symlog", linthresh=1e-4)
     start.set(ylabel="response, loss a step")
@@ -377,26 +361,18 @@ def draw_limits(path: Path, losses: list[float], lr: float) -> None:
 
 
 def draw_response(
-    axis: Axes, seen: list[PlateauState], span: slice, unit: float, label: str, color: str
+    axis: Axes, after: list[PlateauState], span: slice, unit: float, label: str, color: str
 ) -> None:
-    steps, values = thin(range(len(seen))[span], [state.response for state in seen[span]])
+    steps, values = thin(range(len(after))[span], [state.response for state in after[span]])
     axis.plot(steps / 1000, values * unit, color=color, linewidth=1.2, label=label)
 
 
 def head(axis: Axes, title: str) -> None:
     """The title, and the legend in one line below it, where no curve is."""
     axis.set_title(title, fontsize=10, loc="left", pad=19)
-    axis.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=4,
-        fontsize=8.5,
-        frameon=False,
-        borderaxespad=0,
-        handlelength=1.2,
-        handletextpad=0.4,
-        columnspacing=1,
-    )
+    tight: Any = {"borderaxespad": 0, "handlelength": 1.2, "handletextpad": 0.4, "columnspacing": 1}
+    place: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4}
+    axis.legend(fontsize=8.5, frameon=False, **place, **tight)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -413,7 +389,7 @@ def main() -> None:
     losses, lrs = read_losses(log)
     rows = knob_rows("fastface", FASTFACE_KNOBS, losses, lrs[0])
     rows += knob_rows("mhlr", MHLR_KNOBS, losses, lrs[0])
-    found = {
+    tables = {
         "windows": window_rows(losses),
         "mhlr_windows": mhlr_rows(losses),
         "runs": run_rows(),
@@ -425,9 +401,9 @@ def main() -> None:
     facts = {"steps": len(losses), "sigma": sigma(losses[FLAT]), "nan": nan_facts(losses)}
     facts["first plateau, default windows"] = close_call(losses)
     show("Changes of the learning rate on the recorded loss", brief, **facts)
-    for name, table in found.items():
+    for name, table in tables.items():
         show(name, table)
-    write("schedule_knobs", log=log.name, **facts, knobs=rows, **found)
+    write("schedule_knobs", log=log.name, **facts, knobs=rows, **tables)
     draw_knobs(DOCS / "fastface_knobs.png", FASTFACE_KNOBS, FASTFACE, losses, lrs)
     draw_knobs(DOCS / "mhlr_knobs.png", MHLR_KNOBS, AUTHORS, losses, lrs)
     draw_limits(DOCS / "schedule_limits.png", losses, lrs[0])

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
-from fastface_lightning.cli import program
-from fastface_lightning.report.figures import plot_schedule
-from fastface_lightning.schedule import (
-    Change,
-    PlateauSchedule,
-    read_losses,
-    replay,
-    states,
-)
-from fastface_lightning.schedule.plateau import check_count, check_number
+from fastface_lightning.cli import check_numbers, program
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fastface_lightning.schedule import Change, Schedule
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -29,14 +25,22 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 @program(config_path=CONF, config_name="replay")
 def main(cfg: DictConfig) -> None:
     """Print the changes, write replay.json and replay.png."""
+    from rich.console import Console
+
+    from fastface_lightning.files import write_text
+    from fastface_lightning.schedule import read_losses, replay
+    from fastface_lightning.schedule.base import Progress
+    from fastface_lightning.schedule.plateau import check_count
+
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if cfg.schedule.get("_partial_"):
+    if cfg.total_steps is not None:
+        check_count("total_steps", cfg.total_steps, least=1)
+    check_numbers(cfg, "lr")
+    schedule = instantiate(cfg.schedule)
+    if not hasattr(schedule, "update"):
         raise ValueError(
             f"schedule must be fastface, fastface_released or mhlr, got {cfg.schedule._target_}"
         )
-    check_count("total_steps", cfg.total_steps, least=1)
-    check_number("lr", cfg.lr)
-    given: PlateauSchedule = instantiate(cfg.schedule)
     losses, logged = read_losses(cfg.log, None if cfg.column is None else str(cfg.column))
     total_steps = len(losses) if cfg.total_steps is None else cfg.total_steps
     if total_steps < len(losses):
@@ -44,26 +48,27 @@ def main(cfg: DictConfig) -> None:
             f"total_steps must be at least the {len(losses)} steps of the log, got {total_steps}"
         )
     lr = cfg.lr if cfg.lr is not None else (logged[0] if logged else 1.0)
-    schedule = given.bind(total_steps)
-    changes = replay(losses, schedule, total_steps, lr)
+    changes, in_log = replay(losses, schedule, total_steps, lr), changes_in(logged)
 
-    in_log = changes_in(logged)
-    Console().print(schedule.describe())
-    Console().print(table_of(changes, in_log))
-    found = {
+    console = Console()
+    console.print(Progress.start(schedule, total_steps).describe())
+    console.print(table_of(changes, in_log))
+    result = {
         "log": str(cfg.log),
-        "schedule": repr(given),
+        "schedule": repr(schedule),
         "total_steps": total_steps,
         "changes": [change._asdict() for change in changes],
         "changes_in_log": [change._asdict() for change in in_log],
     }
-    (folder / "replay.json").write_text(json.dumps(found, indent=2) + "\n")
-    draw(folder / "replay.png", losses, logged, schedule, changes, lr)
-    Console().print(f"replay.json and replay.png are in {folder}")
+    write_text(folder / "replay.json", json.dumps(result, indent=2) + "\n")
+    draw(folder / "replay.png", losses, logged, schedule, total_steps, changes, lr)
+    console.print(f"replay.json and replay.png are in {folder}")
 
 
 def changes_in(lrs: list[float]) -> list[Change]:
     """Changes of a logged learning rate, at the last step before each new value."""
+    from fastface_lightning.schedule import Change
+
     return [
         Change(step, after / before, after)
         for step, (before, after) in enumerate(itertools.pairwise(lrs))
@@ -73,6 +78,8 @@ def changes_in(lrs: list[float]) -> list[Change]:
 
 def table_of(changes: list[Change], in_log: list[Change]) -> Table:
     """The changes as a table, beside those of the log where it has any."""
+    from rich.table import Table
+
     table = Table(title=f"{len(changes)} changes of the learning rate", title_justify="left")
     for name in ("step", "factor", "learning rate"):
         table.add_column(name, justify="right")
@@ -91,24 +98,29 @@ def draw(
     path: Path,
     losses: list[float],
     logged: list[float],
-    schedule: PlateauSchedule,
+    schedule: Schedule,
+    total_steps: int,
     changes: list[Change],
     lr: float,
 ) -> None:
     """Draw loss, response and learning rate, at 10,000 points or so."""
+    from fastface_lightning.report.figures import plot_schedule
+    from fastface_lightning.schedule.base import Progress
+
     every = max(1, len(losses) // 10_000)
-    trace = [
-        (state, schedule.threshold_at(state))
-        for step, state in enumerate(states(losses, schedule))
-        if step % every == 0
-    ]
+    progress, scales, metrics = Progress.start(schedule, total_steps), [], []
+    for step, loss in enumerate(losses):
+        progress = progress.update(loss)
+        if step % every == 0:
+            scales.append(progress.state.scale)
+            metrics.append(progress.metrics())
     plot_schedule(
         path,
         steps=range(0, len(losses), every),
         loss=losses[::every],
-        response=[state.response for state, _ in trace],
-        threshold=[threshold for _, threshold in trace],
-        lr=[lr * state.scale for state, _ in trace],
+        response=[values.get("response", math.nan) for values in metrics],
+        threshold=[values.get("threshold", math.nan) for values in metrics],
+        lr=[lr * scale for scale in scales],
         logged_lr=logged[::every] or None,
         changes=[change.step for change in changes],
         title=f"{type(schedule).__name__} on {len(losses):,} steps: {len(changes)} changes",

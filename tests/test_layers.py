@@ -43,7 +43,7 @@ def test_no_part_imports_another(part: str) -> None:
 
 def test_relative_imports_are_resolved() -> None:
     # The check above is worth nothing if it cannot read `from ..x import y`.
-    assert "fastface_lightning.schedule.plateau.PlateauState" in set(
+    assert "fastface_lightning.schedule.base.Progress" in set(
         imported_modules(PACKAGE / "schedule" / "callback.py")
     )
 

@@ -54,7 +54,7 @@ SMALL = {
 }
 COMPARED = shlex.split(
     "epochs=1 batch_size=8 seeds=1 jobs=1 rates=[0.1] only=[fastface,linear] "
-    "drawn.identities=8 drawn.images=3 drawn.unseen=4"
+    "synthetic.identities=8 synthetic.images=3 synthetic.unseen=4"
 )
 LARGE = re.compile(r"model=r\d+|\+paper=")
 

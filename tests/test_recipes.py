@@ -1,5 +1,6 @@
 """The recipes of papers say what the papers say, cost what their heads say, and train."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,10 +103,10 @@ def test_fastface(paper: str) -> None:
     assert margin_of(cfg) == row.margin
     total = steps_of(cfg)
     bound = instantiate(cfg.schedule).bind(total)
-    assert bound.literal and (bound.ema_window, bound.haar_window) == (1000, 1000)
+    assert bound.variant == "paper" and (bound.ema_window, bound.haar_window) == (1000, 1000)
     assert (bound.threshold, bound.threshold_mode) == (5e-5, "abs")
     assert bound.patience == int(0.05 * total) and bound.arm_after == 0
-    assert (bound.factor, bound.max_decays, bound.restart_after) == (0.5, 8, None)
+    assert (bound.factor, bound.max_decays, bound.restart_after) == (0.5, 8, math.inf)
 
 
 def test_mhlr() -> None:
@@ -115,7 +116,7 @@ def test_mhlr() -> None:
     for cfg, window in ((log, 4000), (other, 7453)):  # int(0.015 T)
         bound = instantiate(cfg.schedule).bind(steps_of(cfg))
         assert (bound.haar_window, bound.patience) == (window, 2 * window)
-        assert (bound.threshold, bound.threshold_mode, bound.max_decays) == (0.06, "abs", None)
+        assert (bound.threshold, bound.threshold_mode, bound.max_decays) == (0.06, "abs", math.inf)
         assert (bound.factor, bound.restart_after, bound.restart_factor) == (0.5, 4, 4.0)
 
 
@@ -191,8 +192,8 @@ def test_a_command_wins_over_a_recipe() -> None:
     cfg = composed("+paper=f2c_ms1m", "margin=arcface", "model=r100", "trainer.max_epochs=2")
     assert cfg.margin == composed("margin=arcface").margin
     assert (cfg.model.name, cfg.trainer.max_epochs) == ("iresnet100", 2)
-    cfg = composed("+paper=webface12m_r100", "data=glint360k", "schedule.literal=false")
-    assert (cfg.data.name, cfg.schedule.literal) == ("glint360k", False)
+    cfg = composed("+paper=webface12m_r100", "data=glint360k", "schedule.variant=scaled")
+    assert (cfg.data.name, cfg.schedule.variant) == ("glint360k", "scaled")
 
 
 # ------------------------------------------------------------------------------------ training

@@ -1,5 +1,6 @@
 """Loss in, learning rate out: plateau schedules that know nothing of faces."""
 
+from .base import Schedule
 from .fastface import FastFace
 from .mhlr import MHLR
 from .plateau import PlateauSchedule, PlateauState
@@ -11,6 +12,7 @@ __all__ = [
     "FastFace",
     "PlateauSchedule",
     "PlateauState",
+    "Schedule",
     "read_losses",
     "replay",
     "states",

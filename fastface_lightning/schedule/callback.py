@@ -1,4 +1,4 @@
-"""The plateau schedules as a Lightning callback: ``Trainer(callbacks=[FastFaceCallback()])``."""
+"""The schedules as a Lightning callback: ``Trainer(callbacks=[FastFaceCallback()])``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .base import Progress, Schedule, left_out
 from .fastface import FastFace
 from .lr_scheduler import set_lr
-from .plateau import Checkpointed, PlateauSchedule, PlateauState
 from .replay import Change, change
 
 
@@ -32,11 +32,12 @@ class FastFaceCallback(Callback):
 
     Logged, every ``log_every_n_steps``: ``fastface/lr_scale``, ``fastface/response``,
     ``fastface/threshold``, ``fastface/plateau_steps`` and ``lr-<optimizer>[/pg<group>]``; the
-    first group's rate and the progress to the next division also show in the progress bar, as
+    first group's rate and the progress to the next decay also show in the progress bar, as
     ``fastface/lr`` and ``fastface/plateau``.
 
     Args:
-        schedule: ``FastFace(...)`` or ``MHLR(...)``; None for ``FastFace()``.
+        schedule: ``FastFace(...)``, ``MHLR(...)`` or another
+            :class:`~fastface_lightning.schedule.Schedule`; None for ``FastFace()``.
         total_steps: optimizer steps of the whole run; None to take them from the trainer.
         loss_key: key of the loss in what ``training_step`` returns. Needed under manual
             optimization. The default loss is Lightning's own.
@@ -44,7 +45,7 @@ class FastFaceCallback(Callback):
             on accelerators.
 
     Attributes:
-        changes: divisions and restarts so far, those before a resume included.
+        changes: decays and restarts so far, those before a resume included.
         state: the schedule's state at the last reading.
 
     Raises:
@@ -60,15 +61,14 @@ class FastFaceCallback(Callback):
 
     def __init__(
         self,
-        schedule: PlateauSchedule | None = None,
+        schedule: Schedule | None = None,
         total_steps: int | None = None,
         loss_key: str | None = None,
         read_every: int | None = None,
     ) -> None:
-        if read_every is not None and read_every < 1:
-            raise ValueError(f"read_every must be at least 1 step, got {read_every}")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1 step, got {total_steps}")
+        for name, steps in (("read_every", read_every), ("total_steps", total_steps)):
+            if steps is not None and steps < 1:
+                raise ValueError(f"{name} must be at least 1 step, got {steps}")
         self.schedule = schedule or FastFace()
         self.total_steps = total_steps
         self.loss_key = loss_key
@@ -77,7 +77,7 @@ class FastFaceCallback(Callback):
 
     def _reset(self) -> None:
         self.changes: list[Change] = []
-        self._at: Checkpointed | None = None
+        self._progress: Progress | None = None
         self._base_lrs: list[list[float]] = []
         self._micro: list[Tensor] = []  # losses of the micro-batches since the last optimizer step
         # Step, loss, and whether the step was skipped: known here, or only on the device.
@@ -90,8 +90,8 @@ class FastFaceCallback(Callback):
         self._began_at = 0  # optimizer step of the run
 
     @property
-    def state(self) -> PlateauState | None:
-        return self._at.state if self._at else None
+    def state(self) -> Any:
+        return self._progress.state if self._progress else None
 
     # Start -------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class FastFaceCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._at = None  # whatever checkpoint it started from
+            self._progress = None  # whatever checkpoint it started from
             return
         self._refuse_rivals(trainer)
         if not pl_module.automatic_optimization and self.loss_key is None:
@@ -110,38 +110,38 @@ class FastFaceCallback(Callback):
                 "under manual optimization FastFaceCallback needs loss_key, the key of the loss in "
                 "what training_step returns, got None"
             )
-        if self._at is None:
+        if self._progress is None:
             left = (self.total_steps or total_steps_of(trainer)) - self._began_at
-            bound = self.schedule.bind(max(1, left))
-            self._at = Checkpointed(self.schedule, bound, bound.init())
+            self._progress = Progress.start(self.schedule, max(1, left))
             # A resumed optimizer gets its state, and with it a scaled rate, only after this hook.
             self._base_lrs = [[float(g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
         self._block = self.read_every or (1 if pl_module.device.type == "cpu" else 32)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._at is None:
+        if self._progress is None:
             return
         self._trainer = trainer
         self._global_step = trainer.global_step
         self._hooks = [
             o.register_step_post_hook(self._on_optimizer_step) for o in trainer.optimizers
         ]
-        if self._at.state.step == 0:
+        if self.state.step == 0:
             self._apply(trainer)
         # Not in an earlier hook: counting steps makes the loaders, which would then lose the
         # position that a checkpoint has for them.
-        self._warn_of_another_length(trainer, self._at.bound)
-        rank_zero_info(self._at.bound.describe())
+        self._warn_of_another_length(trainer, self._progress)
+        rank_zero_info(self._progress.describe())
 
-    def _warn_of_another_length(self, trainer: Trainer, bound: PlateauSchedule) -> None:
+    def _warn_of_another_length(self, trainer: Trainer, progress: Progress) -> None:
         try:
             now = self.total_steps or total_steps_of(trainer)
         except MisconfigurationException:  # without an end: the schedule has one already
             return
-        if bound.total_steps not in (None, now - self._began_at):
+        length = getattr(progress.bound, "total_steps", None)
+        if length not in (None, now - self._began_at):
             rank_zero_warn(
-                f"the run now has {now} steps; its schedule stays as it was made for "
-                f"{bound.total_steps}: {bound.describe()}"
+                f"the run now has {now} steps; its schedule stays as it was made for {length}: "
+                f"{progress.describe()}"
             )
 
     def _refuse_rivals(self, trainer: Trainer) -> None:
@@ -173,7 +173,7 @@ class FastFaceCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._at is None:
+        if self._progress is None:
             return
         self._collect(trainer, pl_module, outputs)
         if trainer.global_step != self._global_step:
@@ -209,7 +209,7 @@ class FastFaceCallback(Callback):
 
     def _read(self, trainer: Trainer) -> None:
         """Bring the unread losses to the host, in one transfer, and let the schedule take them."""
-        if not self._unread or self._at is None:
+        if not self._unread or self._progress is None:
             return
         unread, self._unread = self._unread, []
         columns = [loss for _, loss, _ in unread]
@@ -227,27 +227,21 @@ class FastFaceCallback(Callback):
                 self._update(step, loss)
 
     def _update(self, step: int, loss: float) -> None:
-        assert self._at is not None
-        before = self._at.state
-        after = self._at.bound.update(before, loss)
-        self._at = self._at._replace(state=after)
-        if after.nonfinite == 1 and before.nonfinite == 0:
-            rank_zero_warn(
-                f"step {step}: the loss is {loss}; such losses are left out of the schedule, at "
-                f"most {self._at.bound.max_nonfinite} in a row"
-            )
-        made = change(before, after, step, self._base_lrs[0][0])
+        assert self._progress is not None
+        before = self.state
+        self._progress = self._progress.update(loss)
+        if warning := left_out(before, self.state, loss):
+            rank_zero_warn(f"step {step}: {warning}")
+        made = change(before, self.state, step, self._base_lrs[0][0])
         if made:
             self.changes.append(made)
             rank_zero_info(
-                f"step {step}: loss flat for {self._at.bound.patience + 1} steps, "  # type: ignore[operator]
-                f"lr {made.lr / made.factor:.4g} -> {made.lr:.4g}"
+                f"step {step}: lr {made.lr / made.factor:.4g} -> {made.lr:.4g} (x {made.factor:g})"
             )
 
     def _apply(self, trainer: Trainer) -> None:
         """Set every group to its base learning rate times the scale."""
-        assert self._at is not None
-        scale = self._at.state.scale
+        scale = self.state.scale
         for optimizer, base_lrs in zip(trainer.optimizers, self._base_lrs, strict=True):
             # A group that joined the run (as fine-tuning callbacks add them) keeps its own rate.
             for group in optimizer.param_groups[len(base_lrs) :]:
@@ -256,20 +250,13 @@ class FastFaceCallback(Callback):
                 set_lr(group, base_lr * scale)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._at is not None
-        state, patience = self._at.state, self._at.bound.patience
-        values = {
-            "fastface/lr_scale": state.scale,
-            "fastface/response": state.response,
-            "fastface/threshold": self._at.bound.threshold_at(state),
-            "fastface/plateau_steps": float(state.plateau_steps),
-        }
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        assert self._progress is not None
+        metrics = self._progress.metrics() | {"lr_scale": self.state.scale}
         rates = dict(zip(lr_names(trainer.optimizers), self._rates(trainer), strict=True))
-        bar = {
-            "fastface/lr": next(iter(rates.values())),
-            "fastface/plateau": state.plateau_steps / (patience + 1),  # type: ignore[operator]
-        }
+        bar = {"fastface/lr": next(iter(rates.values()))}
+        if "plateau" in metrics:
+            bar["fastface/plateau"] = metrics.pop("plateau")
+        finite = {f"fastface/{name}": v for name, v in metrics.items() if math.isfinite(v)}
         # As CPU tensors: Lightning puts a float on the device, where the progress bar waits for it.
         pl_module.log_dict({name: torch.as_tensor(v) for name, v in (finite | rates).items()})
         pl_module.log_dict(
@@ -278,8 +265,7 @@ class FastFaceCallback(Callback):
 
     def _rates(self, trainer: Trainer) -> list[float]:
         """Learning rate of every group; one that lives on the device is computed, not read."""
-        assert self._at is not None
-        scale = self._at.state.scale
+        scale = self.state.scale
         return [
             base_lr * scale if isinstance(group["lr"], Tensor) else group["lr"]
             for optimizer, base_lrs in zip(trainer.optimizers, self._base_lrs, strict=True)
@@ -289,7 +275,7 @@ class FastFaceCallback(Callback):
     # End and checkpoints -----------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._at is not None:
+        if self._progress is not None:
             self._read(trainer)
         self._release()
 
@@ -306,20 +292,20 @@ class FastFaceCallback(Callback):
         self._hooks = []
 
     def state_dict(self) -> dict[str, Any]:
-        if self._at is None:
+        if self._progress is None:
             return {}
         if self._trainer is not None:
             self._read(self._trainer)
-        return self._at.dump() | {
+        return self._progress.dump() | {
             "base_lrs": self._base_lrs,
             "began_at": self._began_at,
             "changes": [list(made) for made in self.changes],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._at = Checkpointed.load(state_dict, self.schedule)
+        self._progress = Progress.load(state_dict, self.schedule)
         self._base_lrs = state_dict["base_lrs"]
-        self._began_at = state_dict.get("began_at", 0)
+        self._began_at = state_dict["began_at"]
         self.changes = [Change(*made) for made in state_dict["changes"]]
 
     def on_load_checkpoint(

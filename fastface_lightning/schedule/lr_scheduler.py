@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .base import Progress, Schedule, left_out
 from .fastface import FastFace
-from .plateau import Checkpointed, PlateauSchedule, PlateauState
 
 
 class FastFaceLR(LRScheduler):
@@ -20,7 +20,8 @@ class FastFaceLR(LRScheduler):
     Args:
         optimizer: its groups' learning rates at construction are the base rates; their ratios stay.
         total_steps: optimizer steps of the whole run, >= 1.
-        schedule: ``FastFace(...)`` or ``MHLR(...)``; None for ``FastFace()``.
+        schedule: ``FastFace(...)``, ``MHLR(...)`` or another
+            :class:`~fastface_lightning.schedule.Schedule`; None for ``FastFace()``.
         last_epoch: as in torch: -1 for a new run; otherwise ``initial_lr`` is taken from the groups
             and :meth:`load_state_dict` must follow.
 
@@ -44,23 +45,21 @@ class FastFaceLR(LRScheduler):
         self,
         optimizer: Optimizer,
         total_steps: int,
-        schedule: PlateauSchedule | None = None,
+        schedule: Schedule | None = None,
         last_epoch: int = -1,
     ) -> None:
-        given = schedule or FastFace()
-        bound = given.bind(total_steps)
-        self._at = Checkpointed(given, bound, bound.init())
+        self._progress = Progress.start(schedule or FastFace(), total_steps)
         super().__init__(optimizer, last_epoch)
 
     @property
-    def schedule(self) -> PlateauSchedule:
+    def schedule(self) -> Any:
         """The schedule, bound to the run."""
-        return self._at.bound
+        return self._progress.bound
 
     @property
-    def state(self) -> PlateauState:
+    def state(self) -> Any:
         """The schedule's state after the last step."""
-        return self._at.state
+        return self._progress.state
 
     def get_lr(self) -> list[float | Tensor]:
         """Base learning rates times the state's scale, one a group."""
@@ -82,21 +81,17 @@ class FastFaceLR(LRScheduler):
         if isinstance(loss, Tensor):
             loss = loss.detach()
         before, value = self.state, float(loss)
-        self._at = self._at._replace(state=self.schedule.update(before, value))
-        if self.state.nonfinite == 1 and before.nonfinite == 0:
-            warnings.warn(
-                f"step {self.last_epoch}: the loss is {value}; such losses are left out of the "
-                f"schedule, at most {self.schedule.max_nonfinite} in a row",
-                stacklevel=2,
-            )
+        self._progress = self._progress.update(value)
+        if warning := left_out(before, self.state, value):
+            warnings.warn(f"step {self.last_epoch}: {warning}", stacklevel=2)
         super().step()
         return None
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives (and the learning rates as they are) to save in a checkpoint."""
-        return {key: value for key, value in super().state_dict().items() if key != "_at"} | {
-            "schedule": self._at.dump()
-        }
+        saved = super().state_dict()
+        del saved["_progress"]
+        return saved | {"schedule": self._progress.dump()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`; as in torch, the optimizer's own state is not touched.
@@ -105,7 +100,7 @@ class FastFaceLR(LRScheduler):
             ValueError: the state was written by another schedule.
         """
         rest = dict(state_dict)
-        self._at = Checkpointed.load(rest.pop("schedule"), self._at.given)
+        self._progress = Progress.load(rest.pop("schedule"), self._progress.schedule)
         super().load_state_dict(rest)
 
 

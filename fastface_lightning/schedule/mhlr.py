@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from .plateau import PlateauSchedule, PlateauState, check_count, check_number
+from .plateau import PlateauSchedule, PlateauState, check_window, window_of
 
 _PER_UNIT = 2**50
 """Losses are counted in whole multiples of 2**-50 (9e-16), so that their running sums are exact."""
@@ -35,11 +36,12 @@ class MHLR(PlateauSchedule):
     four look-ups a step whatever :math:`m` is. :math:`Q` is kept in integers (Python's have no
     limit): nothing drifts, however long the run, and a resumed run computes the same bits.
 
-    The defaults are the authors': ``haar_window`` 0.015 T (here rounded down to even), threshold
-    0.06, patience two windows, :math:`\times 4` instead of a fourth division in a row, no limit on
-    divisions.
+    The settings of the one variant, ``"paper"``, are the authors': ``haar_window`` 0.015 T (here
+    rounded down to even), threshold 0.06, patience two windows, :math:`\times 4` instead of a
+    fourth decay in a row, no limit on decays.
 
     Args:
+        variant: ``"paper"``.
         haar_window: :math:`m`, steps, >= 2.
         beta: instead of ``haar_window``, :math:`1/m`, in (0, 0.5].
         threshold: loss units (mode ``"abs"``).
@@ -59,32 +61,21 @@ class MHLR(PlateauSchedule):
         0.5
     """
 
+    variant: Literal["paper"] | None = "paper"
     haar_window: int | None = None
     beta: float | None = None
-    threshold: float | None = 0.06
-    restart_after: int | None = 4
 
-    _resolved = (*PlateauSchedule._resolved, "haar_window")
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"threshold": 0.06, "restart_after": 4},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("haar_window", self.haar_window, least=2, unit=" steps")
-        check_number("beta", self.beta)
-        if self.beta is not None and not 0 < self.beta <= 0.5:
-            raise ValueError(f"beta must lie in (0, 0.5], got {self.beta}")
-        if self.beta is not None and self.haar_window not in (None, round(1 / self.beta)):
-            raise ValueError(
-                f"give haar_window or beta = 1/haar_window, not both, got "
-                f"haar_window={self.haar_window}, beta={self.beta}"
-            )
+        check_window("haar_window", self.haar_window, "beta", self.beta, least=2)
 
-    def _resolve(self, total_steps: int) -> MHLR:
-        m = self.haar_window
-        if m is None:
-            m = round(1 / self.beta) if self.beta is not None else default_window(total_steps)
-        patience = 2 * m if self.patience is None else self.patience
-        threshold = 0.06 if self.threshold is None else self.threshold
-        return replace(self, haar_window=m, patience=patience, threshold=threshold)
+    def _of_length(self, total_steps: int) -> dict[str, Any]:
+        m = window_of(self.haar_window, self.beta) or default_window(total_steps)
+        return {"haar_window": m, "beta": 1 / m, "patience": 2 * m}
 
     def init(self) -> PlateauState:
         # memory: the sum of all losses; Q of the last steps, zero before the first; its length.
@@ -104,7 +95,7 @@ class MHLR(PlateauSchedule):
             # of what is too old. A new list leaves earlier states theirs.
             q = q[length - 2 * m - 2 : length]
         q.append(q[-1] + total)
-        seen = int(state.step - self.warmup_steps)
+        seen: Any = state.step - self.warmup_steps  # type: ignore[operator]
         # q[-1 - k] is Q_{i-k}, and Q_i - Q_{i-1} the sum of all losses up to i.
         level = (total - q[-1 - m] + q[-2 - m]) / (min(seen + 1, m) * _PER_UNIT)
         response = math.nan
@@ -115,11 +106,12 @@ class MHLR(PlateauSchedule):
         return self._decide(state, level, response, m, (total, q, len(q)))
 
     def dump(self, state: PlateauState) -> dict[str, Any]:
+        """The state's fields, of its memory only what is still needed."""
         m = self.haar_window
         total, past, length = state.memory
         assert m is not None
         recent = past[length - 2 * m - 2 : length]
-        return super().dump(state._replace(memory=(total, recent, len(recent))))
+        return state._replace(memory=(total, recent, len(recent)))._asdict()
 
     def _windows(self) -> str:
         return f"Haar over {self.haar_window} steps"

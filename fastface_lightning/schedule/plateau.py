@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 ThresholdMode = Literal["abs", "rel", "peak"]
 ARM_DROP = 0.05
 """Share of its peak that the smoothed loss must lose before a flat loss means a plateau."""
 _HUGE = 1e290
+_DURATIONS = ("patience", "arm_after", "warmup_steps")
+DEFAULTS: dict[str, Any] = {
+    "factor": 0.5,
+    "max_decays": math.inf,
+    "restart_after": math.inf,
+    "restart_factor": 4.0,
+    "arm_after": 0.2,
+    "warmup_steps": 0,
+    "max_nonfinite": 100,
+}
+"""What None stands for in every variant that does not say otherwise."""
 
 
 class PlateauState(NamedTuple):
@@ -31,7 +43,7 @@ class PlateauState(NamedTuple):
     plateaus: int = 0
     """Plateaus in a row, without a response above the threshold between them."""
     decays: int = 0
-    """Divisions of the learning rate so far."""
+    """Decays of the learning rate so far."""
     restarts: int = 0
     """Restarts of the learning rate so far."""
     level: float = math.nan
@@ -47,6 +59,11 @@ class PlateauState(NamedTuple):
     memory: tuple[Any, ...] = ()
     """What one detector keeps besides."""
 
+    @property
+    def warming(self) -> bool:
+        """Whether no loss has been looked at yet: the scale may grow by the warm-up."""
+        return math.isnan(self.level)
+
 
 S = TypeVar("S", bound="PlateauSchedule")
 
@@ -61,56 +78,62 @@ class PlateauSchedule(ABC):
         c_t = \begin{cases} c_{t-1} + 1 & \text{armed and } R_t < \lambda \\
                             0 & \text{otherwise,} \end{cases}
 
-    and as soon as :math:`c_t` exceeds ``patience``, :math:`c_t = 0` and the learning rate is
-    multiplied by ``factor`` -- or by ``restart_factor`` if this was plateau number
+    and as soon as :math:`c_t` exceeds ``patience``, :math:`c_t = 0` and the learning rate decays:
+    it is multiplied by ``factor`` -- or by ``restart_factor`` if this was plateau number
     ``restart_after`` in a row.
 
     The rule is *armed* once the smoothed loss has lost 5 % of its peak, at the latest after
     ``arm_after``: at the start of a run the loss of a margin softmax rises or stands still, and a
-    division there would ruin the run.
+    decay there would ruin the run.
 
     A step is an optimizer step, warm-up excluded. Where a count of steps is asked for, a float
-    below 1 is a share of the run.
+    below 1 is a share of the run. **None is the variant's own value, for every argument**; *no
+    limit* and *never* are ``math.inf``.
 
     Args:
+        variant: which published or own rule; see the detector.
         threshold: response below which the loss counts as flat, >= 0; in the response's own unit.
         threshold_mode: ``"abs"``: the threshold is used as given; ``"rel"``: times the smoothed
-            loss; ``"peak"``: times the highest smoothed loss so far.
+            loss; ``"peak"``: times the highest smoothed loss so far. Only with a threshold;
+            None is ``"abs"`` then.
         patience: flat steps in a row that are still forgiven, >= 0.
-        factor: multiplies the learning rate at a plateau, in (0, 1).
-        max_decays: most multiplications by ``factor``; None for no limit.
-        restart_after: plateaus in a row that end in a restart; None for never.
-        restart_factor: multiplies the learning rate at a restart, >= 1.
-        arm_after: steps after which the rule is armed in any case; 0 arms it from the start, None
-            after a fifth of the run.
+        factor: multiplies the learning rate at a plateau, in (0, 1); 0.5.
+        max_decays: most multiplications by ``factor``, >= 0 or inf.
+        restart_after: plateaus in a row that end in a restart, >= 1, or inf for never.
+        restart_factor: multiplies the learning rate at a restart, >= 1; 4.
+        arm_after: steps after which the rule is armed in any case; 0 arms it from the start, inf
+            never in that way; 0.2.
         warmup_steps: steps over which the scale grows linearly to 1; the detector sees none of
-            their losses.
-        max_nonfinite: NaN or infinite losses in a row that are still skipped.
+            their losses; 0.
+        max_nonfinite: NaN or infinite losses in a row that are still skipped, >= 1 or inf; 100.
         total_steps: optimizer steps of the run; None for what :meth:`bind` is told.
 
     Raises:
         ValueError: a value out of its range.
     """
 
+    variant: str | None = "default"
     threshold: float | None = None
     threshold_mode: ThresholdMode | None = None
     patience: int | float | None = None
-    factor: float = 0.5
-    max_decays: int | None = None
-    restart_after: int | None = None
-    restart_factor: float = 4.0
+    factor: float | None = None
+    max_decays: int | float | None = None
+    restart_after: int | float | None = None
+    restart_factor: float | None = None
     arm_after: int | float | None = None
-    warmup_steps: int | float = 0
-    max_nonfinite: int = 100
+    warmup_steps: int | float | None = None
+    max_nonfinite: int | float | None = None
     total_steps: int | None = None
 
-    _resolved: ClassVar[tuple[str, ...]] = ("threshold", "threshold_mode")
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    """What None stands for in each variant, beside ``DEFAULTS``; the first is the default one."""
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "factor", "restart_factor"):
-            check_number(name, getattr(self, name))
-        if self.threshold is not None and not 0 <= self.threshold < math.inf:
-            raise ValueError(f"threshold must be at least 0 and finite, got {self.threshold}")
+        names = list(self.variants)
+        if self.variant is None:
+            object.__setattr__(self, "variant", names[0])
+        if self.variant not in names:
+            raise ValueError(f"variant must be {' or '.join(names)}, got {self.variant!r}")
         if self.threshold_mode not in (None, "abs", "rel", "peak"):
             raise ValueError(
                 f"threshold_mode must be 'abs', 'rel' or 'peak', got {self.threshold_mode!r}"
@@ -119,22 +142,33 @@ class PlateauSchedule(ABC):
             raise ValueError(
                 f"threshold_mode needs a threshold, got {self.threshold_mode!r} and threshold=None"
             )
-        for name in ("patience", "arm_after", "warmup_steps"):
-            check_duration(name, getattr(self, name), optional=name != "warmup_steps")
-        if not 0 < self.factor < 1:
-            raise ValueError(f"factor must lie in (0, 1), got {self.factor}")
-        if not 1 <= self.restart_factor < math.inf:
-            raise ValueError(f"restart_factor must be at least 1, got {self.restart_factor}")
-        check_count("max_decays", self.max_decays, least=0)
-        check_count("restart_after", self.restart_after, least=1)
-        if self.restart_after and self.factor ** (self.restart_after - 1) * self.restart_factor > 1:
+        settings = self._settings()
+        for name in ("threshold", "factor", "restart_factor"):
+            check_number(name, settings.get(name))
+        if not 0 <= settings.get("threshold", 0) < math.inf:
+            raise ValueError(f"threshold must be at least 0 and finite, got {self.threshold}")
+        for name in _DURATIONS:
+            check_duration(name, settings.get(name, 0), never=name == "arm_after")
+        factor, restart_factor = settings["factor"], settings["restart_factor"]
+        if not 0 < factor < 1:
+            raise ValueError(f"factor must lie in (0, 1), got {factor}")
+        if not 1 <= restart_factor < math.inf:
+            raise ValueError(f"restart_factor must be at least 1, got {restart_factor}")
+        check_count("max_decays", settings["max_decays"], least=0, no_limit=True)
+        check_count("restart_after", settings["restart_after"], least=1, no_limit=True)
+        if factor ** (settings["restart_after"] - 1) * restart_factor > 1:
             raise ValueError(
-                f"restart_factor must not undo more than the divisions before it, "
+                f"restart_factor must not undo more than the decays before it, "
                 f"factor**(restart_after - 1) * restart_factor <= 1, got restart_factor="
-                f"{self.restart_factor}, factor={self.factor}, restart_after={self.restart_after}"
+                f"{restart_factor}, factor={factor}, restart_after={settings['restart_after']}"
             )
-        check_count("max_nonfinite", self.max_nonfinite, least=1, optional=False)
-        check_count("total_steps", self.total_steps, least=1)
+        check_count("max_nonfinite", settings["max_nonfinite"], least=1, no_limit=True)
+        check_count("total_steps", settings.get("total_steps", 1), least=1)
+
+    def _settings(self) -> dict[str, Any]:
+        """Every setting as given, else the variant's; absent if it depends on the run's length."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return {**DEFAULTS, **self.variants[str(self.variant)], **given}
 
     def __repr__(self) -> str:
         given = (
@@ -159,19 +193,14 @@ class PlateauSchedule(ABC):
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps must be at least 1 step, got {total_steps}")
         total_steps = self.total_steps or total_steps
-        bound = self._resolve(total_steps)
-        return replace(
-            bound,
-            threshold_mode=bound.threshold_mode or "abs",
-            patience=as_steps(bound.patience, total_steps),
-            arm_after=as_steps(0.2 if bound.arm_after is None else bound.arm_after, total_steps),
-            warmup_steps=as_steps(bound.warmup_steps, total_steps),
-            total_steps=total_steps,
-        )
+        settings = self._of_length(total_steps) | self._settings()
+        settings |= {name: as_steps(settings[name], total_steps) for name in _DURATIONS}
+        settings.setdefault("threshold_mode", "abs")
+        return replace(self, **settings | {"total_steps": total_steps})
 
-    @abstractmethod
-    def _resolve(self: S, total_steps: int) -> S:
-        """The detector's own defaults, for those hyper-parameters that are None."""
+    def _of_length(self, total_steps: int) -> dict[str, Any]:
+        """The detector's settings that depend on the run's length or on other settings."""
+        return {}
 
     def init(self) -> PlateauState:
         """State before the first step.
@@ -179,13 +208,10 @@ class PlateauSchedule(ABC):
         Raises:
             ValueError: the schedule is not bound to a number of steps yet.
         """
-        durations = (self.patience, self.arm_after, self.warmup_steps)
-        if not all(isinstance(steps, int) for steps in durations) or any(
-            getattr(self, name) is None for name in self._resolved
-        ):
+        shares = (0 < getattr(self, name) < 1 for name in _DURATIONS)
+        if None in vars(self).values() or any(shares):
             raise ValueError(f"init() needs a bound schedule, got {self!r}: call bind(total_steps)")
-        warming = self.warmup_steps > 0
-        return PlateauState(scale=1 / self.warmup_steps if warming else 1.0)
+        return PlateauState(scale=1 / max(1, self.warmup_steps))  # type: ignore[type-var, operator]
 
     def update(self, state: PlateauState, loss: float) -> PlateauState:
         """State after the optimizer step whose mean loss was ``loss``; ``state`` stays as it was.
@@ -198,9 +224,10 @@ class PlateauSchedule(ABC):
         """
         if not -_HUGE < loss < _HUGE:
             return self._skip(state, loss)
-        if state.step < self.warmup_steps:
+        warmup_steps: Any = self.warmup_steps
+        if state.step < warmup_steps:
             step = state.step + 1
-            scale = min(1.0, (step + 1) / self.warmup_steps)
+            scale = min(1.0, (step + 1) / warmup_steps)
             return state._replace(step=step, scale=scale, nonfinite_run=0)
         return self._detect(state, loss)
 
@@ -210,7 +237,7 @@ class PlateauSchedule(ABC):
 
     def _skip(self, state: PlateauState, loss: float) -> PlateauState:
         run = state.nonfinite_run + 1
-        if run > self.max_nonfinite:
+        if run > self.max_nonfinite:  # type: ignore[operator]
             raise ValueError(
                 f"at most max_nonfinite={self.max_nonfinite} losses in a row may be NaN or "
                 f"infinite, got {run} (the last is {loss}, after {state.step} finite ones)"
@@ -236,113 +263,109 @@ class PlateauSchedule(ABC):
         memory: tuple[Any, ...] = (),
     ) -> PlateauState:
         """Apply the rule to one response; ``window`` is what the smoothed loss averages over."""
+        bound: Any = self  # so no setting is None
         step, scale = state.step, state.scale
         plateau_steps, plateaus = state.plateau_steps, state.plateaus
         decays, restarts = state.decays, state.restarts
-        seen = step - self.warmup_steps
+        seen = step - bound.warmup_steps
         peak = max(state.peak, level) if 2 * seen >= window else state.peak
-        armed = state.armed or seen >= self.arm_after or peak - level >= ARM_DROP * abs(peak)  # type: ignore[operator]
+        armed = state.armed or seen >= bound.arm_after or peak - level >= ARM_DROP * abs(peak)
         if not (armed and response < self._threshold(level, peak)):
             plateau_steps = plateaus = 0
-        elif plateau_steps < self.patience:  # type: ignore[operator]
+        elif plateau_steps < bound.patience:
             plateau_steps += 1
         else:
             plateau_steps = 0
             plateaus += 1
-            if plateaus == self.restart_after:
+            if plateaus == bound.restart_after:
                 plateaus = 0
                 restarts += 1
-                scale *= self.restart_factor
-            elif self.max_decays is None or decays < self.max_decays:
+                scale *= bound.restart_factor
+            elif decays < bound.max_decays:
                 decays += 1
-                scale *= self.factor
+                scale *= bound.factor
         return PlateauState(
             step + 1, scale, response, plateau_steps, plateaus, decays, restarts,
             level, peak, armed, state.nonfinite, 0, memory,
         )  # fmt: skip
 
-    def dump(self, state: PlateauState) -> dict[str, Any]:
-        """``state`` as a dictionary of primitives that ``torch.load(weights_only=True)`` reads."""
-        return state._asdict()
-
-    def restore(self, saved: dict[str, Any]) -> PlateauState:
-        """The state that :meth:`dump` wrote."""
-        return PlateauState(**{**saved, "memory": tuple(saved["memory"])})
+    def metrics(self, state: PlateauState) -> dict[str, float]:
+        """What a (bound) schedule's state is worth logging: ``plateau`` runs to 1 at a decay."""
+        return {
+            "response": state.response,
+            "threshold": self.threshold_at(state),
+            "plateau_steps": float(state.plateau_steps),
+            "plateau": state.plateau_steps / (self.patience + 1),  # type: ignore[operator]
+        }
 
     def describe(self) -> str:
         """One sentence for the log: what the (bound) schedule will do."""
+        bound: Any = self
         unit = {"abs": "", "rel": " x the smoothed loss", "peak": " x the highest smoothed loss"}
-        flat = f"{self.threshold:.3g}{unit[self.threshold_mode or 'abs']}"
-        parts = [f"{self._windows()}; flat below {flat}; {self._answer()}"]
-        if self.arm_after:
-            latest = f"at the latest after {self.arm_after} steps"
-            parts.append(f"counts once the smoothed loss fell 5 %, {latest}")
-        else:
-            parts.append("counts from the first step")
-        if self.warmup_steps:
-            parts.append(f"warm-up over {self.warmup_steps} steps")
-        return f"{type(self).__name__}: {'; '.join(parts)}"
-
-    def _answer(self) -> str:
-        """What follows a plateau, for the log."""
-        flat = f"flat for more than {self.patience} steps"
-        answer = f"lr x {self.factor:g} when {flat}"
-        if self.max_decays is not None:
-            answer += f", at most {self.max_decays} times"
-        if self.restart_after:
-            answer += f", at plateau {self.restart_after} in a row x {self.restart_factor:g}"
-        return answer
+        flat = f"{bound.threshold:.3g}{unit[bound.threshold_mode]}"
+        answer = f"lr x {bound.factor:g} when flat for more than {bound.patience} steps"
+        if bound.max_decays < math.inf:
+            answer += f", at most {bound.max_decays} times"
+        if bound.restart_after < math.inf:
+            answer += f", at plateau {bound.restart_after} in a row x {bound.restart_factor:g}"
+        counts = "counts from the first step"
+        if bound.arm_after:
+            counts = "counts once the smoothed loss fell 5 %"
+        if 0 < bound.arm_after < math.inf:
+            counts += f", at the latest after {bound.arm_after} steps"
+        parts = [self._windows(), f"flat below {flat}", answer, counts]
+        if bound.warmup_steps:
+            parts.append(f"warm-up over {bound.warmup_steps} steps")
+        return f"{type(self).__name__}, {self.variant}: {'; '.join(parts)}"
 
     @abstractmethod
     def _windows(self) -> str:
         """What the detector averages over, for the log."""
 
 
-class Checkpointed(NamedTuple):
-    """A schedule as its user gave it, as bound to the run, and where it stands."""
-
-    given: PlateauSchedule
-    bound: PlateauSchedule
-    state: PlateauState
-
-    def dump(self) -> dict[str, Any]:
-        """Primitives for a checkpoint."""
-        return {
-            "schedule": type(self.given).__name__,
-            "given": asdict(self.given),
-            "bound": asdict(self.bound),
-            "state": self.bound.dump(self.state),
-        }
-
-    @classmethod
-    def load(cls, saved: dict[str, Any], given: PlateauSchedule) -> Checkpointed:
-        """Go on where a checkpoint stopped, with the settings its run was bound to.
-
-        A setting that an older checkpoint does not know has its default there.
-
-        Raises:
-            ValueError: the checkpoint was written by another schedule than ``given``.
-        """
-        defaults = {field.name: field.default for field in fields(given)}
-        saved = saved | {"given": defaults | saved["given"]}
-        if saved["schedule"] != type(given).__name__ or saved["given"] != asdict(given):
-            wrote = ", ".join(_differences(saved, given))
-            raise ValueError(
-                f"the checkpoint was written by another schedule ({wrote}) than {given!r}: resume "
-                f"with the same schedule, or start anew from the weights alone"
-            )
-        bound = type(given)(**saved["bound"])
-        return cls(given, bound, bound.restore(saved["state"]))
+C = TypeVar("C", bound=type)
 
 
-def _differences(saved: dict[str, Any], given: PlateauSchedule) -> Iterator[str]:
-    if saved["schedule"] != type(given).__name__:
-        yield saved["schedule"]
+def renamed(**successors: str) -> Callable[[C], C]:
+    """Refuse keyword arguments of before, naming what stands for them now."""
+
+    def wrap(cls: C) -> C:
+        init = cls.__init__  # type: ignore[misc]
+
+        @functools.wraps(init)
+        def checked(self: Any, **settings: Any) -> None:
+            for name, successor in successors.items():
+                if name in settings:
+                    raise ValueError(f"{name} is now {successor}, got {name}={settings[name]}")
+            init(self, **settings)
+
+        cls.__init__ = checked  # type: ignore[misc]
+        return cls
+
+    return wrap
+
+
+def window_of(window: int | None, rate: float | None) -> int | None:
+    """A window in steps, given as such or by its rate, 1 / window; None if neither is."""
+    return window if rate is None else round(1 / rate)
+
+
+def check_window(
+    name: str, window: int | None, rate_name: str, rate: float | None, least: int = 1
+) -> None:
+    """A window of at least so many steps, or its rate, 1 / window; raises ValueError."""
+    if window is not None:
+        check_count(name, window, least, unit=" step" + "s" * (least > 1))
+    if rate is None:
         return
-    now = asdict(given)
-    for name, value in saved["given"].items():
-        if name not in now or now[name] != value:
-            yield f"{name}={value!r}"
+    check_number(rate_name, rate)
+    if not 0 < rate <= 1 / least:
+        raise ValueError(f"{rate_name} must lie in (0, {1 / least:g}], got {rate}")
+    if window not in (None, window_of(None, rate)):
+        raise ValueError(
+            f"give {name} or {rate_name} = 1/{name}, not both, got {name}={window}, "
+            f"{rate_name}={rate}"
+        )
 
 
 def check_number(name: str, value: float | None) -> None:
@@ -352,10 +375,10 @@ def check_number(name: str, value: float | None) -> None:
 
 
 def check_count(
-    name: str, value: int | None, least: int, unit: str = "", optional: bool = True
+    name: str, value: int | float | None, least: int, unit: str = "", no_limit: bool = False
 ) -> None:
-    """A whole number, or None where that has a meaning; raises ValueError."""
-    if value is None and optional:
+    """A whole number, or inf where there may be no limit; raises ValueError."""
+    if no_limit and value == math.inf:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, got {value}")
@@ -363,9 +386,9 @@ def check_count(
         raise ValueError(f"{name} must be at least {least}{unit}, got {value}")
 
 
-def check_duration(name: str, value: int | float | None, optional: bool = True) -> None:
-    """A whole number of steps, a share of the run in [0, 1), or None where that has a meaning."""
-    if value is None and optional:
+def check_duration(name: str, value: int | float | None, never: bool = False) -> None:
+    """A whole number of steps, a share of the run in [0, 1), or inf where it may be never."""
+    if never and value == math.inf:
         return
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not whole and not (isinstance(value, float) and 0 <= value < 1):
@@ -374,7 +397,6 @@ def check_duration(name: str, value: int | float | None, optional: bool = True) 
         )
 
 
-def as_steps(value: int | float | None, total_steps: int) -> int:
-    """Whole steps of a duration; a float is a share of ``total_steps``, rounded down."""
-    assert value is not None
-    return int(value * total_steps) if isinstance(value, float) else value
+def as_steps(value: int | float, total_steps: int) -> int | float:
+    """Whole steps of a duration; a float below 1 is a share of ``total_steps``, rounded down."""
+    return int(value * total_steps) if isinstance(value, float) and value < 1 else value

@@ -8,9 +8,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .plateau import PlateauSchedule, PlateauState
+from .base import Schedule
 
 
 class Change(NamedTuple):
@@ -32,7 +32,7 @@ class Recording(NamedTuple):
     """Learning rate logged for each step; empty where the log has none."""
 
 
-def states(losses: Iterable[float], schedule: PlateauSchedule) -> Iterator[PlateauState]:
+def states(losses: Iterable[float], schedule: Schedule) -> Iterator[Any]:
     """The state of a bound schedule after each loss."""
     state = schedule.init()
     for loss in losses:
@@ -40,8 +40,8 @@ def states(losses: Iterable[float], schedule: PlateauSchedule) -> Iterator[Plate
         yield state
 
 
-def change(before: PlateauState, after: PlateauState, step: int, lr: float) -> Change | None:
-    """The division or restart between two states, if there is one; warm-up is none.
+def change(before: Any, after: Any, step: int, lr: float) -> Change | None:
+    """The decay or restart between two states, if there is one; warm-up is none.
 
     Args:
         before: state before the loss of ``step``.
@@ -49,24 +49,24 @@ def change(before: PlateauState, after: PlateauState, step: int, lr: float) -> C
         step: 0-based optimizer step.
         lr: base learning rate.
     """
-    if after.scale == before.scale or after.level != after.level:
+    if after.scale == before.scale or getattr(after, "warming", False):
         return None
     return Change(step, after.scale / before.scale, lr * after.scale)
 
 
 def replay(
-    losses: Iterable[float], schedule: PlateauSchedule, total_steps: int, lr: float
+    losses: Iterable[float], schedule: Schedule, total_steps: int, lr: float
 ) -> list[Change]:
     """Changes of the learning rate that ``schedule`` would take on a recorded loss.
 
     Args:
         losses: loss of every optimizer step, in order.
-        schedule: FastFace or MHLR, bound or not.
+        schedule: FastFace, MHLR or another :class:`Schedule`, bound or not.
         total_steps: optimizer steps of the run that was recorded, >= 1.
         lr: base learning rate.
 
     Returns:
-        The divisions and restarts in order.
+        The decays and restarts in order.
 
     Raises:
         ValueError: an argument out of its range.
@@ -123,9 +123,9 @@ def read_losses(path: str | Path, column: str | None = None) -> Recording:
 
 def _log_rows(lines: Iterable[str]) -> Iterator[tuple[int, float, float | None]]:
     for line in lines:
-        if found := _LOG_LINE.search(line):
-            lr = found["lr"]
-            yield int(found["step"]), float(found["loss"]), float(lr) if lr else None
+        if row := _LOG_LINE.search(line):
+            lr = row["lr"]
+            yield int(row["step"]), float(row["loss"]), float(lr) if lr else None
 
 
 def _csv_rows(
@@ -134,18 +134,15 @@ def _csv_rows(
     reader = csv.DictReader(lines)
     names = reader.fieldnames or []
     wanted = (column,) if column else ("train/loss", "train_loss", "loss")
-    found = next((name for name in wanted if name in names), None)
-    if found is None:
+    loss_column = next((name for name in wanted if name in names), None)
+    if loss_column is None:
         raise ValueError(f"no column {' or '.join(wanted)}, only {', '.join(names) or 'none'}")
     lr_column = next((name for name in names if name.startswith("lr-")), None)
     for number, row in enumerate(reader):
-        if row[found]:
+        if row[loss_column]:
+            step = int(float(row["step"])) if "step" in names else number
             lr = row[lr_column] if lr_column else None
-            yield (
-                (int(float(row["step"])) if "step" in names else number) + 1,
-                float(row[found]),
-                (float(lr) if lr else None),
-            )
+            yield step + 1, float(row[loss_column]), float(lr) if lr else None
 
 
 def _fill(rows: Iterable[tuple[int, float, float | None]]) -> Recording:

