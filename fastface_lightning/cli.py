@@ -18,7 +18,6 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -138,24 +137,6 @@ def find_recipes(config_path: Path) -> None:
     """Let commands name the recipes that lie beside a folder of configs, wherever one works."""
     Recipes.folder = config_path.parent / "recipes"
     Plugins.instance().register(Recipes)
-
-
-def steps(share: float, *, _root_: Any) -> int | str:
-    """`${steps:0.5}` in a config: half of the run, in optimizer steps, once its length is known."""
-    known = _root_.total_steps
-    return f"{share} of the run" if known is None else int(share * known)
-
-
-OmegaConf.register_new_resolver("steps", steps, replace=True)
-
-
-def torch_schedule(config: DictConfig, optimizer: Any, total_steps: int) -> Any:
-    """One of torch's own schedulers, its milestones resolved for a run of ``total_steps``."""
-    config.total_steps = total_steps
-    own = {}
-    if "max_lr" in config.schedule:  # OneCycleLR would give every group the same
-        own["max_lr"] = [group["lr"] for group in optimizer.param_groups]
-    return instantiate(config.schedule)(optimizer, **own)
 
 
 def check_numbers(config: DictConfig, *keys: str) -> None:

@@ -21,6 +21,7 @@ from fastface_lightning.schedule import (
     replay,
     states,
 )
+from fastface_lightning.schedule.fixed import FixedSchedule
 from fastface_lightning.schedule.plateau import check_count, check_number
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -30,13 +31,11 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 def main(cfg: DictConfig) -> None:
     """Print the changes, write replay.json and replay.png."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if cfg.schedule.get("_partial_"):
-        raise ValueError(
-            f"schedule must be fastface, fastface_released or mhlr, got {cfg.schedule._target_}"
-        )
+    given = instantiate(cfg.schedule)
+    if isinstance(given, FixedSchedule):
+        raise ValueError(f"schedule must be fastface, fastface_released or mhlr, got {given}")
     check_count("total_steps", cfg.total_steps, least=1)
     check_number("lr", cfg.lr)
-    given: PlateauSchedule = instantiate(cfg.schedule)
     losses, logged = read_losses(cfg.log, None if cfg.column is None else str(cfg.column))
     total_steps = len(losses) if cfg.total_steps is None else cfg.total_steps
     if total_steps < len(losses):

@@ -30,8 +30,8 @@ from fastface_lightning.classifiers import ChunkedClassifier
 from fastface_lightning.data import SyntheticData, VerificationPairs
 from fastface_lightning.data.augment import Augment
 from fastface_lightning.schedule import PlateauSchedule
+from fastface_lightning.training.checkpoints import OneRun
 from fastface_lightning.training.module import FaceModule
-from fastface_lightning.training.run_record import OneRun
 from fastface_lightning.training.seeding import SeededBatches
 
 ROOT = Path(__file__).resolve().parents[1]
