@@ -49,7 +49,7 @@ def double() -> Iterator[None]:
 @pytest.mark.usefixtures("double")
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_has_the_losses_it_had(tmp_path: Path) -> None:
-    """Images, mirroring, network, margin, clipping, optimizer and schedule: a change of any shows."""
+    """A change of images, mirroring, network, margin, clipping, optimizer or schedule shows."""
     faces = SyntheticFaces(10, 8, size=32)
     images = torch.stack([faces[i][0] for i in range(len(faces))])
     labels = torch.tensor([faces[i][1] for i in range(len(faces))])
