@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fastface_lightning.backbones import build_backbone
 from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
@@ -116,6 +117,7 @@ def test_within_15_percent_of_what_a_process_takes(values: tuple[Any, ...]) -> N
     assert planned(case) == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_backbone_counted_by_hand() -> None:
     plan = plan_backbone(
         lambda: build_backbone("iresnet18"), SGD_OF_THE_PAPER, batch_size=8, precision="32-true"
@@ -137,6 +139,7 @@ def test_a_backbone_counted_by_hand() -> None:
     assert twice.flops == 2 * plan.flops
 
 
+@pytest.mark.slow
 def test_checkpointing_and_freezing_show() -> None:
     def plan(**options: Any) -> PartPlan:
         build = functools.partial(build_backbone, "iresnet18", **options)
@@ -148,6 +151,7 @@ def test_checkpointing_and_freezing_show() -> None:
     assert frozen.gradients == frozen.states == 0 and frozen.activations < plain.activations / 5
 
 
+@pytest.mark.slow
 def test_classifiers_counted_by_hand() -> None:
     def plan(kind: Any, **options: Any) -> PartPlan:
         build = functools.partial(kind, 200_000, **options)
@@ -186,6 +190,7 @@ def test_a_sample_smaller_than_the_batch() -> None:
     assert plan_classifier(build, SGD_OF_THE_PAPER, 64, 16, 100).gradients == 64 * (16 * 4 + 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "states"), [(torch.optim.SGD, 1), (torch.optim.AdamW, 2)])
 def test_other_optimizers(kind: Any, states: int) -> None:
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
@@ -225,8 +230,8 @@ def test_the_meter_counts_storages_once_and_until_they_go() -> None:
 
 
 def test_precisions() -> None:
-    with pytest.raises(ValueError, match="precision must be one of 32-true, bf16-mixed, 16-mixed"):
-        plan_backbone(lambda: build_backbone("iresnet_tiny"), SGD_OF_THE_PAPER, 2, "64-true")
+    with pytest.raises(ValueError, match="64-true"):
+        plan_backbone(lambda: nn.Flatten(), SGD_OF_THE_PAPER, 2, "64-true")
 
 
 @pytest.mark.parametrize(
