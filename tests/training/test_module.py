@@ -170,17 +170,6 @@ def test_start_from_a_checkpoint(tmp_path: Path) -> None:
     assert other.classifier.margin.t == 0
 
 
-@pytest.mark.parametrize("form", ["legacy", "_orig_mod.", "module."])
-def test_start_from_a_checkpoint_in_any_form(tmp_path: Path, form: str) -> None:
-    saved, faces = small_face_module(7), small_face_module(7)
-    prefix = "" if form == "legacy" else form
-    state = {prefix + key: value for key, value in saved.state_dict().items()}
-    file = tmp_path / "last.ckpt"
-    torch.save({"state_dict": state}, file, _use_new_zipfile_serialization=form != "legacy")
-    faces.start_from(file)
-    assert same(faces, saved)
-
-
 def test_start_from_centres_that_are_no_numbers(tmp_path: Path) -> None:
     saved, faces = small_face_module(7), small_face_module(7)
     with torch.no_grad():
@@ -230,14 +219,6 @@ def test_start_from_insightfaces_backbone(tmp_path: Path) -> None:
     torch.save(saved.backbone.state_dict(), tmp_path / "backbone.pth")
     faces.start_from(tmp_path / "backbone.pth")
     assert same(faces.backbone, saved.backbone)
-
-
-def test_a_backbone_of_another_size_is_named(tmp_path: Path) -> None:
-    faces = FaceModule(
-        nn.Sequential(nn.Flatten(), nn.Linear(48, 6)), FullClassifier(3, 5), partial(SGD, lr=0.1)
-    )
-    with pytest.raises(ValueError, match=r"embeddings must be \(N, 5\), got \(8, 6\)"):
-        fit(tmp_path, faces)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import ROOT
 
 from fastface_lightning.training.seeding import batch_seed
 
-ROOT = Path(__file__).resolve().parents[1]
 PER_EPOCH = 6
 CASES = {
     "in the main process": "data.num_workers=0",
