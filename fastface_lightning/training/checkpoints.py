@@ -53,11 +53,11 @@ class LastAndBest(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = trainer.callback_metrics.get("verify/accuracy")
-        if found is None or not trainer.global_step:
+        accuracy = trainer.callback_metrics.get("verify/accuracy")
+        if accuracy is None or not trainer.global_step:
             return
-        if self.best is None or found.item() > self.best["accuracy"]:
-            self.best = {"step": trainer.global_step, "accuracy": found.item()}
+        if self.best is None or accuracy.item() > self.best["accuracy"]:
+            self.best = {"step": trainer.global_step, "accuracy": accuracy.item()}
             self._best_is_due = True
             fitting = trainer.state.fn == TrainerFn.FITTING
             if not (fitting and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):

@@ -65,6 +65,7 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
             f"trainer.devices={cfg.trainer.devices}"
         )
     num_classes, num_images = _data_size(cfg)
+    batches = _batches(cfg, num_images)
     device = torch.device("cuda" if uses_cuda(cfg) or cfg.plan is not True else "cpu")
     capacity = memory_of(device) if cfg.plan is True else int(cfg.plan * 2**30)
     reserve = CUDA_RESERVE if device.type == "cuda" else 0
@@ -96,7 +97,6 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
         fits = HEADROOM * total <= capacity
         chunk = configs[other].get("chunk")
         heads[other] = {**head._asdict(), "chunk": chunk, "peak": total, "fits": fits}
-    batches = _batches(cfg, num_images)
     flops = (backbone.flops + heads[name]["flops"]) * batches
     plan = {
         "model": cfg.model.name,
