@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastface_lightning.training.run_record import processor_name
+from fastface_lightning.training.environment import processor_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from fastface_lightning import FastFaceCallback
 from fastface_lightning.backbones.iresnet import iresnet_tiny
 from fastface_lightning.classifiers import FullClassifier
-from fastface_lightning.cli import program, torch_schedule
+from fastface_lightning.cli import program
 from fastface_lightning.data import EpochSampler, FaceLoader, IdentityFolder, SyntheticFaces
 from fastface_lightning.data.datamodule import read_people
 from fastface_lightning.data.datasets.in_memory import InMemoryDataset, downsampled
@@ -42,9 +42,10 @@ from fastface_lightning.evaluation import all_pairs, roc_auc, tar_at_far
 from fastface_lightning.files import write_text
 from fastface_lightning.margins import CosFace
 from fastface_lightning.optim import SGD
+from fastface_lightning.schedule.fixed import FixedSchedule
 from fastface_lightning.schedule.plateau import check_count
+from fastface_lightning.training.environment import processor_name
 from fastface_lightning.training.module import FaceModule
-from fastface_lightning.training.run_record import processor_name
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 PIXELS, EMBEDDING = 32, 128
@@ -220,22 +221,20 @@ def train(run: Run, schedule: dict[str, Any], epochs: int, batch_size: int, file
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     faces = Faces(*(InMemoryDataset(*part) for part in torch.load(file)))
     seed_everything(run.seed, verbose=False)
-    config = OmegaConf.create(
-        {"schedule": schedule, "optimizer": {"lr": run.lr}, "total_steps": None}
-    )
-    of_torch = schedule.get("_partial_", False)
+    built = instantiate(schedule)
+    fixed = isinstance(built, FixedSchedule)
     module = FaceModule(
         iresnet_tiny(num_classes=EMBEDDING, img_size=PIXELS).to(memory_format=torch.channels_last),
         FullClassifier(faces.seen.num_classes, EMBEDDING, margin=CosFace(0.3), scale=32.0),
         functools.partial(SGD, lr=run.lr, momentum=0.9, weight_decay=5e-4),
-        functools.partial(torch_schedule, config) if of_torch else None,
+        built if fixed else None,
     )
     sampler = EpochSampler(faces.seen, run.seed)
     loader = FaceLoader(faces.seen, batch_size, sampler)  # type: ignore[arg-type]
     curves = Curves(faces.unseen, len(loader) * epochs)
     max_epochs = epochs * (TIMES if run.way == BASELINE else 1)
     # A rate that is far too high ends with a network that recognises nobody, not with an error.
-    watching = [] if of_torch else [FastFaceCallback(instantiate(schedule, max_nonfinite=math.inf))]
+    watching = [] if fixed else [FastFaceCallback(instantiate(schedule, max_nonfinite=math.inf))]
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=max_epochs,

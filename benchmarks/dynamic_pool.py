@@ -57,9 +57,9 @@ from fastface_lightning.data.datasets.in_memory import InMemoryDataset, downsamp
 from fastface_lightning.evaluation import all_pairs, tar_at_far
 from fastface_lightning.margins import CosFace
 from fastface_lightning.optim import SGD
+from fastface_lightning.training.environment import memory_of
 from fastface_lightning.training.module import FaceModule
 from fastface_lightning.training.plan import PartPlan, plan_classifier
-from fastface_lightning.training.run_record import memory_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = RESULTS / "dynamic_pool.json"

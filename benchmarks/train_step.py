@@ -13,7 +13,6 @@ import io
 import logging
 import math
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -36,11 +35,11 @@ from torchvision.datasets import ImageFolder
 
 from fastface_lightning.backbones import build_backbone, normalise
 from fastface_lightning.data import IdentityFolder, SyntheticFaces
+from fastface_lightning.training.build import build_module, build_trainer
+from fastface_lightning.training.devices import resolve_device
 from fastface_lightning.training.run_record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
 
 BATCH, CLIP, WORKERS, THREADS = 64, 5.0, 2, 2
 SGD: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
@@ -160,12 +159,12 @@ class Program:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             self.cfg = compose("train", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(self.cfg)
-        train.resolve_device(self.cfg)
+        resolve_device(self.cfg)
         self.data = instantiate(self.cfg.data)
         self.data.setup("fit")
         self.data.num_classes = num_classes
         torch.manual_seed(0)  # all networks start from the same weights
-        self.module = train.build_module(self.cfg, self.data, instantiate(self.cfg.schedule))
+        self.module = build_module(self.cfg, self.data, instantiate(self.cfg.schedule))
         self.optimizer = self.module.build_optimizer()
         self.module.optimizer = lambda _: self.optimizer  # its momentum stays from run to run
 
@@ -177,7 +176,7 @@ class Program:
         """An epoch of its own data, or of batches in memory, by the trainer; seconds."""
         record = RunRecord(self.folder, {})
         schedule = instantiate(self.cfg.schedule)
-        trainer = train.build_trainer(self.cfg, self.folder, schedule, record, 0)
+        trainer = build_trainer(self.cfg, self.folder, schedule, record, 0)
         clock = Clock(loading=batches is None)
         trainer.callbacks.append(clock)  # type: ignore[attr-defined]
         with contextlib.redirect_stdout(io.StringIO()):  # the progress bar

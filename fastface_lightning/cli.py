@@ -19,7 +19,6 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -164,21 +163,3 @@ def sentence(error: BaseException) -> str | None:
     text = str(cause).split("\n    full_key:")[0].split("\nConfig search path:")[0]
     text = text.rpartition("\nValueError: ")[2]  # what a loader's worker died of
     return " ".join(text.split())
-
-
-def steps(share: float, *, _root_: Any) -> int | str:
-    """`${steps:0.5}` in a config: half of the run, in optimizer steps, once its length is known."""
-    known = _root_.total_steps
-    return f"{share} of the run" if known is None else int(share * known)
-
-
-OmegaConf.register_new_resolver("steps", steps, replace=True)
-
-
-def torch_schedule(config: DictConfig, optimizer: Any, total_steps: int) -> Any:
-    """One of torch's own schedulers, its milestones resolved for a run of ``total_steps``."""
-    config.total_steps = total_steps
-    own = {}
-    if "max_lr" in config.schedule:  # OneCycleLR would give every group the same
-        own["max_lr"] = [group["lr"] for group in optimizer.param_groups]
-    return instantiate(config.schedule)(optimizer, **own)

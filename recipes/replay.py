@@ -30,6 +30,7 @@ def main(cfg: DictConfig) -> None:
     from fastface_lightning.files import write_text
     from fastface_lightning.schedule import read_losses, replay
     from fastface_lightning.schedule.base import Progress
+    from fastface_lightning.schedule.fixed import FixedSchedule
     from fastface_lightning.schedule.plateau import check_count
 
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -37,7 +38,7 @@ def main(cfg: DictConfig) -> None:
         check_count("total_steps", cfg.total_steps, least=1)
     check_numbers(cfg, "lr")
     schedule = instantiate(cfg.schedule)
-    if not hasattr(schedule, "update"):
+    if isinstance(schedule, FixedSchedule):
         raise ValueError(
             f"schedule must be fastface, fastface_released or mhlr, got {cfg.schedule._target_}"
         )

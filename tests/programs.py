@@ -11,6 +11,11 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# A run of train.py in seconds: 4 steps an epoch.
+SMALL = [
+    *("data.num_identities=8", "data.images_per_identity=4", "data.batch_size=8"),
+    *("data.verify_identities=6", "data.verify_pairs=20", "trainer.enable_progress_bar=false"),
+]
 
 
 class Ended(NamedTuple):

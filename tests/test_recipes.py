@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from models import noise
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from programs import ROOT, Run, load
+from programs import ROOT, Run
 from test_conf import composed
 
 RECIPES = ROOT / "recipes"
@@ -124,8 +124,8 @@ def test_mhlr() -> None:
 def test_baselines(data: str) -> None:
     """arcface_torch's polynomial without warm-up, and InsightFace's drops of 20 epochs."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.02)
-    train = load(ROOT / "train.py")
-    polynomial = train.torch_schedule(composed(f"+paper={data}_r100_polynomial"), optimizer, 10)
+    cfg = composed(f"+paper={data}_r100_polynomial")
+    polynomial = instantiate(cfg.schedule)(optimizer, 10)
     rates = []
     for _ in range(10):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -137,10 +137,10 @@ def test_baselines(data: str) -> None:
 
 def assert_drops(cfg: DictConfig, after: list[int]) -> None:
     """Tenfold ones after these epochs, to the step, however many steps an epoch has."""
-    train, epochs = load(ROOT / "train.py"), cfg.trainer.max_epochs
+    schedule, epochs = instantiate(cfg.schedule), cfg.trainer.max_epochs
     for epoch in (1, 7, 11_372, 45_489, 133_528, 10_000_000):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=cfg.optimizer.lr)
-        scheduler = train.torch_schedule(cfg, optimizer, epochs * epoch)
+        scheduler = schedule(optimizer, epochs * epoch)
         assert sorted(scheduler.milestones.elements()) == [count * epoch for count in after]
         assert scheduler.gamma == 0.1
 
@@ -184,7 +184,7 @@ def test_attfc() -> None:
     assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (0.1, 0.9)
     assert (cfg.optimizer.weight_decay, cfg.optimizer.nesterov) == (5e-4, False)
     assert (cfg.data.batch_size, cfg.trainer.max_epochs) == (384, 5)
-    assert cfg.schedule._target_.endswith("CosineAnnealingLR")
+    assert cfg.schedule.scheduler == "CosineAnnealingLR"
     assert cfg.trainer.gradient_clip_val == 5
 
 

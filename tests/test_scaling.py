@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -19,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from programs import ROOT, SMALL
 from ranks import on_two_ranks
 from torch import Tensor, nn
 
@@ -30,11 +28,10 @@ from fastface_lightning.classifiers import ChunkedClassifier
 from fastface_lightning.data import SyntheticData, VerificationPairs
 from fastface_lightning.data.augment import Augment
 from fastface_lightning.schedule import PlateauSchedule
+from fastface_lightning.training.checkpoints import OneRun
 from fastface_lightning.training.module import FaceModule
-from fastface_lightning.training.run_record import OneRun
 from fastface_lightning.training.seeding import SeededBatches
 
-ROOT = Path(__file__).resolve().parents[1]
 LR = 0.1
 BATCH = 16  # images a step, of all ranks
 EPOCHS = 15
@@ -78,18 +75,18 @@ class Watch(Callback):
         self.verified = {key: value.item() for key, value in found if key.startswith("verify/")}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        seen = {
+        record = {
             "batches": self.batches,
             "verified": self.verified,
             "changes": [list(made) for made in self.schedule.changes],
             "weights": pl_module.state_dict(),
         }
-        torch.save(seen, self.folder / f"rank{trainer.global_rank}.pt")
+        torch.save(record, self.folder / f"rank{trainer.global_rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def data() -> SyntheticData:
-    """Drawn once; its pairs are of an odd number, so that one of two ranks is given one twice."""
+    """Made once; its pairs are of an odd number, so that one of two ranks is given one twice."""
     data = SyntheticData(12, 16, 12, 60)
     data.setup()
     pairs = data.sets["synthetic"]
@@ -176,16 +173,11 @@ def test_two_ranks_train_as_one_process(data: SyntheticData, tmp_path: Path, nam
 # The program, started three ways ---------------------------------------------------------------
 
 PROGRAM = [
-    *("data.num_identities=8", "data.images_per_identity=20", "data.verify_identities=6"),
-    *("data.verify_pairs=20", "model=timm", "model.name=test_convnext", "model.embedding_size=16"),
+    *(*SMALL, "data.images_per_identity=20", "augment.flip=0"),
+    *("model=timm", "model.name=test_convnext", "model.embedding_size=16"),
     "model.freeze=[neck.bn,neck.features]",  # its batch norms: statistics are of a rank's images
-    *(
-        "augment.flip=0",
-        "trainer.max_epochs=2",
-        "verify.every_n_epochs=2",
-        "trainer.enable_progress_bar=false",
-    ),
-    *("trainer.log_every_n_steps=1", "+callbacks.inputs._target_=watching.WriteInputs"),
+    *("trainer.max_epochs=2", "verify.every_n_epochs=2", "trainer.log_every_n_steps=1"),
+    "+callbacks.inputs._target_=watching.WriteInputs",
     "+callbacks.inputs.folder=${hydra:runtime.output_dir}",
 ]
 TWO = [
@@ -253,7 +245,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.parametrize("way", ["launcher", "torchrun", "slurm"])
 def test_the_program_trains_as_one_process(alone: Path, tmp_path: Path, way: str) -> None:
     codes, said = program(tmp_path / "run", way, *TWO)
@@ -282,14 +274,3 @@ def test_ranks_of_different_runs_are_refused(tmp_path: Path) -> None:
                 one.setup(trainer, module, "fit")  # type: ignore[arg-type]
 
     on_two_ranks(check, tmp_path)
-
-
-def test_commands_of_the_card_compose() -> None:
-    """Those of several processes too, which tests/test_readme.py does not run."""
-    text = (ROOT / "docs" / "scaling.md").read_text()
-    commands = re.findall(r"^(?:python|torchrun|srun) .*train\.py (.*)$", text, re.MULTILINE)
-    assert len(commands) == 4
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for command in commands:
-            trainer = compose("train", shlex.split(command)).trainer
-            assert (trainer.strategy, trainer.devices) in {("ddp", 4), ("auto", 1)}

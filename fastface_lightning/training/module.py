@@ -24,7 +24,7 @@ from ..evaluation import ROC, ROCCurve, VerificationAccuracy
 from ..optim import SGD, match_memory_format
 
 log = logging.getLogger(__name__)
-MOST_LEFT = 0.1  # share of a momentum encoder's first weights that a run should not leave
+LEFT_OVER = 0.1  # highest share of its first weights that a momentum encoder should end with
 
 
 class FaceModule(LightningModule):
@@ -77,8 +77,8 @@ class FaceModule(LightningModule):
                 )
             classifier.follow(backbone)
             # They are the same on every rank already; DDP would send them around at every step.
-            own = [f"classifier.{name}" for name, _ in classifier.named_buffers(recurse=False)]
-            self._ddp_params_and_buffers_to_ignore = own
+            buffers = [f"classifier.{name}" for name, _ in classifier.named_buffers(recurse=False)]
+            self._ddp_params_and_buffers_to_ignore = buffers
         self._followed_step: int | None = None
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -126,11 +126,11 @@ class FaceModule(LightningModule):
         if self._followed_step != self.trainer.global_step:  # once, however many batches it takes
             self._followed_step = self.trainer.global_step
             classifier.update_momentum_encoder(self.backbone)
-        seen = {
+        inputs = {
             name: (normalise(self.augment(images)), labels)
             for name, (images, labels) in batch.items()
         }
-        return classifier.training_loss(self.backbone, seen)
+        return classifier.training_loss(self.backbone, inputs)
 
     def validation_step(
         self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
@@ -226,10 +226,10 @@ class FaceModule(LightningModule):
                 for the backbone. The classifier must have as many classes.
         """
         saved = {} if reinit else read_weights(file, "classifier.")
-        own = self.classifier.state_dict()
+        state = self.classifier.state_dict()
         if isinstance(self.classifier, MomentumClassifier):
             saved = {key: value for key, value in saved.items() if key.startswith("margin.")}
-        centres, wanted = saved.get("weight"), own.get("weight")
+        centres, wanted = saved.get("weight"), state.get("weight")
         if centres is not None and wanted is not None and centres.shape != wanted.shape:
             raise ValueError(
                 f"weights must hold {tuple(wanted.shape)} class centres, got "
@@ -238,8 +238,8 @@ class FaceModule(LightningModule):
         check_finite(saved, file)
         load_weights(self.backbone, file)
         # Of another margin, what this one does not know is left, and what it has starts anew.
-        kept = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
-        self.classifier.load_state_dict({**own, **kept})
+        kept = {k: v for k, v in saved.items() if k in state and v.shape == state[k].shape}
+        self.classifier.load_state_dict({**state, **kept})
         if isinstance(self.classifier, MomentumClassifier):
             self.classifier.follow(self.backbone)
 
@@ -281,11 +281,11 @@ class FaceModule(LightningModule):
     def on_fit_start(self) -> None:
         self._followed_step = None
         # Lightning would fill one scheduler with another's state, or with none, and say nothing.
-        wrote, now = self._resumed_from, self._scheduler_names()
-        if wrote is not None and wrote != now:
+        saved, now = self._resumed_from, self._scheduler_names()
+        if saved is not None and saved != now:
             raise MisconfigurationException(
                 f"the checkpoint must come from the same schedule, got one written with "
-                f"{', '.join(wrote) or 'no torch scheduler'} for a run with "
+                f"{', '.join(saved) or 'no torch scheduler'} for a run with "
                 f"{', '.join(now) or 'none'}"
             )
 
@@ -293,7 +293,7 @@ class FaceModule(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if isinstance(self.classifier, MomentumClassifier):
             left = self.classifier.momentum**steps
-            if left > MOST_LEFT:
+            if left > LEFT_OVER:
                 log.warning(
                     "after %d steps %.0f %% of the momentum encoder will still be what it began "
                     "with, at momentum %s: so short a run wants a smaller one",
@@ -307,20 +307,20 @@ class FaceModule(LightningModule):
         return [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs]
 
 
-def moves_rows(optimizer: Optimizer) -> bool:
-    """Whether an optimizer moves, of a sparse gradient, the rows that it names and no others."""
+def updates_sparse_rows(optimizer: Optimizer) -> bool:
+    """Whether an optimizer updates, of a sparse gradient, the rows that it names and no others."""
     return isinstance(optimizer, SGD)
 
 
 def check_sparse(samples: bool, optimizer: Optimizer, world_size: int = 1) -> None:
-    """A classifier that samples needs an optimizer that moves rows, and one process.
+    """A classifier that samples needs row-sparse updates, and one process.
 
     Raises:
         MisconfigurationException: it has not.
     """
-    if samples and not moves_rows(optimizer):
+    if samples and not updates_sparse_rows(optimizer):
         raise MisconfigurationException(
-            f"a partial classifier needs an optimizer that moves the sampled rows alone, "
+            f"a partial classifier needs an optimizer that updates the sampled rows alone, "
             f"fastface_lightning.optim.SGD (optimizer=sgd), got {type(optimizer).__name__}"
         )
     if samples and world_size > 1:

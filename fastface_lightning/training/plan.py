@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
@@ -16,17 +23,143 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbones import normalise
-from ..classifiers import MomentumClassifier
+from ..classifiers import MomentumClassifier, chunk_that_fits
+from ..data import FaceDataModule
 from ..data.augment import flip_some
+from ..files import write_text
 from ..optim import BLOCK
+from ..report.figures import print_plan
+from .build import build_classifier
+from .devices import uses_cuda
+from .environment import device_name, memory_of
+from .module import check_sparse, updates_sparse_rows
 
+log = logging.getLogger(__name__)
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # Room for what no plan knows, such as gaps between allocations.
-UNPLANNED = 1.12
-# What a CUDA context, cuDNN's workspaces and gaps between allocations take of a card.
-CARD_RESERVE = 3 * 2**29
+HEADROOM = 1.12
+# What a CUDA context, cuDNN's workspaces and gaps between allocations take of a GPU, in bytes.
+CUDA_RESERVE = 3 * 2**29
+# 30 hours for the 4,772 PFLOP of the paper's r100 on WebFace12M, five epochs on one RTX 4090.
+PAPER_FLOPS_PER_SECOND = 44.2e12
+
+
+def plan_run(cfg: DictConfig, folder: Path) -> None:
+    """Print what a run will hold and compute, with every classifier, and write ``plan.json``.
+
+    Args:
+        cfg: the run's config, of one device; ``plan`` is true for a plan of this one, or the
+            memory of another GPU in GiB.
+        folder: the run folder.
+
+    Raises:
+        ValueError: ``plan`` is no such number, or the run has several devices or no end.
+    """
+    if not 0 < cfg.plan < float("inf"):
+        raise ValueError(f"plan must be true or a GPU's memory in GiB, got {cfg.plan}")
+    if cfg.trainer.strategy not in ("auto", "single_device") or cfg.trainer.devices not in (1, "1"):
+        raise ValueError(
+            f"a plan is of one device, got trainer.strategy={cfg.trainer.strategy} and "
+            f"trainer.devices={cfg.trainer.devices}"
+        )
+    num_classes, num_images = _data_size(cfg)
+    batches = _batches(cfg, num_images)
+    device = torch.device("cuda" if uses_cuda(cfg) or cfg.plan is not True else "cpu")
+    capacity = memory_of(device) if cfg.plan is True else int(cfg.plan * 2**30)
+    reserve = CUDA_RESERVE if device.type == "cuda" else 0
+    batch, make_optimizer = cfg.data.batch_size, instantiate(cfg.optimizer)
+    size = cfg.model.embedding_size
+    name = HydraConfig.get().runtime.choices["classifier"]
+    configs = _classifier_configs(cfg, name)
+    parts = {}
+    for other, config in configs.items():
+        if "chunk" in config and config.chunk is None:
+            config.chunk = chunk_that_fits(batch, size, device)
+        build = functools.partial(build_classifier, cfg, num_classes, config)
+        try:
+            parts[other] = plan_classifier(build, make_optimizer, batch, size, num_classes)
+        except ValueError as error:  # too few identities, or too large a batch
+            if other == name:
+                raise
+            log.info("classifier=%s cannot be planned: %s", other, error)
+    # Where a tensor's numbers lie does not change what is held; what a compiler saves is unknown.
+    off = {"channels_last": False, "compile": False, "pretrained": False}
+    model = {**cfg.model, **{key: value for key, value in off.items() if key in cfg.model}}
+    backbone = plan_backbone(
+        lambda: instantiate(model), make_optimizer, parts[name].images, cfg.trainer.precision
+    )
+    heads = {}
+    for other, part in parts.items():
+        network, head = combined(backbone, part)
+        total = peak(network, head, cfg.trainer.accumulate_grad_batches) + reserve
+        fits = HEADROOM * total <= capacity
+        chunk = configs[other].get("chunk")
+        heads[other] = {**head._asdict(), "chunk": chunk, "peak": total, "fits": fits}
+    flops = (backbone.flops + heads[name]["flops"]) * batches
+    plan = {
+        "model": cfg.model.name,
+        "num_classes": num_classes,
+        "batch_size": batch,
+        "precision": cfg.trainer.precision,
+        "classifier": name,
+        "backbone": backbone._asdict(),
+        "heads": heads,
+        "device": device_name(device) if cfg.plan is True else "a GPU",
+        "capacity": capacity,
+        "reserve": reserve,
+        "batches": batches,
+        "flops": flops,
+        "hours": flops / PAPER_FLOPS_PER_SECOND / 3600,
+    }
+    write_text(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
+    print_plan(plan)
+
+
+def _batches(cfg: DictConfig, num_images: int) -> int:
+    """Batches of the whole run, by its epochs or its optimizer steps, whichever end first."""
+    epochs, steps = cfg.trainer.max_epochs, cfg.trainer.max_steps
+    ends = []
+    if epochs is not None and epochs >= 0:
+        ends.append(num_images // cfg.data.batch_size * epochs)
+    if steps >= 0:
+        ends.append(steps * cfg.trainer.accumulate_grad_batches)
+    if not ends:
+        raise ValueError(
+            f"a plan needs the length of the run, trainer.max_epochs or trainer.max_steps, "
+            f"got {epochs} and {steps}"
+        )
+    return min(ends)
+
+
+def _data_size(cfg: DictConfig) -> tuple[int, int]:
+    """Identities and images: of the data where they are, else what the config says of them."""
+    if "images_per_identity" in cfg.data:  # synthetic: made only when they are needed
+        return cfg.data.num_identities, cfg.data.num_identities * cfg.data.images_per_identity
+    if cfg.data.get("num_images") and not Path(cfg.data.root).exists():
+        share = 1 - cfg.data.get("held_out", 0)
+        return round(share * cfg.data.num_identities), round(share * cfg.data.num_images)
+    data: FaceDataModule = instantiate(cfg.data)
+    data.setup("fit")
+    return data.num_classes, len(data.train_set)
+
+
+def _classifier_configs(cfg: DictConfig, name: str) -> dict[str, Any]:
+    """The run's own classifier first, then the others that its optimizer can train."""
+    configs: dict[str, Any] = {name: cfg.classifier}
+    optimizer = instantiate(cfg.optimizer)([nn.Parameter(torch.zeros(1))])
+    check_sparse(cfg.classifier.get("rate", 1) < 1, optimizer)
+    if cfg.classifier.get("chunk"):
+        configs[f"{name} classifier.chunk=null"] = OmegaConf.merge(cfg.classifier, {"chunk": None})
+    sources = HydraConfig.get().runtime.config_sources
+    conf = next(Path(source.path) for source in sources if source.provider == "main")
+    for file in sorted((conf / "classifier").glob("*.yaml")):
+        other = OmegaConf.load(file)
+        other.scale = cfg.classifier.scale
+        if updates_sparse_rows(optimizer) or "rate" not in other:
+            configs.setdefault(file.stem, other)
+    return configs
 
 
 class PartPlan(NamedTuple):
@@ -147,7 +280,7 @@ def plan_classifier(
 ) -> PartPlan:
     """One training step of a classifier, by the arguments of :func:`plan_backbone`.
 
-    Of a MomentumClassifier without its momentum encoder: :func:`together` adds it.
+    Of a MomentumClassifier without its momentum encoder: :func:`combined` adds it.
     """
     with FakeTensorMode(), MemoryMeter() as meter:
         head: Any = build().train()
@@ -159,7 +292,7 @@ def plan_classifier(
         with FlopCounterMode(display=False) as counter:
             head(embeddings, labels).backward()
         gradients = _gradient_bytes(head)
-        most = meter.peak - start
+        highest = meter.peak - start
         held = _optimizer_bytes(make_optimizer, head, meter)
         if getattr(head, "samples", False):
             # A fake sparse tensor has no rows. These are there once as the gradient and once as
@@ -172,7 +305,7 @@ def plan_classifier(
             weights=_bytes(*head.parameters(), *head.buffers()),
             gradients=gradients,
             activations=0,
-            work=most - gradients,
+            work=highest - gradients,
             flops=counter.get_total_flops(),
             images=batch_size,
             **held,
@@ -212,8 +345,8 @@ def _plan_momentum(head: MomentumClassifier, meter: MemoryMeter, batch_size: int
     )
 
 
-def together(backbone: PartPlan, classifier: PartPlan) -> tuple[PartPlan, PartPlan]:
-    """Both as they are in one run.
+def combined(backbone: PartPlan, classifier: PartPlan) -> tuple[PartPlan, PartPlan]:
+    """Both parts as they are in one run.
 
     Returns:
         The backbone for the images that the classifier needs in a step, and the classifier with its

@@ -1,30 +1,17 @@
-"""What a run leaves behind: metrics that survive a resume, results, a figure of its schedule."""
+"""What a run leaves behind: its results, a report, a figure of its schedule."""
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import platform
-import re
-import subprocess
-import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from ..data import FaceDataset
@@ -35,157 +22,11 @@ from ..report.figures import plot_schedule
 from ..report.page import read_metrics, write_report
 from ..schedule.callback import FastFaceCallback
 from ..schedule.replay import Change
+from .checkpoints import LastAndBest
+from .environment import commit, device_name, environment, peak_memory
 from .module import images_in
 
-_QUIET: dict[str, Any] = {"capture_output": True, "text": True}
-
-
-class ResumableCSVLogger(CSVLogger):
-    """Lightning's CSV logger, whose ``metrics.csv`` goes on where a resumed run goes on.
-
-    Args:
-        save_dir: folder of ``metrics.csv``.
-        resume_step: optimizer step the run resumes from; earlier rows stay, later ones go.
-    """
-
-    def __init__(self, save_dir: str | Path, resume_step: int = 0) -> None:
-        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=1)
-        self.resume_step = resume_step
-
-    @property
-    def experiment(self) -> Any:
-        if self._experiment is not None:
-            return super().experiment
-        kept = self._earlier_rows()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Experiment logs directory")
-            writer = super().experiment
-        if kept:
-            writer.metrics = kept
-            writer.save()
-        return writer
-
-    def _earlier_rows(self) -> list[dict[str, str]]:
-        file = Path(self.log_dir) / "metrics.csv"
-        if not file.is_file():
-            return []
-        with file.open(newline="") as lines:
-            return [
-                {name: value for name, value in row.items() if value}
-                for row in csv.DictReader(lines)
-                if float(row["step"]) < self.resume_step
-            ]
-
-
-class LastAndBest(Checkpoint):
-    """Keeps ``last.ckpt``: every so many steps, after every epoch, and where the run stops; and
-    ``best.ckpt``: of the verification with the highest mean accuracy, the earliest among equals.
-
-    Never after the last batch of an epoch but at the epoch's end, when it has been verified:
-    Lightning 2.6 counts an epoch twice when it goes on from between the two.
-
-    Args:
-        dirpath: folder of the two files.
-        every_n_steps: optimizer steps between two savings of ``last.ckpt`` within an epoch; None
-            for none.
-
-    Attributes:
-        best: optimizer steps done at the best verification and its accuracy, ``{"step": int,
-            "accuracy": float}``; None before the first. The untrained network does not count.
-
-    Raises:
-        ValueError: ``every_n_steps`` below 1.
-    """
-
-    def __init__(self, dirpath: str | Path, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
-        self.folder, self.every_n_steps = Path(dirpath), every_n_steps
-        self.best: dict[str, Any] | None = None
-        self._saved_step = -1
-        self._best_is_due = False
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A resumed run is at a saved step until its next optimizer step.
-        self._saved_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
-        if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = trainer.callback_metrics.get("verify/accuracy")
-        if found is None or not trainer.global_step:
-            return
-        if self.best is None or found.item() > self.best["accuracy"]:
-            self.best = {"step": trainer.global_step, "accuracy": found.item()}
-            self._best_is_due = True
-            fitting = trainer.state.fn == TrainerFn.FITTING
-            if not (fitting and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
-                self._save_best(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save_best(trainer)
-        self._save(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        # A run with max_steps would go on with one batch more of an epoch that has ended, from any
-        # callback's checkpoint.
-        loop = checkpoint["loops"]["fit_loop"]
-        if loop["epoch_progress"]["current"]["processed"] > trainer.current_epoch:
-            batches = loop["epoch_loop.batch_progress"]
-            batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
-            for count in ("total", "current"):
-                epochs = loop["epoch_progress"][count]
-                epochs["completed"] = epochs["processed"]
-
-    def _save(self, trainer: Trainer) -> None:
-        if self._saved_step != trainer.global_step:
-            self._saved_step = trainer.global_step
-            trainer.save_checkpoint(self.folder / "last.ckpt")
-
-    def _save_best(self, trainer: Trainer) -> None:
-        if self._best_is_due:
-            self._best_is_due = False
-            trainer.save_checkpoint(self.folder / "best.ckpt")
-
-
-class OneRun(Callback):
-    """Refuses ranks that are not of one run: each of them finds its folder and checkpoint itself.
-
-    Args:
-        folder: the run folder.
-        resume_step: optimizer step that the run goes on from; 0 for a new one.
-
-    Raises:
-        MisconfigurationException: on every rank, when the ranks have not the same.
-    """
-
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        self.place = f"{folder} at step {resume_step}"
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.world_size == 1:
-            return
-        places = [""] * trainer.world_size
-        dist.all_gather_object(places, self.place)
-        if len(set(places)) > 1:
-            raise MisconfigurationException(
-                f"all ranks must have one run folder and go on from one checkpoint, got "
-                f"{' and '.join(sorted(set(places)))}: give hydra.run.dir, on a disk they share"
-            )
+C = TypeVar("C", bound=Callback)
 
 
 class RunRecord(Callback):
@@ -193,20 +34,22 @@ class RunRecord(Callback):
 
     Every checkpoint gets ``run``, plain data that says what made it: ``config``, ``commit``,
     ``steps`` and ``verification``, the accuracy of each set, if just these weights have been
-    verified. From it
-    :func:`fastface_lightning.load_embedder` builds the network.
+    verified. From it :func:`fastface_lightning.load_embedder` builds the network.
 
     Args:
         folder: the run folder.
         config: what the run was composed of, plain data.
 
     Attributes:
-        untrained: verification accuracy of each set before training, by its name; to be set.
+        untrained: verification accuracy of each set before training, by its name.
         accuracy: the same at the last verification.
         std: its standard deviation over the folds.
         verified_step: optimizer steps done at the last verification.
-        train_set: the training set, whose bad images are written down; to be set.
+        images: trained on so far, by all ranks.
+        train_seconds: of training with data loading, without verification.
     """
+
+    _KEPT = ("untrained", "accuracy", "std", "verified_step", "images", "train_seconds", "_lr")
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder, self.config = folder, config
@@ -215,16 +58,18 @@ class RunRecord(Callback):
         self.accuracy: dict[str, float] = {}
         self.std: dict[str, float] = {}
         self.verified_step: int | None = None
-        self.train_set: FaceDataset | None = None
+        self.images = 0
+        self.train_seconds = 0.0
+        self._train_set: FaceDataset | None = None
         self._earlier_bad: list[str] = []
-        self._images = 0
         self._lr: float | None = None
         self._lr_changes: list[Change] = []
-        self._train_seconds = 0.0
-        self._earlier_seconds = 0.0
         self._losses: deque[Tensor] = deque(maxlen=100)
         self._started = self._last = time.perf_counter()
         self._at_last_log = (0, 0.0)  # images and seconds of training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._train_set = getattr(trainer.datamodule, "train_set", None)  # type: ignore[attr-defined]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.perf_counter()
@@ -233,28 +78,30 @@ class RunRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        self._train_seconds += now - self._last
+        self.train_seconds += now - self._last
         self._last = now
-        self._images += images_in(batch) * trainer.world_size
+        self.images += images_in(batch) * trainer.world_size
         if outputs:
             self._losses.append(outputs["loss"].float() * trainer.accumulate_grad_batches)
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         if self._lr and lr != self._lr:  # from 0 there is no factor
             self._lr_changes.append(Change(trainer.global_step - 1, lr / self._lr, lr))
         self._lr = lr
         if trainer._logger_connector.should_update_logs:
             images, seconds = self._at_last_log
-            speed = (self._images - images) / max(self._train_seconds - seconds, 1e-9)
-            self._at_last_log = (self._images, self._train_seconds)
+            speed = (self.images - images) / max(self.train_seconds - seconds, 1e-9)
+            self._at_last_log = (self.images, self.train_seconds)
             pl_module.log("train/images_per_second", speed)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for key, value in trainer.callback_metrics.items():
             group, _, rest = key.partition("/")
-            name, _, kind = rest.rpartition("/")
+            name, _, figure = rest.rpartition("/")
             if group == "verify" and name:
-                (self.accuracy if kind == "accuracy" else self.std)[name] = value.item()
+                (self.accuracy if figure == "accuracy" else self.std)[name] = value.item()
         self.verified_step = trainer.global_step
+        if not trainer.global_step and not trainer.sanity_checking:
+            self.untrained = dict(self.accuracy)
         if trainer.is_global_zero:
             self._write_roc(pl_module.curves)  # type: ignore[arg-type]
         self._last = time.perf_counter()
@@ -300,6 +147,7 @@ class RunRecord(Callback):
     def _results(self, trainer: Trainer) -> dict[str, Any]:
         device = trainer.strategy.root_device
         losses = [loss.item() for loss in self._losses]
+        checkpoints = _callback(trainer, LastAndBest)
         return {
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
@@ -312,12 +160,12 @@ class RunRecord(Callback):
                 }
                 for name, accuracy in self.accuracy.items()
             },
-            "best": self._best(trainer),
+            "best": None if checkpoints is None else checkpoints.best,
             "lr_changes": [change._asdict() for change in self._changes(trainer)],
             "final_lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
-            "images": self._images,
+            "images": self.images,
             "bad_images": self._bad_images(),
-            "images_per_second": self._images / max(self._train_seconds, 1e-9),
+            "images_per_second": self.images / max(self.train_seconds, 1e-9),
             "wall_seconds": self._wall_seconds(),
             "peak_memory_bytes": peak_memory(device),
             "device": device_name(device),
@@ -325,56 +173,43 @@ class RunRecord(Callback):
             "environment": environment(self.commit),
         }
 
-    def _best(self, trainer: Trainer) -> dict[str, Any] | None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LastAndBest):
-                return callback.best
-        return None
-
     def _changes(self, trainer: Trainer) -> list[Change]:
         """Steps at which the learning rate changed; none for a schedule that always changes it."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, FastFaceCallback):
-                return callback.changes
+        callback = _callback(trainer, FastFaceCallback)
+        if callback is not None:
+            return callback.changes
         return self._lr_changes if 10 * len(self._lr_changes) < trainer.global_step else []
 
     def _bad_images(self) -> list[str]:
         """Training images that this process could not read, in all parts of the run."""
-        now = [] if self.train_set is None else self.train_set.bad_images()
+        now = [] if self._train_set is None else self._train_set.bad_images()
         return self._earlier_bad + [name for name in now if name not in self._earlier_bad]
 
     def _wall_seconds(self) -> float:
-        return self._earlier_seconds + time.perf_counter() - self._started
+        return time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "images": self._images,
+            **{name: getattr(self, name) for name in self._KEPT},
             "bad_images": self._bad_images(),
-            "train_seconds": self._train_seconds,
             "wall_seconds": self._wall_seconds(),
-            "untrained": self.untrained,
-            "accuracy": self.accuracy,
-            "std": self.std,
-            "verified_step": self.verified_step,
             "losses": [loss.item() for loss in self._losses],
-            "lr": None if self._lr is None else float(self._lr),
-            "lr_changes": [
-                [step, float(factor), float(lr)] for step, factor, lr in self._lr_changes
-            ],
+            "lr_changes": [list(change) for change in self._lr_changes],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._images = state_dict["images"]
+        for name in self._KEPT:
+            setattr(self, name, state_dict[name])
         self._earlier_bad = state_dict["bad_images"]
-        self._train_seconds = state_dict["train_seconds"]
-        self._at_last_log = (self._images, self._train_seconds)
-        self._earlier_seconds = state_dict["wall_seconds"]
-        self.untrained = state_dict["untrained"]
-        self.accuracy, self.std = state_dict["accuracy"], state_dict["std"]
-        self.verified_step = state_dict["verified_step"]
+        self._started -= state_dict["wall_seconds"]  # as if this part had gone on at once
         self._losses.extend(torch.tensor(state_dict["losses"]))
-        self._lr = state_dict["lr"]
-        self._lr_changes = [Change(*made) for made in state_dict["lr_changes"]]
+        self._lr_changes = [Change(*change) for change in state_dict["lr_changes"]]
+        self._at_last_log = (self.images, self.train_seconds)
+
+
+def _callback(trainer: Trainer, wanted: type[C]) -> C | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, wanted)), None)
 
 
 def plot_run(folder: Path, changes: list[int]) -> None:
@@ -400,70 +235,3 @@ def plot_run(folder: Path, changes: list[int]) -> None:
         lr=series(next((name for name in metrics if name.startswith("lr-")), None)),
         changes=changes,
     )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: most allocated on a GPU so far; on a CPU the process's largest resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # what getrusage tells may be the parent's
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
-    import resource  # not there on Windows
-
-    # macOS counts bytes, others kilobytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes: all of a GPU's memory; on a CPU the system's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def device_name(device: torch.device) -> str:
-    """What a reader of a figure wants to know of the hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str | None:
-    """The project's commit, ``+`` after it where files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent)]
-    try:
-        # Installed into some other project's folder, the commit would be that project's.
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, **_QUIET)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, **_QUIET).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False, **_QUIET)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed.returncode else "")
-
-
-def environment(commit: str | None) -> dict[str, str]:
-    """Where a run took place, by what a reader calls it."""
-    memory = memory_of(torch.device("cpu")) / 2**30
-    packages = ("torch", "lightning", "torchmetrics", "timm", "hydra-core", "numpy")
-    return {
-        "commit": commit or "unknown",
-        "system": platform.platform(),
-        "processor": f"{processor_name()}, {os.cpu_count()} logical cores, {memory:.0f} GiB",
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
-
-
-def processor_name() -> str:
-    """The processor's name, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()

@@ -22,9 +22,9 @@ from fastface_lightning.classifiers import (
     MomentumClassifier,
     PartialClassifier,
 )
-from fastface_lightning.data.augment import flip_some
 from fastface_lightning.margins import AdaFace, CurricularFace, Margin
 from fastface_lightning.optim import SGD
+from fastface_lightning.schedule.fixed import FixedSchedule
 from fastface_lightning.training.module import FaceModule
 
 IMAGES = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8)
@@ -61,16 +61,6 @@ def test_bytes_become_numbers_from_minus_one_to_one() -> None:
     ends = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
     assert normalise(ends).flatten().tolist() == [-1.0, 1.0]
     assert ends.dtype == torch.uint8  # and the batch itself stays as it was
-
-
-def test_each_image_is_mirrored_or_not_as_a_whole() -> None:
-    images = torch.arange(2000 * 3 * 2 * 4).view(2000, 3, 2, 4)
-    torch.manual_seed(0)
-    flipped = flip_some(images)
-    same = (flipped == images).flatten(1).all(1)
-    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
-    assert (same ^ mirrored).all()
-    assert 900 < mirrored.sum() < 1100
 
 
 def test_an_embedding_is_that_of_image_and_mirror_image() -> None:
@@ -122,7 +112,7 @@ def test_the_classifier_may_have_a_learning_rate_of_its_own() -> None:
         (0.02, 0.9, 1),
     ]
     assert len(FaceModule(backbone, classifier, make).build_optimizer().param_groups) == 1
-    with pytest.raises(ValueError, match="classifier_lr must be at least 0 and finite, got -1"):
+    with pytest.raises(ValueError, match="classifier_lr"):
         FaceModule(backbone, classifier, make, classifier_lr=-1)
 
 
@@ -136,7 +126,7 @@ def test_a_partial_classifier_trains_and_only_with_an_optimizer_of_rows(tmp_path
     before = faces.classifier.weight.detach().clone()
     fit(tmp_path, faces, gradient_clip_val=5.0)
     assert (faces.classifier.weight != before).any(1).sum() == 12
-    with pytest.raises(MisconfigurationException, match=r"sampled rows alone, .*SGD.* got AdamW"):
+    with pytest.raises(MisconfigurationException, match="got AdamW"):
         fit(tmp_path, sampling(partial(torch.optim.AdamW, lr=0.1)))
     with pytest.raises(MisconfigurationException, match="got SGD"):
         fit(tmp_path, sampling(partial(torch.optim.SGD, lr=0.1)))
@@ -180,23 +170,12 @@ def test_start_from_a_checkpoint(tmp_path: Path) -> None:
     assert other.classifier.margin.t == 0
 
 
-@pytest.mark.parametrize("form", ["legacy", "_orig_mod.", "module."])
-def test_start_from_a_checkpoint_in_any_form(tmp_path: Path, form: str) -> None:
-    saved, faces = small_face_module(7), small_face_module(7)
-    prefix = "" if form == "legacy" else form
-    state = {prefix + key: value for key, value in saved.state_dict().items()}
-    file = tmp_path / "last.ckpt"
-    torch.save({"state_dict": state}, file, _use_new_zipfile_serialization=form != "legacy")
-    faces.start_from(file)
-    assert same(faces, saved)
-
-
 def test_start_from_centres_that_are_no_numbers(tmp_path: Path) -> None:
     saved, faces = small_face_module(7), small_face_module(7)
     with torch.no_grad():
         saved.classifier.weight[3] = torch.nan
     before = {key: value.clone() for key, value in faces.state_dict().items()}
-    with pytest.raises(ValueError, match="weights must be finite, got nan in weight of"):
+    with pytest.raises(ValueError, match="finite, got nan in weight"):
         faces.start_from(checkpoint(saved, tmp_path / "last.ckpt"))
     assert all(torch.equal(value, before[key]) for key, value in faces.state_dict().items())
 
@@ -224,22 +203,15 @@ def test_start_from_the_backbone_of_other_identities(tmp_path: Path) -> None:
     saved, faces = small_face_module(7), small_face_module(9)
     file = checkpoint(saved, tmp_path / "last.ckpt")
     before = {key: value.clone() for key, value in faces.state_dict().items()}
-    message = (
-        r"weights must hold \(9, 16\) class centres, got \(7, 16\) in .*classifier.reinit=true"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"\(9, 16\) class centres, got \(7, 16\)"):
         faces.start_from(file)
     assert all(torch.equal(value, before[key]) for key, value in faces.state_dict().items())
     faces.start_from(file, reinit=True)
     assert same(faces.backbone, saved.backbone)
     assert torch.equal(faces.classifier.weight, before["classifier.weight"])
-
-
-def test_reinit_leaves_new_centres_also_where_the_number_is_the_same(tmp_path: Path) -> None:
-    saved, faces = small_face_module(7), small_face_module(7)
-    before = faces.classifier.weight.detach().clone()
-    faces.start_from(checkpoint(saved, tmp_path / "last.ckpt"), reinit=True)
-    assert torch.equal(faces.classifier.weight, before) and same(faces.backbone, saved.backbone)
+    again = small_face_module(7)  # also where the number is the same
+    again.start_from(file, reinit=True)
+    assert not torch.equal(again.classifier.weight, saved.classifier.weight)
 
 
 def test_start_from_insightfaces_backbone(tmp_path: Path) -> None:
@@ -249,21 +221,26 @@ def test_start_from_insightfaces_backbone(tmp_path: Path) -> None:
     assert same(faces.backbone, saved.backbone)
 
 
-def test_start_from_another_architecture_changes_nothing(tmp_path: Path) -> None:
-    faces = small_face_module(7)
-    other = FaceModule(build_backbone("mobilefacenet", 16), ChunkedClassifier(7, 16), SGD)
-    before = {key: value.clone() for key, value in faces.state_dict().items()}
-    with pytest.raises(ValueError, match="iresnet_tiny"):
-        faces.start_from(checkpoint(other, tmp_path / "last.ckpt"))
-    assert all(torch.equal(value, before[key]) for key, value in faces.state_dict().items())
-
-
-def test_a_backbone_of_another_size_is_named(tmp_path: Path) -> None:
-    faces = FaceModule(
-        nn.Sequential(nn.Flatten(), nn.Linear(48, 6)), FullClassifier(3, 5), partial(SGD, lr=0.1)
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_another_torch_schedule_is_refused(tmp_path: Path) -> None:
+    """Lightning would fill one scheduler with another's state, or with none, and say nothing."""
+    cosine, drops = (
+        FixedSchedule("CosineAnnealingLR", T_max=1.0),
+        FixedSchedule("StepLR", step_size=2),
     )
-    with pytest.raises(ValueError, match=r"embeddings must be \(N, 5\), got \(8, 6\)"):
-        fit(tmp_path, faces)
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8)
+
+    def trained(schedule: FixedSchedule | None, steps: int, **more: Any) -> Trainer:
+        faces, trainer = module(), quiet(tmp_path, max_steps=steps)
+        faces.scheduler = schedule
+        trainer.fit(faces, loader, **more)
+        return trainer
+
+    for first, then in ((cosine, drops), (cosine, None), (None, cosine)):
+        trained(first, 1).save_checkpoint(tmp_path / "last.ckpt")
+        with pytest.raises(MisconfigurationException, match="the same schedule, got one written"):
+            trained(then, 2, ckpt_path=tmp_path / "last.ckpt")
+        assert trained(first, 2, ckpt_path=tmp_path / "last.ckpt").global_step == 2
 
 
 class Overflows(nn.Module):
@@ -343,7 +320,7 @@ def test_the_optimizer_has_the_network_and_not_its_follower() -> None:
     faces = momentum_module(DynamicClassPool(10, 5, pool_size=6))
     (group,) = faces.build_optimizer().param_groups
     assert group["params"] == list(faces.backbone.parameters())
-    with pytest.raises(ValueError, match=r"must be null where no centres are learned, got 0.1"):
+    with pytest.raises(ValueError, match="classifier_lr must be null"):
         FaceModule(nn.Identity(), DynamicClassPool(10, 5), torch.optim.SGD, classifier_lr=0.1)
 
 
@@ -370,10 +347,10 @@ def test_a_momentum_encoder_starts_from_the_weights_of_a_file(
 
 
 def test_batches_of_another_kind_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a dict of instance and identity, .*'dual' gives, got"):
+    with pytest.raises(ValueError, match="a dict of instance and identity"):
         fit(tmp_path, momentum_module(DynamicClassPool(10, 5, pool_size=6)))
     trainer = quiet(tmp_path)
-    with pytest.raises(ValueError, match=r"FullClassifier trains on images and labels, got a dict"):
+    with pytest.raises(ValueError, match="images and labels, got a dict"):
         trainer.fit(module(), DataLoader(Pairs(), batch_size=None))
 
 
@@ -415,9 +392,5 @@ def test_a_run_too_short_for_its_momentum_is_told(
         faces = momentum_module(DynamicClassPool(10, 5, pool_size=6, momentum=momentum))
         trainer = quiet(tmp_path, max_steps=6)
         trainer.fit(faces, DataLoader(Pairs(), batch_size=None))
-        told = [r.getMessage() for r in caplog.records if "momentum encoder" in r.getMessage()]
+        told = [r for r in caplog.records if "momentum encoder" in r.getMessage()]
         assert len(told) == (momentum > 0.9)
-    assert told == [
-        "after 6 steps 99 % of the momentum encoder will still be what it began with, at momentum "
-        "0.999: so short a run wants a smaller one"
-    ]

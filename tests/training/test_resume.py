@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import ROOT
 
 from fastface_lightning.training.seeding import batch_seed
 
-ROOT = Path(__file__).resolve().parents[1]
 PER_EPOCH = 6
 CASES = {
     "in the main process": "data.num_workers=0",
@@ -89,7 +89,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_ends_as_an_uninterrupted_one(faces: Path, tmp_path: Path, case: str) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -110,7 +110,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(faces: Path, tmp_path: Path, 
         assert torch.equal(tensor, weights(killed)[name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_going_on_within_an_epoch_needs_the_same_batches(faces: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     case = "in the main process"

@@ -2,25 +2,18 @@
 
 import csv
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from models import noise
-from programs import Run
+from programs import SMALL, Run
 from torch.nn import functional as F
 
 from fastface_lightning.backbones import build_backbone
 from fastface_lightning.inference.embedder import load_embedder
 
-SMALL = [
-    "data.num_identities=24",
-    "data.images_per_identity=3",
-    "data.verify_identities=6",
-    "data.verify_pairs=20",
-    "data.batch_size=8",
-    "trainer.enable_progress_bar=false",
-]
+pytestmark = pytest.mark.program
+MORE = [*SMALL, "data.num_identities=24", "data.images_per_identity=3"]
 POOL = "classifier=dynamic_pool"
 CASES = {
     "dynamic_pool": [POOL, "classifier.pool_size=14", "margin=arcface"],
@@ -37,7 +30,7 @@ def test_a_run(run: Run, case: str) -> None:
     """What is saved, verified and exported is the network that was trained, not its follower."""
     accumulate = 2 if "accumulated" in case else 1
     ended = run(
-        *SMALL,
+        *MORE,
         *CASES[case],
         "trainer.max_epochs=1",
         "trainer.log_every_n_steps=1",
@@ -72,30 +65,3 @@ def test_a_run(run: Run, case: str) -> None:
         expected = F.normalize(network(images_seen.float() / 127.5 - 1))
     found = torch.as_tensor(load_embedder(checkpoint)(images_seen))
     torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ([POOL, "classifier.pool_size=25"], "pool_size must be at most the 24 ident"),
-        ([POOL, "classifier.pool_size=7"], "pool_size must be at least the 12 identit"),
-        ([POOL, "classifier.pool_size=none"], "pool_size must be a number of slots"),
-        ([POOL, "classifier.lr=0.1"], "classifier_lr must be null where no centres"),
-        (["classifier=attfc", "classifier.queue_size=0.2"], "queue_size must be at least the 8"),
-        (["classifier=attfc", "classifier.keys=0"], "keys must be at least 1 image, got 0"),
-        ([POOL, "data.num_identities=1"], "needs at least 2 identities, got 1"),
-        ([POOL, "margin=arcface", "margin.m=4"], "m must lie in [0, pi), got 4"),
-    ],
-)
-def test_bad_input(run: Run, arguments: list[str], sentence: str) -> None:
-    ended = run(*SMALL, *arguments)
-    assert ended.code == 2, ended.out
-    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
-    assert sentence in line and "Traceback" not in ended.err
-
-
-def test_a_run_goes_on_with_the_classifier_that_it_began_with(run: Run, tmp_path: Path) -> None:
-    assert run(*SMALL, "trainer.max_steps=2").code == 0
-    other = [POOL, f"resume={tmp_path}/run/checkpoints/last.ckpt"]
-    ended = run(*SMALL, *other, folder="other")
-    assert ended.code == 2 and "must be of the same network and data" in ended.err

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
-from fastface_lightning.training.run_record import LastAndBest
+from fastface_lightning.training.checkpoints import LastAndBest
 
 
 class Killed(Exception):

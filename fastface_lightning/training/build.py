@@ -1,0 +1,92 @@
+"""From a run's config to its parts: classifier, module, trainer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from omegaconf import DictConfig
+
+from ..classifiers import Classifier, MomentumClassifier
+from ..data import FaceDataModule
+from ..schedule.callback import FastFaceCallback
+from ..schedule.fixed import FixedSchedule
+from .checkpoints import OneRun
+from .csv_logger import ResumableCSVLogger
+from .devices import loss_scaling
+from .module import FaceModule
+from .run_record import RunRecord
+from .seeding import SeededBatches
+
+log = logging.getLogger(__name__)
+
+
+def build_classifier(
+    cfg: DictConfig, num_classes: int, classifier: DictConfig | None = None
+) -> Classifier:
+    """The run's classifier, or another in its place, from a config whose ``reinit`` and ``lr`` are
+    the program's business."""
+    config = cfg.classifier if classifier is None else classifier
+    return instantiate(
+        {key: value for key, value in config.items() if key not in ("reinit", "lr")},
+        num_classes=num_classes,
+        embedding_size=cfg.model.embedding_size,
+        margin=instantiate(cfg.margin),
+    )
+
+
+def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceModule:
+    """The network, its classifier and its optimizer; the data comes in the classifier's batches.
+
+    Args:
+        cfg: the run's config.
+        data: set up.
+        schedule: what ``cfg.schedule`` makes; a FixedSchedule comes with the optimizer.
+    """
+    module = FaceModule(
+        instantiate(cfg.model),
+        build_classifier(cfg, data.num_classes),
+        instantiate(cfg.optimizer),
+        schedule if isinstance(schedule, FixedSchedule) else None,
+        data.verify_names,
+        cfg.classifier.lr,
+        instantiate(cfg.augment),
+    )
+    classifier = module.classifier
+    data.batches = getattr(classifier, "batches", "images")
+    data.keys = getattr(classifier, "keys", data.keys)
+    if isinstance(classifier, MomentumClassifier):
+        classifier.check_batch_size(data.batch_size)  # at least: of one rank
+        log.info("%s of %s", type(classifier).__name__, classifier.extra_repr())
+    return module
+
+
+def build_trainer(
+    cfg: DictConfig, folder: Path, schedule: Any, record: RunRecord, resume_step: int
+) -> Trainer:
+    """The trainer with everything that watches the run."""
+    callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values()]
+    loggers = [instantiate(logger) for logger in cfg.logger.values()]
+    for logger in loggers:
+        if isinstance(logger, ResumableCSVLogger):
+            logger.resume_step = resume_step
+    if not isinstance(schedule, FixedSchedule):
+        callbacks.append(FastFaceCallback(schedule))
+    elif loggers:
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+    verify = {"check_val_every_n_epoch": cfg.verify.every_n_epochs}
+    if cfg.verify.every_n_steps is not None:
+        batches = cfg.verify.every_n_steps * cfg.trainer.accumulate_grad_batches
+        verify = {"check_val_every_n_epoch": None, "val_check_interval": batches}
+    return instantiate(
+        cfg.trainer,
+        callbacks=[OneRun(folder, resume_step), SeededBatches(cfg.seed), *callbacks, record],
+        logger=loggers or False,
+        default_root_dir=str(folder),
+        **verify,
+        **loss_scaling(cfg),
+    )

@@ -1,0 +1,123 @@
+"""A run keeps its last weights and its best, so that it can go on exactly where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+class LastAndBest(Checkpoint):
+    """Keeps ``last.ckpt``: every so many steps, after every epoch, and where the run stops; and
+    ``best.ckpt``: of the verification with the highest mean accuracy, the earliest among equals.
+
+    Never after the last batch of an epoch but at the epoch's end, when it has been verified:
+    Lightning 2.6 counts an epoch twice when it goes on from between the two.
+
+    Args:
+        dirpath: folder of the two files.
+        every_n_steps: optimizer steps between two savings of ``last.ckpt`` within an epoch; None
+            for none.
+
+    Attributes:
+        best: optimizer steps done at the best verification and its accuracy, ``{"step": int,
+            "accuracy": float}``; None before the first. The untrained network does not count.
+
+    Raises:
+        ValueError: ``every_n_steps`` below 1.
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
+        self.folder, self.every_n_steps = Path(dirpath), every_n_steps
+        self.best: dict[str, Any] | None = None
+        self._saved_step = -1
+        self._best_is_due = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A resumed run is at a saved step until its next optimizer step.
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
+        if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        accuracy = trainer.callback_metrics.get("verify/accuracy")
+        if accuracy is None or not trainer.global_step:
+            return
+        if self.best is None or accuracy.item() > self.best["accuracy"]:
+            self.best = {"step": trainer.global_step, "accuracy": accuracy.item()}
+            self._best_is_due = True
+            fitting = trainer.state.fn == TrainerFn.FITTING
+            if not (fitting and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
+                self._save_best(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_best(trainer)
+        self._save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # A run with max_steps would go on with one batch more of an epoch that has ended, from any
+        # callback's checkpoint.
+        loop = checkpoint["loops"]["fit_loop"]
+        if loop["epoch_progress"]["current"]["processed"] > trainer.current_epoch:
+            batches = loop["epoch_loop.batch_progress"]
+            batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
+            for count in ("total", "current"):
+                epochs = loop["epoch_progress"][count]
+                epochs["completed"] = epochs["processed"]
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._saved_step != trainer.global_step:
+            self._saved_step = trainer.global_step
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def _save_best(self, trainer: Trainer) -> None:
+        if self._best_is_due:
+            self._best_is_due = False
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+
+
+class OneRun(Callback):
+    """Refuses ranks that are not of one run: each of them finds its folder and checkpoint itself.
+
+    Args:
+        folder: the run folder.
+        resume_step: optimizer step that the run goes on from; 0 for a new one.
+
+    Raises:
+        MisconfigurationException: on every rank, when the ranks have not the same.
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        self.place = f"{folder} at step {resume_step}"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size == 1:
+            return
+        places = [""] * trainer.world_size
+        dist.all_gather_object(places, self.place)
+        if len(set(places)) > 1:
+            raise MisconfigurationException(
+                f"all ranks must have one run folder and go on from one checkpoint, got "
+                f"{' and '.join(sorted(set(places)))}: give hydra.run.dir, on a disk they share"
+            )

@@ -1,0 +1,101 @@
+"""A run's folder holds what it takes to go on: its settings, its overrides, its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from ..files import write_text
+from .module import FaceModule
+
+SETTINGS = ("config.yaml", "overrides.yaml")  # what a run was composed to, and of
+
+
+def read_settings(folder: Path) -> list[str]:
+    """The texts of a run's settings files; empty where there are none."""
+    return [(folder / name).read_text() if (folder / name).is_file() else "" for name in SETTINGS]
+
+
+@rank_zero_only
+def write_settings(folder: Path, *texts: str) -> None:
+    """Write what :func:`read_settings` reads; other ranks of a resumed run may read meanwhile."""
+    for name, text in zip(SETTINGS, texts, strict=True):
+        write_text(folder / name, text)
+
+
+def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, list[str]]:
+    """With ``resume=auto`` what the run was started with, and over it what this command says.
+
+    Returns:
+        The config, and the overrides it is composed of.
+    """
+    overrides = list(HydraConfig.get().overrides.task)
+    earlier = folder / "overrides.yaml"
+    if cfg.resume == "auto" and earlier.exists():
+        both = [*OmegaConf.load(earlier), *overrides]
+        overrides = list({text.partition("=")[0]: text for text in both}.values())
+        cfg = compose("train", overrides)
+    return cfg, [text for text in overrides if not text.startswith("resume=")]
+
+
+def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Raises:
+        ValueError: ``resume`` is no file or contradicts ``weights``, or the folder holds another
+            run, which is never overwritten.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    if cfg.classifier.reinit and not cfg.weights:
+        raise ValueError("classifier.reinit=true needs weights=FILE, whose backbone it takes")
+    if cfg.resume == "auto":
+        return last if last.exists() else None
+    if cfg.resume is not None and cfg.weights:
+        raise ValueError(
+            f"a run starts from weights or goes on from resume, got {cfg.weights} and {cfg.resume}"
+        )
+    checkpoint = None if cfg.resume is None else Path(cfg.resume)
+    if checkpoint is not None and not checkpoint.is_file():
+        raise ValueError(f"resume must be 'auto' or a checkpoint file, got {checkpoint}")
+    leavings = [last, folder / "metrics.csv", folder / "results.json"]
+    earlier = next((file.name for file in leavings if file.exists()), None)
+    if earlier and not (checkpoint and last.exists() and checkpoint.samefile(last)):
+        raise ValueError(
+            f"the run folder must be new, got {folder} with {earlier} in it: resume=auto goes on "
+            f"with it, another hydra.run.dir starts anew"
+        )
+    return checkpoint
+
+
+def check_checkpoint(checkpoint: Path, module: FaceModule) -> int:
+    """Optimizer steps done in a checkpoint of the same network.
+
+    Raises:
+        ValueError: it is no checkpoint, or another network's.
+    """
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        step, weights = saved["global_step"], saved["state_dict"]
+        groups = len(saved["optimizer_states"][0]["param_groups"])
+    except (RuntimeError, LookupError, TypeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"resume must be a checkpoint of train.py, got {checkpoint}") from error
+    for name, tensor in module.state_dict().items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            shape = tuple(weights[name].shape) if name in weights else "nothing"
+            raise ValueError(
+                f"the checkpoint must be of the same network and data: {name} must be "
+                f"{tuple(tensor.shape)}, got {shape}; weights=FILE classifier.reinit=true starts "
+                f"from its backbone alone"
+            )
+    if groups != 1 + (module.classifier_lr is not None):
+        raise ValueError(
+            f"classifier.lr must be set as in the run of the checkpoint, where it was "
+            f"{'null' if groups == 1 else 'a number'}, got {module.classifier_lr}"
+        )
+    return step

@@ -1,0 +1,250 @@
+"""train.py in full: how it resumes, verifies, fine-tunes, plans and meets bad images."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from programs import SMALL, Ended, Run
+
+from fastface_lightning.data import encode_jpeg, write_verification_bin
+from fastface_lightning.data.datasets.synthetic_faces import draw_face
+
+pytestmark = pytest.mark.program
+QUIET = "trainer.enable_progress_bar=false"
+
+
+def small(*more: str) -> list[str]:
+    return [*SMALL, *more]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def results_of(ended: Ended) -> dict[str, Any]:
+    assert ended.code == 0, ended.err
+    return json.loads((ended.folder / "results.json").read_text())
+
+
+def saved(ended: Ended, name: str = "last.ckpt") -> dict[str, Any]:
+    return torch.load(ended.folder / "checkpoints" / name, weights_only=True)
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> Path:
+    """A tiny tree in the web-face sets' layout: six people, four noisy images each."""
+    rng = np.random.default_rng(0)
+    for person in range(6):
+        folder = tmp_path / "faces" / f"person_{person}"
+        folder.mkdir(parents=True)
+        for image in range(4):
+            pixels = rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{image}.jpg")
+    return tmp_path / "faces"
+
+
+def test_verifies_every_so_many_steps_and_keeps_the_best(run: Run, tmp_path: Path) -> None:
+    """On two sets, whose mean says which checkpoint is the best; also with accumulation."""
+    same = [i % 2 > 0 for i in range(20)]
+    encoded = [encode_jpeg(draw_face(1, i // 2, i).transpose(1, 2, 0)) for i in range(40)]
+    write_verification_bin(tmp_path / "lfw.bin", encoded, same)
+    ended = run(
+        *small("trainer.max_epochs=2", "trainer.accumulate_grad_batches=2"),
+        *("data.batch_size=4", f"data.verify=[{tmp_path}/lfw.bin]", "verify.every_n_steps=3"),
+    )
+    best = results_of(ended)["best"]
+    found = [row for row in rows(ended.folder) if row["verify/accuracy"]]
+    # Untrained, then after steps 3 and 6 (logged as the steps just taken), and where the run ends.
+    assert [float(row["step"]) for row in found] == [0, 2, 5, 8]
+    for row in found:
+        both = [float(row[f"verify/{name}/accuracy"]) for name in ("synthetic", "lfw")]
+        assert float(row["verify/accuracy"]) == pytest.approx(sum(both) / 2)
+    trained = [float(row["verify/accuracy"]) for row in found[1:]]
+    assert best["accuracy"] == pytest.approx(max(trained))
+    assert best["step"] == [3, 6, 8][trained.index(max(trained))]
+    checkpoint = saved(ended, "best.ckpt")
+    assert checkpoint["global_step"] == best["step"]
+    assert checkpoint["run"]["config"]["data"]["batch_size"] == 4
+    mean = sum(checkpoint["run"]["verification"].values()) / 2
+    assert mean == pytest.approx(best["accuracy"])
+
+
+def test_resume_goes_on_with_its_settings_its_metrics_and_its_schedule(run: Run) -> None:
+    """`hydra.run.dir=RUN resume=auto` alone; what it adds goes over that. Rows before the
+    checkpoint stay, and steps, images and time add up."""
+    steps = ["trainer.log_every_n_steps=1", "checkpoint.every_n_steps=2", "trainer.max_epochs=2"]
+    first = run(*small("resume=auto", "trainer.max_steps=5", "optimizer.lr=0.05", *steps))
+    assert first.code == 0 and saved(first)["global_step"] == 5  # nothing to go on from
+    with (first.folder / "metrics.csv").open("a", newline="") as file:  # a row past the checkpoint
+        row = {"step": "7", "train/loss": "1.0", "epoch": "0"}
+        csv.DictWriter(file, list(rows(first.folder)[0])).writerow(row)
+    second = run("resume=auto", "trainer.max_steps=8")  # the schedule stays bound to five steps
+    results = results_of(second)
+    assert results["steps"] == 8 and results["images"] == 64
+    assert results["verification"]["synthetic"]["untrained_accuracy"] is not None
+    assert [float(r["step"]) for r in rows(second.folder) if r["train/loss"]] == list(range(8))
+    config = OmegaConf.load(second.folder / "config.yaml")
+    assert (config.optimizer.lr, config.data.num_identities) == (0.05, 8)
+
+    again = results_of(run("resume=auto", "trainer.max_steps=8"))  # a finished run stays as it is
+    for key in ("steps", "images", "final_loss", "verification", "lr_changes", "final_lr"):
+        assert again[key] == results[key]
+    file = second.folder / "checkpoints" / "last.ckpt"
+    third = run(*small(f"resume={file}", "trainer.max_steps=9"), folder="other")
+    assert results_of(third)["steps"] == 9
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(run: Run) -> None:
+    first = run(*small("schedule=cosine", "trainer.max_steps=1"))
+    settings = (first.folder / "overrides.yaml").read_text()
+    ended = run("resume=auto", "schedule=multistep", "trainer.max_steps=2")
+    assert ended.code == 2 and "CosineAnnealingLR for a run with MultiStepLR" in ended.err
+    assert ended.err.count("error:") == 1 and "Traceback" not in ended.err
+    assert (first.folder / "overrides.yaml").read_text() == settings
+
+
+def test_bad_files_are_named_and_skipped(run: Run, faces: Path) -> None:
+    """A truncated JPEG costs a warning with its name; more than data.max_bad stop the run."""
+    victim = faces / "person_1" / "2.jpg"
+    victim.write_bytes(victim.read_bytes()[:500])
+    base = ["data=folder", f"data.root={faces}", "data.held_out=0", QUIET]
+    base += ["data.batch_size=4", "data.num_workers=0", "trainer.max_epochs=1"]
+    ended = run(*base)
+    assert results_of(ended)["bad_images"] == [str(victim)]
+    assert str(victim) in ended.out + ended.err
+    Image.new("RGB", (112, 112)).save(victim)
+    assert results_of(run("resume=auto", "trainer.max_epochs=2"))["bad_images"] == [str(victim)]
+    victim.write_bytes(victim.read_bytes()[:500])
+    stopped = run(*base, "data.max_bad=0", folder="other")
+    assert stopped.code == 2 and "max_bad" in stopped.err and str(victim) in stopped.err
+
+
+def test_lfw_view_1(run: Run, shared_data: Path) -> None:
+    ended = run(
+        *("data=lfw", f"data.root={shared_data / 'lfw112'}", "data.num_workers=0", QUIET),
+        *("data.batch_size=8", "trainer.max_steps=2", "trainer.limit_val_batches=2"),
+    )
+    assert ended.code == 0, ended.err
+    assert "Betsy_Coffin" in ended.out + ended.err
+
+
+def test_fine_tuning_on_other_identities(run: Run) -> None:
+    """Frozen stages stay to the bit, new centres come, and each part has its learning rate."""
+    first = run(*small("trainer.max_steps=2"))
+    file = first.folder / "checkpoints" / "last.ckpt"
+    more = ["data.num_identities=11", "trainer.max_steps=2", "trainer.log_every_n_steps=1"]
+    more += ["classifier.reinit=true", "classifier.lr=0.1", "model.freeze=[conv1,bn1,layer1]"]
+    ended = run(*small(*more, f"weights={file}"), folder="fine")
+    assert ended.code == 0, ended.err
+    before, after = saved(first)["state_dict"], saved(ended)["state_dict"]
+    assert after["classifier.weight"].shape == (11, 128)
+    for name, tensor in before.items():
+        if name.startswith(("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")):
+            assert torch.equal(after[name], tensor), name
+    assert not torch.equal(after["backbone.fc.weight"], before["backbone.fc.weight"])
+    rates = next(row for row in rows(ended.folder) if row["lr-SGD/pg1"])
+    found = [float(rates["lr-SGD/pg1"]), float(rates["lr-SGD/pg2"])]
+    assert found == pytest.approx([0.02, 0.1], rel=1e-6)
+    file.unlink()  # the run goes on without the file that it started from
+    assert run("resume=auto", "trainer.max_steps=3", folder="fine").code == 0
+
+
+def test_a_margin_with_a_memory_resumes(run: Run) -> None:
+    """One step after a checkpoint that holds 50, the statistic is still near 50."""
+    first = run(*small("classifier=full", "margin=adaface", "trainer.max_steps=2"))
+    checkpoint, key = saved(first), "classifier.margin.std"
+    assert 0 < abs(checkpoint["state_dict"][key] - 100) < 5
+    checkpoint["state_dict"][key].fill_(50.0)
+    torch.save(checkpoint, first.folder / "checkpoints" / "last.ckpt")
+    second = run("resume=auto", "trainer.max_steps=3")
+    assert second.code == 0, second.err
+    held = saved(second)["state_dict"][key]
+    assert 49 < held < 51 and held != 50
+
+
+# ------------------------------------------------------------------------------------- plans
+
+
+def planned(run: Run, *arguments: str) -> tuple[dict[str, Any], str]:
+    ended = run(*arguments, folder="_".join(arguments).replace("=", "_"))
+    assert ended.code == 0, ended.err
+    assert not (ended.folder / "checkpoints").exists()
+    return json.loads((ended.folder / "plan.json").read_text()), ended.out
+
+
+def test_plan_of_the_papers_run_without_its_data(run: Run) -> None:
+    """FACTS: 617,970 identities, r100 with 65.16 M parameters; 30 hours on a GPU of 24 GB."""
+    plan, said = planned(run, "model=r100", "data=webface12m", "plan=24")
+    assert plan["num_classes"] == 617_970 and plan["batches"] == 496_875
+    assert plan["precision"] == "bf16-mixed" and plan["classifier"] == "chunked"
+    assert plan["backbone"]["gradients"] == pytest.approx(4 * 65.16e6, rel=1e-3)
+    for name in ("chunked", "full", "partial"):
+        head = plan["heads"][name]
+        assert head["weights"] == head["states"] == 617_970 * 512 * 4
+    # By hand: three times 12.09 G multiply-adds an image, and four products of the last layer.
+    product = 2 * 128 * 617_970 * 512
+    assert plan["flops"] / 496_875 == pytest.approx(128 * 6 * 12.09e9 + 4 * product, rel=0.01)
+    assert next(iter(plan["heads"])) == "chunked" and plan["heads"]["chunked"]["fits"]
+    # A tenth of the identities with two features each, and the gallery net; three times the images.
+    (pool,) = (head for head in plan["heads"].values() if head["encoded"] == head["images"])
+    network = plan["backbone"]["weights"]
+    assert pool["weights"] == pytest.approx(2 * 61_797 * 512 * 4 + network, rel=1e-6)
+    assert (pool["gradients"], pool["states"], pool["images"]) == (0, 0, 3 * 128)
+    assert "classifier=partial" in said
+    smaller, said = planned(run, "model=r100", "data=webface12m", "plan=13.5")
+    assert {name for name, head in smaller["heads"].items() if head["fits"]} == {"attfc", "partial"}
+    assert "classifier=attfc or classifier=partial would fit" in said
+
+
+def test_plan_of_a_chunk_that_is_too_large(run: Run) -> None:
+    plan, said = planned(
+        run, "data=webface4m", "plan=3.4", "classifier.chunk=205990", "data.batch_size=512"
+    )
+    heads = plan["heads"]
+    assert not heads["chunked"]["fits"] and heads["chunked classifier.chunk=null"]["fits"]
+    assert "classifier=chunked classifier.chunk=null or classifier=" in said
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_plan_of_timm_models(run: Run, name: str) -> None:
+    backbone = planned(run, "model=timm", f"model.name={name}", "plan=8")[0]["backbone"]
+    assert 0 < backbone["gradients"] <= backbone["weights"] and backbone["activations"] > 2**26
+
+
+def test_plan_counts_accumulated_gradients(run: Run) -> None:
+    one, four = (
+        planned(run, "data=webface4m", "plan=24", f"trainer.accumulate_grad_batches={n}")[0]
+        for n in (1, 4)
+    )
+    for name in ("full", "chunked"):
+        more = four["heads"][name]["peak"] - one["heads"][name]["peak"]
+        assert more >= 205_990 * 128 * 4 - 2**24
+
+
+def test_plan_of_the_default_run_on_this_device(run: Run) -> None:
+    plan, said = planned(run, "plan=true", "trainer=cpu")
+    assert (plan["num_classes"], plan["batches"], plan["reserve"]) == (500, 624, 0)
+    assert "fits" in said and "does not" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan=-3"],
+        ["plan=inf"],
+        ["plan=24", "trainer=ddp", "trainer.devices=4"],
+        ["plan=24", "classifier=partial", "optimizer=adamw"],
+        ["plan=true", "trainer.max_epochs=null"],
+        ["plan=true", "trainer.precision=64-true"],
+    ],
+)
+def test_what_cannot_be_planned(run: Run, arguments: list[str]) -> None:
+    ended = run(*small(), *arguments)
+    assert ended.code == 2 and ended.err.splitlines()[-1].startswith("error: ")

@@ -1,0 +1,99 @@
+"""Which checkpoint a run goes on from, and which it refuses."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from fastface_lightning.classifiers import FullClassifier
+from fastface_lightning.optim import SGD
+from fastface_lightning.training.module import FaceModule
+from fastface_lightning.training.run_folder import (
+    check_checkpoint,
+    checkpoint_to_resume,
+    read_settings,
+    write_settings,
+)
+
+
+def chosen(folder: Path, resume: Any = None, weights: Any = None, reinit: bool = False) -> Any:
+    config = {"resume": resume, "weights": weights, "classifier": {"reinit": reinit}}
+    return checkpoint_to_resume(OmegaConf.create(config), folder)
+
+
+def faces(size: int = 5, lr: float | None = None) -> FaceModule:
+    return FaceModule(
+        nn.Linear(3, size), FullClassifier(4, size), partial(SGD, lr=0.1), classifier_lr=lr
+    )
+
+
+def save(module: FaceModule, file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    saved = {
+        "global_step": 7,
+        "state_dict": module.state_dict(),
+        "optimizer_states": [module.build_optimizer().state_dict()],
+    }
+    torch.save(saved, file)
+    return file
+
+
+def test_a_new_folder_starts_anew(tmp_path: Path) -> None:
+    assert chosen(tmp_path) is None
+    assert chosen(tmp_path, resume="auto") is None
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_or_from_a_file(tmp_path: Path) -> None:
+    last = save(faces(), tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert chosen(tmp_path / "run", resume="auto") == last
+    assert chosen(tmp_path / "run", resume="auto", weights="backbone.pth") == last
+    assert chosen(tmp_path / "run", resume=str(last)) == last
+    assert chosen(tmp_path / "other", resume=str(last)) == last
+    assert check_checkpoint(last, faces()) == 7
+
+
+@pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "metrics.csv", "results.json"])
+def test_another_run_is_never_overwritten(tmp_path: Path, name: str) -> None:
+    save(faces(), tmp_path / "run" / name)
+    other = save(faces(), tmp_path / "best.ckpt")
+    for resume in (None, str(other)):
+        with pytest.raises(ValueError, match=f"must be new, .* with {Path(name).name}"):
+            chosen(tmp_path / "run", resume)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"resume": "nowhere.ckpt"}, "nowhere.ckpt"),
+        ({"resume": "nowhere.ckpt", "weights": "backbone.pth"}, "starts from weights or"),
+        ({"reinit": True}, "reinit"),
+    ],
+)
+def test_settings_that_contradict(tmp_path: Path, settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        chosen(tmp_path, **settings)
+
+
+def test_a_checkpoint_of_another_network_or_of_none(tmp_path: Path) -> None:
+    last = save(faces(), tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"of the same network .* \(6, 3\), got \(5, 3\)"):
+        check_checkpoint(last, faces(6))
+    with pytest.raises(ValueError, match=r"classifier\.lr must .* null, got 0.1"):
+        check_checkpoint(last, faces(lr=0.1))
+    for content in ("text", {"state_dict": {}}, {"global_step": 1, "state_dict": {}}, [1]):
+        torch.save(content, last)
+        with pytest.raises(ValueError, match=r"a checkpoint of train\.py, got .*last\.ckpt"):
+            check_checkpoint(last, faces())
+    last.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"a checkpoint of train\.py"):
+        check_checkpoint(last, faces())
+
+
+def test_settings_are_written_and_read(tmp_path: Path) -> None:
+    assert read_settings(tmp_path) == ["", ""]
+    write_settings(tmp_path, "seed: 0\n", "- seed=0\n")
+    assert read_settings(tmp_path) == ["seed: 0\n", "- seed=0\n"]
