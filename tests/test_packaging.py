@@ -1,4 +1,4 @@
-"""What is built and installed: the wheel away from the checkout, and the commands of CI."""
+"""What is built and installed, what CI runs, and what CONTRIBUTING tells a newcomer to write."""
 
 import re
 import shutil
@@ -8,6 +8,10 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from fastface_lightning.cli import find_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,3 +112,16 @@ def test_ci_fails_without_the_main_job(fault: str, tmp_path: Path) -> None:
 def test_ci_finds_the_main_job() -> None:
     done = run(sys.executable, ".ci/block.py", "README.md", "Install and run", cwd=ROOT)
     assert done.returncode == 0 and "python train.py" in done.stdout
+
+
+def test_a_named_data_set_is_a_file(tmp_path: Path) -> None:
+    """The file that CONTRIBUTING shows, where it says; its Python blocks run in test_readme."""
+    conf = shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = re.search(r"`conf/data/mine\.yaml`.*?```yaml\n(.*?)```", page, re.S)
+    assert block
+    (conf / "data" / "mine.yaml").write_text(block[1], encoding="utf-8")
+    find_recipes(conf)
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        data = instantiate(compose("train", ["data=mine"]).data)
+    assert (data.name, data.held_out) == ("mine", 0.2)
