@@ -26,7 +26,7 @@ extensions = [
 ]
 root_doc = "docs/index"
 include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**", "recipes/*.md"]
-templates_path = ["templates"]
+templates_path = ["docs/templates"]
 exclude_patterns = ["docs/templates"]
 html_theme = "furo"
 html_title = "fastface_\u200blightning"  # may break there, in the narrow sidebar
