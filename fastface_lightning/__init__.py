@@ -1,7 +1,6 @@
 """Train face recognition on one GPU in a quarter of the usual time."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .inference.embedder import load_embedder
@@ -10,11 +9,23 @@ if TYPE_CHECKING:
     from .schedule.lr_scheduler import FastFaceLR
     from .schedule.mhlr import MHLR
     from .schedule.replay import replay
+else:  # a type checker that saw this __getattr__ would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        """Load a public name at its first use: the schedules need neither torch nor timm."""
+        from importlib import import_module
+
+        if name not in _MODULE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
+        globals()[name] = value
+        return value
+
 
 __all__ = ["MHLR", "FastFace", "FastFaceCallback", "FastFaceLR", "load_embedder", "replay"]
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULE = {
     "FastFaceCallback": "schedule.callback",
     "FastFaceLR": "schedule.lr_scheduler",
     "FastFace": "schedule.fastface",
@@ -22,15 +33,6 @@ _HOME = {
     "load_embedder": "inference.embedder",
     "replay": "schedule.replay",
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Load a public name when it is first asked for: the schedules need neither torch nor timm."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:

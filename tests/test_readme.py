@@ -24,7 +24,7 @@ from fastface_lightning.inference.torch_embedder import TorchEmbedder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
-    ROOT / "README.md",
+    *(ROOT / page for page in ("README.md", "CONTRIBUTING.md")),
     *(p for part in ("docs", "recipes") for p in sorted((ROOT / part).glob("*.md"))),
 ]
 BLOCKS = {

@@ -118,6 +118,7 @@ class IResNet(FaceBackbone):
         return self.fc
 
     def forward_features(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) to the final map (N, 8 width, ...), its size ``map_size``."""
         self.check_images(images)
         x = self.prelu(self.bn1(self.conv1(images)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
