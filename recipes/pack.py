@@ -214,6 +214,7 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
     from fastface_lightning.files import write_text
 
     target = Path(cfg.target)
+    # One function a layout: (images, target, bad, num_workers) -> number of images packed.
     write = write_records if target.suffix == ".rec" else write_files
     images = Preparation(faces, cfg)
     source = {
