@@ -270,14 +270,16 @@ def write_records(images: Preparation, target: Path, bad: list[str], num_workers
 
     An image's place in the order is its id2, so a pack that was begun says where to go on.
     """
+    import numpy as np
+
     from fastface_lightning.data.formats.names import write_names
     from fastface_lightning.data.formats.recordio_writer import InsightFaceWriter
 
     faces = images.faces
     with InsightFaceWriter(target, resume=True) as writer:
-        places = set(writer.id2.tolist())
-        start = max(places, default=-1) + 1
-        for place in sorted(set(range(start)) - places):
+        places = writer.id2.astype(np.int64)
+        start = int(places[-1]) + 1 if len(places) else 0
+        for place in np.setdiff1d(np.arange(start), places).tolist():
             why = images.at(place)[2] or "it could not be read when this pack was begun"
             leave_out(why, bad, faces.max_bad)
         what = f"packing from image {start:,}" if start else "packing"
