@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,9 +259,9 @@ def leave_out(why: str, bad: list[str], max_bad: int) -> None:
         )
 
 
-def leave_out_again(images: Preparation, places: set[int], bad: list[str]) -> None:
+def leave_out_again(images: Preparation, places: Iterable[int], bad: list[str]) -> None:
     """Note why images are not in the pack that an earlier run began."""
-    for place in sorted(places):
+    for place in places:
         why = images.at(place)[2] or "it could not be read when this pack was begun"
         leave_out(why, bad, images.faces.max_bad)
 
@@ -285,14 +285,16 @@ def write_records(images: Preparation, target: Path, bad: list[str], num_workers
 
     An image's place in the order is its id2, so a pack that was begun says where to go on.
     """
+    import numpy as np
+
     from fastface_lightning.data.formats.names import write_names
     from fastface_lightning.data.formats.recordio_writer import InsightFaceWriter
 
     faces = images.faces
     with InsightFaceWriter(target, resume=True) as writer:
-        places = set(writer.id2.tolist())
-        start = max(places, default=-1) + 1
-        leave_out_again(images, set(range(start)) - places, bad)
+        places = writer.id2.astype(np.int64)
+        start = int(places[-1]) + 1 if len(places) else 0
+        leave_out_again(images, np.setdiff1d(np.arange(start), places).tolist(), bad)
         what = f"packing from image {start:,}" if start else "packing"
         for place, jpeg, why in in_order(images.at, range(start, len(faces)), num_workers, what):
             if why:
@@ -335,7 +337,7 @@ def write_tar_shards(images: Preparation, target: Path, bad: list[str], num_work
     def samples(start: int) -> Iterator[tuple[bytes, str] | None]:
         shards = [read_shard(shard)[0] for shard in target.glob("*.tar")] if start else []
         places = {int(Path(sample.name).stem) for shard in shards for sample in shard}
-        leave_out_again(images, set(range(start)) - places, bad)
+        leave_out_again(images, sorted(set(range(start)) - places), bad)
         for place, jpeg, why in in_order(
             images.at, range(start, len(faces)), num_workers, "packing"
         ):

@@ -48,16 +48,16 @@ class RecordDataset(FaceDataset):
         def table() -> Arrays:
             with Progress(transient=True) as bar:
                 task = bar.add_task(f"indexing {self.path.name}")
-                found = read_table(
+                records = read_table(
                     self.path,
                     progress=lambda done, size: bar.update(task, completed=done, total=size),
                 )
-            people, labels = np.unique(found.labels, return_inverse=True)
+            people, labels = np.unique(records.labels, return_inverse=True)
             return {
                 **_named(people, names_file).arrays("identities"),
                 "labels": labels.astype(np.int32),
-                "offsets": found.offsets,
-                **Names.of(found.damaged).arrays("damaged"),
+                "offsets": records.offsets,
+                **Names.of(records.damaged).arrays("damaged"),
             }
 
         files = [self.path, self.path.with_suffix(".idx"), names_file]

@@ -226,7 +226,7 @@ def read_idx(path: str | Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             warnings.filterwarnings("error", category=DeprecationWarning)  # fractions
             pairs = np.loadtxt(path, np.int64, comments=None, ndmin=2)
         if pairs.size and (pairs.shape[1] != 2 or pairs.min() < 0):
-            raise ValueError(f"got {pairs.shape[1]} columns, the least number {pairs.min()}")
+            raise ValueError(f"got {pairs.shape[1]} columns, the lowest number {pairs.min()}")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {reason(error)}") from error
     except (ValueError, DeprecationWarning) as error:
@@ -360,8 +360,9 @@ def _check_parts(
     """Note what lies between parts, and parts of no record; warn of lengths that reach too far."""
     starts = np.append(parts["offset"], file.size)
     ends = np.concatenate([[0], parts["end"]])
-    odd = np.append(~following(parts), ends[-1] < file.size)
-    for i in np.flatnonzero(odd).tolist():
+    odd = np.flatnonzero(np.append(~following(parts), ends[-1] < file.size))
+    readable = np.isin(starts[odd - 1], records["offset"][records["whole"]])
+    for i, before_is_readable in zip(odd.tolist(), readable.tolist(), strict=True):
         if ends[i] < starts[i]:
             damaged.append(
                 f"records in {file.path} must begin with the magic number {MAGIC:#010x},"
@@ -372,7 +373,7 @@ def _check_parts(
                 f"records in {file.path} must begin with a first part, got flag"
                 f" {parts['flag'][i]} at offset {starts[i]}"
             )
-        elif np.isin(starts[i - 1], records["offset"][records["whole"]]):
+        elif before_is_readable:
             logger.warning(
                 "the record at offset %d of %s must end before the next, at %d, got %d",
                 *(starts[i - 1], file.path, starts[i], ends[i]),

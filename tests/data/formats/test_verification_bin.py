@@ -1,6 +1,7 @@
 """A `.bin` is read as data whatever it asks for, and written so that every reader takes it."""
 
 import base64
+import logging
 import os
 import pickle
 import random
@@ -313,8 +314,10 @@ def canary(bin_file: Bin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.chdir(tmp_path)
     Image.init()  # imports all its plugins
     read_verification_bin(bin_file(PYTHON_2["pickle 2 bytearray"]), size=8)  # imports its codecs
+    logging.disable()  # a program that ran before may have left handlers that open files
     canary_of_session.events = []
     yield canary_of_session
+    logging.disable(logging.NOTSET)
     assert not canary_of_session.events and not (tmp_path / "marker").exists()
 
 
