@@ -187,6 +187,12 @@ def test_the_table_reads_from_best_to_failed(capsys: pytest.CaptureFixture[str])
     assert " ".join(lines[2]) == f"failed: 1 {EMA}=40: no [such] thing" and len(lines) == 3
 
 
+def test_a_list_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows([row(i, 0.5, data__verify=f"[{name}]") for i, name in enumerate(("lfw", "red"))])
+    out = capsys.readouterr().out
+    assert "[lfw]" in out and "[red]" in out
+
+
 # The map
 
 
