@@ -65,6 +65,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
     assert ended.code == 2 and words in ended.err
     (line,) = ended.err.strip().splitlines()
     assert line.startswith("error: ")
+    assert not list(ended.folder.parent.rglob("sweep.json"))
 
 
 def test_what_is_no_bad_input_is_raised(run: Run, toy: str) -> None:

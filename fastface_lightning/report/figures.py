@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..files import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -195,8 +197,8 @@ def print_summary(results: dict[str, Any], folder: str | Path) -> None:
     table.add_row("speed", f"{results['images_per_second']:,.0f} images/s on {results['device']}")
     table.add_row("time", f"{results['wall_seconds']:,.0f} s")
     table.add_row("peak memory", f"{results['peak_memory_bytes'] / 2**30:.2f} GiB")
-    table.add_row("files", str(folder))
-    Console().print(table)
+    table.add_row("files", printable(str(folder)))
+    Console(markup=False).print(table)
 
 
 def print_plan(plan: dict[str, Any]) -> None:

@@ -54,23 +54,6 @@ class Run(NamedTuple):
     notes: list[str]  # what a reader must know before the figures
 
 
-class Tile(NamedTuple):
-    """One key figure."""
-
-    name: str
-    value: str
-    note: str = ""
-
-
-class Plot(NamedTuple):
-    """A figure of the page: what it is of, what to look for, or why it is not there."""
-
-    title: str
-    draw: Callable[[Run], Figure | None]
-    caption: str
-    otherwise: str
-
-
 def write_report(folder: Path) -> Path:
     """Write ``report.html`` into a run folder, whole or not at all.
 
@@ -92,14 +75,12 @@ def write_report(folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["duration"] = duration
     page = environment.get_template("page.html.jinja").render(
         run=run,
         title=title_of(run),
         ended=ended(run),
-        tiles=tiles(run),
-        plots=[(plot, svg(run, plot)) for plot in PLOTS],
-        changes=run.results.get("lr_changes", []),
-        bad_images=run.results.get("bad_images", []),
+        figures={draw.__name__: svg(draw, run) for draw in FIGURES},
         environment=environment_of(run),
     )
     report = folder / "report.html"
@@ -244,35 +225,6 @@ def ended(run: Run) -> str:
     return f"{datetime.fromtimestamp(last).astimezone():%Y-%m-%d %H:%M %Z}"
 
 
-def tiles(run: Run) -> list[Tile]:
-    """The key figures, in the order in which they are asked for."""
-    results, made = run.results, []
-    for name, verified in results["verification"].items():
-        std, untrained = verified.get("std"), verified.get("untrained_accuracy")
-        note = [] if std is None else [f"± {std:.2%}"]
-        note += [] if untrained is None else [f"untrained {untrained:.2%}"]
-        made.append(Tile(f"accuracy, {name}", f"{verified['accuracy']:.2%}", ", ".join(note)))
-    if results["best"]:
-        best = results["best"]
-        made.append(Tile("best step", f"{best['step']:,.0f}", f"accuracy {best['accuracy']:.2%}"))
-    if results.get("final_loss") is not None:
-        loss = f"{results['final_loss']:.4g}"
-        made.append(Tile("final loss", loss, "mean of the last 100 batches"))
-    elif "train/loss" in run.metrics:
-        steps, losses = run.metrics["train/loss"]
-        made.append(Tile("last logged loss", f"{losses[-1]:.4g}", f"at step {steps[-1]:,.0f}"))
-    if "images_per_second" in results:
-        images = f"{results.get('images', 0):,} images in all"
-        made.append(Tile("images/s", f"{results['images_per_second']:,.0f}", images))
-    if "wall_seconds" in results:
-        steps_done = f"{results.get('steps', 0):,} steps"
-        made.append(Tile("wall time", duration(results["wall_seconds"]), steps_done))
-    if "peak_memory_bytes" in results:
-        memory = f"{results['peak_memory_bytes'] / 2**30:.2f} GiB"
-        made.append(Tile("peak memory", memory, results.get("device", "")))
-    return made
-
-
 def duration(seconds: float) -> str:
     """Two units, as people say it."""
     minutes, rest = divmod(round(seconds), 60)
@@ -318,7 +270,7 @@ def schedule(run: Run) -> Figure | None:
     return figure
 
 
-def verification_over_time(run: Run) -> Figure | None:
+def verification(run: Run) -> Figure | None:
     """Accuracy of each set, within its standard deviation, their mean and the best of it."""
     from matplotlib.ticker import PercentFormatter
 
@@ -375,47 +327,16 @@ def throughput(run: Run) -> Figure | None:
     return figure
 
 
-PLOTS = (
-    Plot(
-        "Loss and learning rate",
-        schedule,
-        "The response is how fast the loss falls. Where it is below the dashed threshold, on gray "
-        "ground, the smoothed loss should be flat; once it has long been there the learning rate "
-        "decays, at a red line, and the loss should fall again. A first peak of the response may "
-        "be cut off.",
-        "No loss was logged.",
-    ),
-    Plot(
-        "Verification over time",
-        verification_over_time,
-        "Accuracy on people never trained on, within one standard deviation over the folds: curves "
-        "that fall after the star mean that the later steps did harm; a low start may be cut off.",
-        "The run was not verified, or nothing was logged.",
-    ),
-    Plot(
-        "ROC",
-        roc,
-        "Share of one person's pairs that pass, where a share of two people's pairs pass too: the "
-        "further left a curve stays high the better; its left end hangs on single pairs.",
-        "There is no roc.json: the run was not verified.",
-    ),
-    Plot(
-        "Throughput",
-        throughput,
-        "Images trained on in a second: dips are waits, most often for images that are not yet "
-        "decoded, and a slow decline asks for a look at the machine.",
-        "No speed was logged.",
-    ),
-)
+FIGURES = (schedule, verification, roc, throughput)
 
 
-def svg(run: Run, plot: Plot) -> Markup:
+def svg(draw: Callable[[Run], Figure | None], run: Run) -> Markup:
     """Draw a figure as it stands inside a page; empty where there is nothing to draw."""
     import matplotlib
 
-    # Salted by its title, no figure of a page has an id of another.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": plot.title}):
-        figure = plot.draw(run)
+    # Salted by its name, no figure of a page has an id of another.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}):
+        figure = draw(run)
         if figure is None:
             return Markup()
         drawn = io.StringIO()

@@ -110,7 +110,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    keys, ended, console = swept_keys(rows), best_first(rows), Console()
+    keys, ended, console = swept_keys(rows), best_first(rows), Console(markup=False)
     names = [key.rpartition(".")[2] for key in keys]
     columns = {
         name: [settings(row).get(key, "") for row in ended]
@@ -138,7 +138,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         if row["error"]:
             of_job = settings(row)
             name = " ".join([row["folder"], *(f"{k}={of_job[k]}" for k in keys if k in of_job)])
-            console.print(f"failed: {name}: {row['error']}", markup=False, soft_wrap=True)
+            console.print(f"failed: {name}: {row['error']}", soft_wrap=True)
 
 
 def accuracy(row: Row) -> float | None:

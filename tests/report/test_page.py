@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastface_lightning.report.figures import MAX_POINTS, draw_loss, draw_response, readable, thin
-from fastface_lightning.report.page import duration, write_report
+from fastface_lightning.report.page import write_report
 
 HOSTILE = '<script>alert("1")</script>&$_{'
 HEADINGS = [
@@ -343,10 +343,6 @@ def test_a_long_run_makes_no_long_page(run: Path) -> None:
     noise = np.random.default_rng(0).normal(size=(len(steps), len(names)))
     write_metrics(run, [{"step": s, **dict(zip(names, noise[s], strict=True))} for s in steps])
     assert write_report(run).stat().st_size < 500_000
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (0.2, 59.6, 3600)] == ["0 s", "1 min 0 s", "1 h 0 min"]
 
 
 @given(st.integers(0, 5 * MAX_POINTS), st.integers(0, 2**32 - 1))

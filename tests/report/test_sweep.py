@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 from programs import ROOT, Run
-from test_programs import small
 
 from fastface_lightning import FastFace, replay
 from fastface_lightning.cli import find_recipes
 from fastface_lightning.report.sweep import (
-    MAPS,
     Row,
     accuracy,
     best_first,
@@ -141,7 +139,9 @@ def test_a_sweep_of_runs_goes_on_past_a_bad_one(run: Run, tmp_path: Path) -> Non
     sweep = tmp_path / "sweep"
     ended = run(
         *("-m", "+sweep=ema_haar", f"{EMA}=0,5", f"{HAAR}=5,10", f"hydra.sweep.dir={sweep}"),
-        *small("trainer.max_steps=4", "schedule.patience=1", "schedule.arm_after=0"),
+        *("data.num_identities=8", "data.images_per_identity=4", "data.verify_identities=6"),
+        *("data.verify_pairs=20", "data.batch_size=8", "trainer.enable_progress_bar=false"),
+        *("trainer.max_steps=4", "schedule.patience=1", "schedule.arm_after=0"),
         *("schedule.threshold=100", "schedule.threshold_mode=abs"),
     )
     told = "ema_window must be at least 1 step, got 0"
@@ -160,12 +160,6 @@ def test_a_sweep_of_runs_goes_on_past_a_bad_one(run: Run, tmp_path: Path) -> Non
     assert best["result"] >= other["result"]
     assert ended.out.index(f"failed: 0 {EMA}=0 {HAAR}=5: {told}") > ended.out.index("Sweep of 4")
     assert (sweep / "sweep.png").is_file()
-
-
-def test_a_single_run_leaves_no_sweep(run: Run, tmp_path: Path, loss_csv: Path) -> None:
-    ended = run(f"log={loss_csv}", program="recipes/replay.py")
-    assert ended.code == 0 and "Sweep" not in ended.out
-    assert not list(tmp_path.rglob("sweep.*"))
 
 
 # The table
@@ -191,6 +185,12 @@ def test_the_table_reads_from_best_to_failed(capsys: pytest.CaptureFixture[str])
     assert lines[0] == ["20", "87.50%", "2", "1,234", "1.0", "2"]
     assert lines[1] == ["10", "50.00%", "0", "1.0", "0"]
     assert " ".join(lines[2]) == f"failed: 1 {EMA}=40: no [such] thing" and len(lines) == 3
+
+
+def test_a_list_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows([row(i, 0.5, data__verify=f"[{name}]") for i, name in enumerate(("lfw", "red"))])
+    out = capsys.readouterr().out
+    assert "[lfw]" in out and "[red]" in out
 
 
 # The map
@@ -231,9 +231,9 @@ def test_a_cell_is_the_mean_of_its_jobs(jobs: list[tuple[int, int, float | None]
 
 def test_measures_by_hand() -> None:
     assert first_change(row(changes=(24, 60))) == 0.25
-    assert first_change(row(changes=())) is None and change_count(row(changes=())) == 0
-    bad = row(error="bad")
-    assert [measure(bad) for measure, _ in MAPS.values()] == [None] * 3
+    for failed in (row(error="bad"), row(changes=())):
+        assert first_change(failed) is None and accuracy(failed) is None
+    assert (change_count(row(error="bad")), change_count(row(changes=()))) == (None, 0)
 
 
 def test_numbers_are_in_order_and_words_before_them() -> None:
