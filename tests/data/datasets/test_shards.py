@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from fastface_lightning.data import IdentityFolder, ShardDataset, open_faces
 from fastface_lightning.data.datasets import shards
 from fastface_lightning.data.formats.tar import read_shard, write_shards
+from fastface_lightning.inference.protocols import Identities, open_protocol
 
 
 def png(red: int, green: int) -> bytes:
@@ -238,6 +239,11 @@ def test_open_faces_knows_shards(tmp_path: Path) -> None:
     (tmp_path / "faces" / ".cache").mkdir()  # which download programs leave
     for root in (file, file.parent):
         assert isinstance(open_faces(root), ShardDataset)
+        protocol = open_protocol(root)
+        before = protocol.digest()
+        assert isinstance(protocol, Identities) and protocol.count == 3
+        os.utime(file, ns=(0, 0) if root == file else (9, 9))
+        assert protocol.digest() != before
     (tmp_path / "faces" / "ann").mkdir()
     (tmp_path / "faces" / "ann" / "0.png").write_bytes(png(0, 0))
     assert isinstance(open_faces(file.parent), IdentityFolder)
