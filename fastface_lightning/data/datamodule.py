@@ -287,18 +287,14 @@ class FaceData(FaceDataModule):
         Raises:
             ValueError: they are not there.
         """
-        expected = _counts(self.num_identities, self.num_images)
         if not self.root.exists():
+            expected = _counts(self.num_identities, self.num_images)
             raise ValueError(
                 f"{self.name}: nothing at {self.root}; expected {self.root}/<identity>/<image>.jpg,"
                 f" a .rec or .tar shards{expected and f' with {expected}'}"
             )
         faces = open_faces(self.root, self.list, self.max_bad, self.reindex)
-        counted = _counts(
-            None if self.num_identities is None else faces.num_classes,
-            None if self.num_images is None else len(faces),
-        )
-        _compare(str(self.name), self.root, expected, counted)
+        _compare_counts(str(self.name), self.root, faces, self.num_identities, self.num_images)
         return faces
 
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
@@ -353,8 +349,7 @@ class LFWData(FaceDataModule):
         faces = IdentityFolder(
             images, identities=people, max_bad=self.max_bad, reindex=self.reindex
         )
-        expected = _counts(len(people), sum(people.values()))
-        _compare("lfw", images, expected, _counts(faces.num_classes, len(faces)))
+        _compare_counts("lfw", images, faces, len(people), sum(people.values()))
         return faces
 
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
@@ -404,7 +399,15 @@ def _counts(num_identities: int | None, num_images: int | None) -> str:
     return " and ".join(f"{count:,} {what}" for what, count in counts.items() if count is not None)
 
 
-def _compare(name: str, root: Path, expected: str, counted: str) -> None:
+def _compare_counts(
+    name: str, root: Path, faces: FaceDataset, num_identities: int | None, num_images: int | None
+) -> None:
+    """Warn if the faces are not as many as they should be; None is any number."""
+    expected = _counts(num_identities, num_images)
+    counted = _counts(
+        None if num_identities is None else faces.num_classes,
+        None if num_images is None else len(faces),
+    )
     if counted != expected:
         logger.warning("%s: expected %s in %s, got %s", name, expected, root, counted)
 

@@ -152,19 +152,19 @@ def _read_points(
     file: Path, images: tuple[str, ...], faces_file: Path
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Landmarks and scores of the images, which the file must list in the same order."""
-    found = list(read_landmarks(file))
+    listed = list(read_landmarks(file))
     rule = f"{faces_file.name} and {file.name} must list the same images"
-    if len(found) != len(images):
-        raise ValueError(f"{rule}, got {len(images)} and {len(found)} lines")
-    for number, (image, face) in enumerate(zip(images, found, strict=True), 1):
+    if len(listed) != len(images):
+        raise ValueError(f"{rule}, got {len(images)} and {len(listed)} lines")
+    for number, (image, face) in enumerate(zip(images, listed, strict=True), 1):
         if face.name != image:
             raise ValueError(f"{rule}, got {image!r} and {face.name!r} in line {number}")
         if face.score is None:
             raise ValueError(
                 f"{file.name} must end each line in a score, got none in line {number}"
             )
-    points = np.array([face.points for face in found])
-    return points, np.array([face.score for face in found], np.float64)
+    points = np.array([face.points for face in listed])
+    return points, np.array([face.score for face in listed], np.float64)
 
 
 def _read_pairs(file: Path, known: Integers) -> tuple[Integers, NDArray[np.bool_]]:

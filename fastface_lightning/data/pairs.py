@@ -68,8 +68,8 @@ def interleaved(same: ArrayLike) -> NDArray[np.int64]:
     """
     same = np.asarray(same, dtype=bool)
     place = np.empty(len(same))
-    for kind in (same, ~same):
-        place[kind] = (np.arange(kind.sum()) + 0.5) / max(kind.sum(), 1)
+    for of_kind in (same, ~same):
+        place[of_kind] = (np.arange(of_kind.sum()) + 0.5) / max(of_kind.sum(), 1)
     return place.argsort(kind="stable")
 
 

@@ -307,20 +307,18 @@ def groups(size: int, by: Any, seed: int, epoch: int) -> list[int]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_dual_batches_are_images_and_pairs_of_identities(num_workers: int) -> None:
-    data = ready(PixelsData(*COUNTS, batch_size=4, seed=3, batches="dual", num_workers=num_workers))
+def test_batches_of_groups_are_those_of_the_samplers(num_workers: int) -> None:
+    common = {"batch_size": 4, "seed": 3, "num_workers": num_workers}
+    dual = ready(PixelsData(*COUNTS, batches="dual", **common))
+    keys = ready(PixelsData(*COUNTS, batches="keys", keys=3, **common))
     for epoch in (0, 2):
-        served = epoch_of(data, epoch)
-        assert list(served) == ["instance", "identity"]
-        assert served["instance"] == epoch_permutation(22, 3, epoch)[:20].tolist()
-        assert served["identity"] == groups(2, "identities", 3, epoch)[:40]
-
-
-def test_keys_batches_are_images_and_others_of_their_identities() -> None:
-    data = ready(PixelsData(*COUNTS, batch_size=5, seed=3, batches="keys", keys=3))
-    served = epoch_of(data, 1)
-    assert served == {"identity": groups(4, "images", 3, 1)[:80]}
-    assert served["identity"][::4] == epoch_permutation(22, 3, 1)[:20].tolist()
+        order = epoch_permutation(22, 3, epoch)[:20].tolist()
+        assert epoch_of(dual, epoch) == {
+            "instance": order, "identity": groups(2, "identities", 3, epoch)[:40]
+        }  # fmt: skip
+        served = epoch_of(keys, epoch)
+        assert served == {"identity": groups(4, "images", 3, epoch)[:80]}
+        assert served["identity"][::4] == order
 
 
 def test_a_program_may_set_what_batches_are() -> None:

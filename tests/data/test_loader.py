@@ -153,25 +153,6 @@ def test_groups_are_those_of_the_plain_twin(labels: Any, options: Any, epoch: in
     assert groups_of(labels, epoch, **options) == plain_groups(labels, epoch=epoch, **options)
 
 
-@given(LABELS, GROUPS, EPOCHS)
-@FEW
-def test_what_groups_are(labels: Any, options: Any, epoch: int) -> None:
-    """Images of one identity that differ as long as there are such, and every identity in turn."""
-    groups, counts = groups_of(labels, epoch, **options), Counter(labels)
-    assert len(groups) == len(labels)
-    for group in groups:
-        (identity,) = {labels[image] for image in group}
-        distinct = min(counts[identity], len(group))
-        assert len(set(group[:distinct])) == len(set(group)) == distinct
-    firsts = [group[0] for group in groups]
-    if options["by"] == "images":
-        assert firsts == epoch_permutation(len(labels), options["seed"], epoch).tolist()
-    else:
-        for begin in range(0, len(firsts), len(counts)):
-            one_pass = [labels[image] for image in firsts[begin : begin + len(counts)]]
-            assert len(set(one_pass)) == len(one_pass)
-
-
 @given(LABELS, GROUPS, st.integers(1, 4), EPOCHS, st.data())
 @FEW
 def test_ranks_share_the_groups_from_any_start(

@@ -219,8 +219,7 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
             names = set(identities)
             wanted = np.fromiter((name in names for name in self.identities), bool)
             present = np.flatnonzero(wanted & (counts > 0)).tolist()
-            found = {self.identities[i] for i in present}
-            empty = sorted(names - found)
+            empty = sorted(names - {self.identities[i] for i in present})
         count = self.num_classes if identities is None else len(names)
         if empty and len(empty) < count:
             sought = "" if identities is None else "sought "

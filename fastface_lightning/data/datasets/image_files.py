@@ -89,7 +89,7 @@ def find_images(folder: str | Path) -> list[str]:
     """
     if not Path(folder).is_dir():
         raise ValueError(f"no folder {folder}")
-    found = []
+    images = []
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while waiting:
         inside, above = waiting.pop()
@@ -105,9 +105,9 @@ def find_images(folder: str | Path) -> list[str]:
                 if leads_to(entry.is_dir):
                     waiting.append((path, above | {here}))
                 elif entry.name.lower().endswith(IMAGE_SUFFIXES) and leads_to(entry.is_file):
-                    found.append(path)
-    if not found:
+                    images.append(path)
+    if not images:
         raise ValueError(
             f"{folder} holds no image: no file in it ends in {', '.join(IMAGE_SUFFIXES)}"
         )
-    return sorted(found)
+    return sorted(images)

@@ -81,13 +81,13 @@ class ShardDataset(FaceDataset):
 
 def holds_shards(folder: Path) -> bool:
     """Whether there are shards in a folder and, hidden ones aside, no folders."""
-    found = False
+    any_shard = False
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.name.startswith(".") and leads_to(entry.is_dir):
                 return False
-            found |= is_shard(entry.name)
-    return found
+            any_shard |= is_shard(entry.name)
+    return any_shard
 
 
 def _read_all(shards: list[Path]) -> Arrays:

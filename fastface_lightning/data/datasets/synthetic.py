@@ -119,7 +119,7 @@ def _machine_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_range(name: str, value: int, least: int, most: int) -> None:
-    """Raise ValueError unless the value lies in [least, most]."""
-    if not least <= value <= most:
-        raise ValueError(f"{name} must lie in [{least}, {most}], got {value}")
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raise ValueError unless the value lies in [low, high]."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")

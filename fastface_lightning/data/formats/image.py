@@ -224,7 +224,12 @@ def _open(view: memoryview) -> Image.Image:
         raise ValueError("it is empty")
     try:
         with Image.open(BytesIO(view), formats=_FORMATS) as image:
-            _refuse_bomb(image.size)
+            limit, (width, height) = Image.MAX_IMAGE_PIXELS, image.size
+            if limit is not None and width * height > limit:  # Pillow only warns up to twice that
+                raise ValueError(
+                    f"{width} x {height} pixels are more than the {limit} allowed against"
+                    " decompression bombs (PIL.Image.MAX_IMAGE_PIXELS)"
+                )
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except UnidentifiedImageError as error:
@@ -234,16 +239,6 @@ def _open(view: memoryview) -> Image.Image:
         raise ValueError(f"not a JPEG, PNG, WebP or BMP image: it starts with {start!r}") from error
     except Exception as error:  # which of a dozen types a broken file raises is up to its decoder
         raise ValueError(reason(error)) from error
-
-
-def _refuse_bomb(size: tuple[int, int]) -> None:
-    """Pillow itself only warns of up to twice its limit."""
-    limit, (width, height) = Image.MAX_IMAGE_PIXELS, size
-    if limit is not None and width * height > limit:
-        raise ValueError(
-            f"{width} x {height} pixels are more than the {limit} allowed against decompression "
-            "bombs (PIL.Image.MAX_IMAGE_PIXELS)"
-        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -65,14 +65,14 @@ def read_shard(file: Path) -> tuple[list[Sample], list[str]]:
                     archive.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
                     if member.size < 0:  # it would lead back, and so round in a circle
                         raise ValueError(f"{member.name} has a size of {member.size} bytes")
-                    key, kind = _split(member.name)
-                    if not key or kind not in (*_IMAGES, _CLASS) or member.isdir():
+                    key, extension = _split(member.name)
+                    if not key or extension not in (*_IMAGES, _CLASS) or member.isdir():
                         continue
-                    if key in (classes if kind == _CLASS else images):
+                    if key in (classes if extension == _CLASS else images):
                         raise ValueError(f"it holds {member.name} or another {key} twice")
                     if not member.isreg() or member.issparse():
                         damaged[key] = "is a link or sparse"
-                    elif kind == _CLASS:
+                    elif extension == _CLASS:
                         try:
                             classes[key] = _identity(opened, member)
                         except ValueError as error:
@@ -92,10 +92,10 @@ def read_shard(file: Path) -> tuple[list[Sample], list[str]]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and kind of a member; an empty key if it is hidden."""
+    """Key and extension of a member; an empty key if it is hidden."""
     folder, slash, base = name.rpartition("/")
-    stem, _, kind = base.partition(".")
-    return stem and folder + slash + stem, kind.lower()
+    stem, _, extension = base.partition(".")
+    return stem and folder + slash + stem, extension.lower()
 
 
 def _identity(opened: IO[bytes], member: tarfile.TarInfo) -> str:

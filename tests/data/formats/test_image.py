@@ -75,26 +75,6 @@ def test_cmyk_jpeg_is_nearly_its_rgb() -> None:
     assert np.abs(error).max() <= 8
 
 
-@pytest.mark.parametrize(
-    ("orientation", "upright"),
-    [
-        (1, COLOR),
-        (2, COLOR[:, ::-1]),
-        (3, COLOR[::-1, ::-1]),
-        (4, COLOR[::-1]),
-        (5, COLOR.swapaxes(0, 1)),
-        (6, np.rot90(COLOR, -1)),
-        (7, COLOR[::-1, ::-1].swapaxes(0, 1)),
-        (8, np.rot90(COLOR)),
-    ],
-)
-def test_exif_orientation_is_applied(orientation: int, upright: np.ndarray) -> None:
-    exif = Image.Exif()
-    exif[274] = orientation
-    tensor = decode_image(encoded(Image.fromarray(COLOR), exif=exif), size=16)
-    assert np.array_equal(tensor.permute(1, 2, 0), upright)
-
-
 def test_resizing_is_antialiased() -> None:
     """A one-pixel checkerboard shrinks to grey; without antialiasing it would alias."""
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
@@ -156,18 +136,12 @@ def decoded(data: bytes, size: int) -> np.ndarray:
 
 @pytest.fixture
 def without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("the fast path was not taken")
-
-    monkeypatch.setattr(image_module, "_decode_any", refuse)
+    monkeypatch.setattr(image_module, "_decode_any", None)
 
 
 @pytest.fixture
 def without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the fast path was taken")
-
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", refuse)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)
 
 
 @pytest.mark.usefixtures("without_pillow")
@@ -220,29 +194,24 @@ def test_any_buffer_of_bytes_will_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_only_the_images_place_in_the_batch_is_written(format: str) -> None:
-    batch = torch.full((3, 16, 16, 3), 7, dtype=torch.uint8)
+    batch = np.full((3, 16, 16, 3), 7, np.uint8)
     data = encoded(Image.fromarray(COLOR), format).getvalue()
-    decode_into(data, batch.numpy()[1])
-    assert np.array_equal(batch[1], by_pillow(data))
-    assert (batch[[0, 2]] == 7).all()
+    decode_into(data, batch[1])
+    assert np.array_equal(batch[1], by_pillow(data)) and (batch[[0, 2]] == 7).all()
 
 
-@pytest.mark.parametrize(
-    "out",
-    [
+def test_out_must_be_a_writable_square() -> None:
+    for out in (
         np.empty((8, 9, 3), np.uint8),
         np.empty((8, 8), np.uint8),
         np.empty((0, 0, 3), np.uint8),
         np.empty((8, 8, 3), np.float32),
         np.empty((8, 16, 3), np.uint8)[:, ::2],
         np.empty((3, 8, 8), np.uint8).transpose(1, 2, 0),
-        np.frombuffer(bytes(192), np.uint8).reshape(8, 8, 3),
-    ],
-    ids=["oblong", "grey", "empty", "float", "strided", "planar", "read-only"],
-)
-def test_out_must_be_a_writable_square(out: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"^out must be a writable, C-contiguous \(size"):
-        decode_into(encoded(photo(8), "JPEG").getvalue(), out)
+        np.frombuffer(bytes(192), np.uint8).reshape(8, 8, 3),  # read-only
+    ):
+        with pytest.raises(ValueError, match="out must be a writable"):
+            decode_into(encoded(photo(8), "JPEG").getvalue(), out)
 
 
 @pytest.mark.usefixtures("without_simplejpeg")
@@ -265,13 +234,26 @@ def exif(orientation: int, order: str = "<", kind: int = 3) -> bytes:
     return b"Exif\0\0" + head + first + second + bytes(4)
 
 
-@pytest.mark.parametrize("orientation", range(9))
-def test_turned_jpegs_of_the_right_size_are_turned(orientation: int) -> None:
-    plain = by_pillow(encoded(photo(16), "JPEG").getvalue())
+UPRIGHT = [
+    COLOR,
+    COLOR,
+    COLOR[:, ::-1],
+    COLOR[::-1, ::-1],
+    COLOR[::-1],
+    COLOR.swapaxes(0, 1),
+    np.rot90(COLOR, -1),
+    COLOR[::-1, ::-1].swapaxes(0, 1),
+    np.rot90(COLOR),
+]
+
+
+@pytest.mark.parametrize(("orientation", "upright"), list(enumerate(UPRIGHT)))
+def test_orientation_is_applied(orientation: int, upright: np.ndarray) -> None:
+    png = encoded(Image.fromarray(COLOR), exif=exif(orientation)).getvalue()
+    assert np.array_equal(decoded(png, 16), upright)
     for order, kind in product("<>", (3, 4)):
         data = encoded(photo(16), "JPEG", exif=exif(orientation, order, kind)).getvalue()
         assert np.array_equal(decoded(data, 16), by_pillow(data))
-        assert np.array_equal(by_pillow(data), plain) == (orientation < 2)
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>' % orientation
     data = encoded(photo(16), "JPEG", xmp=xmp).getvalue()
     assert np.array_equal(decoded(data, 16), by_pillow(data))
@@ -471,15 +453,16 @@ def test_arguments_have_bounds() -> None:
 def test_a_pack_keeps_only_what_all_readers_see_alike() -> None:
     face = photo(16)
     plain = encoded(face, "JPEG").getvalue()
-    assert is_packable(plain, 16)
+    assert is_packable(plain, 16) and is_packable(np.frombuffer(plain, np.uint8), 16)
     assert is_packable(encoded(face.convert("L"), "JPEG").getvalue(), 16)
     assert is_packable(encoded(face, "JPEG", progressive=True, exif=exif(1)).getvalue(), 16)
-    assert is_packable(np.frombuffer(plain, np.uint8), 16)
-
     assert not is_packable(plain, 17)
-    assert not is_packable(encoded(face, "JPEG", exif=exif(6)).getvalue(), 16)
-    assert not is_packable(encoded(face.convert("CMYK"), "JPEG").getvalue(), 16)
-    assert not is_packable(encoded(face, "PNG").getvalue(), 16)
-    assert not is_packable(plain[:-40], 16)
-    assert not is_packable(plain[:-40] + b"\xff\xd9", 16)
-    assert not is_packable(b"", 16)
+    for other in (
+        encoded(face, "JPEG", exif=exif(6)).getvalue(),
+        encoded(face.convert("CMYK"), "JPEG").getvalue(),
+        encoded(face, "PNG").getvalue(),
+        plain[:-40],
+        plain[:-40] + b"\xff\xd9",
+        b"",
+    ):
+        assert not is_packable(other, 16)
