@@ -1,5 +1,6 @@
 """What networks take: uint8 RGB to [-1, 1], by a module that costs no more than torch."""
 
+import pytest
 import torch
 from test_layers import newly_imported
 
@@ -13,6 +14,7 @@ def test_normalise() -> None:
     torch.testing.assert_close(got[1, 2, :, 3], torch.tensor([-1, -0.6, 1]))
 
 
+@pytest.mark.slow
 def test_it_needs_no_timm() -> None:
     loaded = newly_imported(
         "from fastface_lightning.preprocessing import normalise", "import torch"

@@ -163,7 +163,7 @@ class Negatives(nn.Module):
     A module, so that it can be called again with statistics the margin had earlier.
 
     Args:
-        margin: whose ``negatives`` are asked.
+        margin: whose ``negatives`` come after the filter.
         threshold: ``interclass_filter`` of :class:`Classifier`.
     """
 

@@ -72,7 +72,7 @@ def test_reset_classifier_changes_the_head_alone(model: nn.Module, images: Tenso
 
 def test_dropout_acts_in_training_only(images: Tensor) -> None:
     for name in LIGHT:
-        model = timm.create_model(name, drop_rate=0.5)
+        model = timm.create_model(name, drop_rate=0.5, num_classes=16)
         assert not torch.equal(model(images), model(images))
         model.eval()
         assert torch.equal(model(images), model(images))

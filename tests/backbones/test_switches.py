@@ -176,7 +176,10 @@ def within(key: str, names: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "mobilefacenet" else []) for n in FROZEN],
+)
 def test_frozen_parts_stand_still_and_the_others_train(
     name: str, checkpointing: bool, images: Tensor
 ) -> None:

@@ -106,14 +106,6 @@ def test_straight_through_gradient_is_insightface_s() -> None:
     )
 
 
-def test_length_of_embeddings_and_centres_does_not_matter() -> None:
-    classifier, x, labels = random_case(CosFace())
-    loss = classifier(x, labels)
-    with torch.no_grad():
-        classifier.weight.mul_(torch.rand(9, 1) + 0.5)
-    torch.testing.assert_close(classifier(1e-5 * x, labels), loss)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_whatever_autocast_says(dtype: torch.dtype) -> None:
     """Under autocast, the loss of half-precision embeddings is their float32 loss, to the bit."""
@@ -134,9 +126,7 @@ def test_float32_whatever_autocast_says(dtype: torch.dtype) -> None:
 def test_zero_embedding_gives_no_nan(margin: Margin) -> None:
     torch.manual_seed(0)
     classifier = FullClassifier(5, 4, margin)
-    x = torch.zeros(2, 4)
-    x[1] = torch.randn(4)
-    x.requires_grad_()
+    x = torch.cat([torch.zeros(1, 4), torch.randn(1, 4)]).requires_grad_()
     loss = classifier(x, torch.tensor([0, 3]))
     loss.backward()
     assert loss.isfinite()
@@ -153,14 +143,6 @@ def test_embedding_on_its_centre_or_opposite_gives_no_nan() -> None:
     loss = classifier(x, torch.arange(20).repeat(2))
     loss.backward()
     assert loss.isfinite() and x.grad is not None and x.grad.isfinite().all()
-
-
-def test_starts_at_the_loss_of_guessing() -> None:
-    """Without margin and with random 512-dim centres, the loss is near log C plus s^2 / (2 D)."""
-    torch.manual_seed(0)
-    classifier = FullClassifier(1000, 512, Softmax(), scale=16.0)
-    loss = classifier(torch.randn(64, 512), torch.randint(1000, (64,))).item()
-    assert loss == pytest.approx(math.log(1000) + 16**2 / (2 * 512), abs=0.3)
 
 
 def test_weight_shape_and_start() -> None:

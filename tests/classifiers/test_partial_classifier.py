@@ -103,14 +103,6 @@ def test_only_sampled_rows_move_and_decay() -> None:
     assert not held.all(1).all()  # some class was never drawn: neither its row nor its momentum
 
 
-def test_torchs_sgd_does_not_decay_what_was_not_sampled() -> None:
-    partial = PartialClassifier(50, 4, rate=0.3)
-    partial(torch.randn(6, 4), torch.arange(6)).backward()
-    optimizer = torch.optim.SGD(partial.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
-
-
 def test_gradients_of_two_batches_add_up() -> None:
     x, labels = batch(6, 50, 4)
     partial = PartialClassifier(50, 4, rate=0.3).double()
