@@ -38,9 +38,7 @@ def main(cfg: DictConfig) -> None:
     check_numbers(cfg, "lr")
     schedule = instantiate(cfg.schedule)
     if not hasattr(schedule, "update"):
-        raise ValueError(
-            f"schedule must be fastface, fastface_released or mhlr, got {cfg.schedule._target_}"
-        )
+        raise ValueError(f"schedule must be fastface or mhlr, got {cfg.schedule._target_}")
     losses, logged = read_losses(cfg.log, None if cfg.column is None else str(cfg.column))
     total_steps = len(losses) if cfg.total_steps is None else cfg.total_steps
     if total_steps < len(losses):

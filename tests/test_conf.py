@@ -45,7 +45,7 @@ def test_the_options_are_those_promised() -> None:
         *("adaface", "magface", "curricularface", "elasticface"),
     }
     assert set(OPTIONS["schedule"]) == {
-        *("fastface", "fastface_released", "mhlr", "polynomial", "multistep"),
+        *("fastface", "mhlr", "polynomial", "multistep"),
         *("cosine", "linear", "trapezoid", "onecycle", "plateau", "constant"),
     }
     assert set(OPTIONS["classifier"]) == {"full", "chunked", "partial", "dcp", "attfc"}

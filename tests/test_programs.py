@@ -627,7 +627,7 @@ def test_replay_of_a_csv(run: Run, tmp_path: Path) -> None:
         (["log=nowhere", "lr=high"], "lr must be a number, got 'high'"),
         (
             ["log=nowhere", "schedule=cosine"],
-            "schedule must be fastface, fastface_released or mhlr",
+            "schedule must be fastface or mhlr",
         ),
     ],
 )
