@@ -39,9 +39,7 @@ def main(cfg: DictConfig) -> None:
     check_numbers(cfg, "lr")
     schedule = instantiate(cfg.schedule)
     if isinstance(schedule, FixedSchedule):
-        raise ValueError(
-            f"schedule must be fastface, fastface_released or mhlr, got {cfg.schedule._target_}"
-        )
+        raise ValueError(f"schedule must be fastface or mhlr, got {schedule}")
     losses, logged = read_losses(cfg.log, None if cfg.column is None else str(cfg.column))
     total_steps = len(losses) if cfg.total_steps is None else cfg.total_steps
     if total_steps < len(losses):

@@ -223,7 +223,13 @@ class PlateauSchedule(ABC):
             ValueError: more than ``max_nonfinite`` of them in a row.
         """
         if not -_HUGE < loss < _HUGE:
-            return self._skip(state, loss)
+            run = state.nonfinite_run + 1
+            if run > self.max_nonfinite:  # type: ignore[operator]
+                raise ValueError(
+                    f"at most max_nonfinite={self.max_nonfinite} losses in a row may be NaN or "
+                    f"infinite, got {run} (the last is {loss}, after {state.step} finite ones)"
+                )
+            return state._replace(nonfinite=state.nonfinite + 1, nonfinite_run=run)
         warmup_steps: Any = self.warmup_steps
         if state.step < warmup_steps:
             step = state.step + 1
@@ -234,15 +240,6 @@ class PlateauSchedule(ABC):
     @abstractmethod
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
         """State after a finite loss past the warm-up: measure the response, then decide."""
-
-    def _skip(self, state: PlateauState, loss: float) -> PlateauState:
-        run = state.nonfinite_run + 1
-        if run > self.max_nonfinite:  # type: ignore[operator]
-            raise ValueError(
-                f"at most max_nonfinite={self.max_nonfinite} losses in a row may be NaN or "
-                f"infinite, got {run} (the last is {loss}, after {state.step} finite ones)"
-            )
-        return state._replace(nonfinite=state.nonfinite + 1, nonfinite_run=run)
 
     def threshold_at(self, state: PlateauState) -> float:
         """The threshold in the response's unit, as it stands at ``state``; not finite at first."""

@@ -258,11 +258,6 @@ def test_whatever_else_sets_the_rate_is_refused_by_name(tmp_path: Path) -> None:
         fit(tmp_path, FastFaceCallback(), averaging, max_epochs=2)
 
 
-def test_second_callback_is_refused_by_lightning(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        quiet_trainer(tmp_path, [FastFaceCallback(), FastFaceCallback(MHLR())])
-
-
 def test_run_without_an_optimizer_is_refused(tmp_path: Path) -> None:
     module = Scripted(optimizers=lambda module: None)
     with pytest.raises(MisconfigurationException, match="optimizer"):
@@ -793,14 +788,6 @@ def test_metrics_tell_scale_response_threshold_flat_steps_and_rate(tmp_path: Pat
             assert step not in columns["fastface/response"]
         else:
             assert columns["fastface/response"][step] == pytest.approx(state.response)
-
-
-def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
-    fit(tmp_path, FastFaceCallback(), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
-    logger = CSVLogger(tmp_path)
-    fit(tmp_path, FastFaceCallback(), max_epochs=3, ckpt_path=tmp_path / "a.ckpt", logger=logger,
-        log_every_n_steps=4)  # fmt: skip
-    assert list(metrics(logger)["lr-SGD"]) == [11, 15, 19, 23, 27]
 
 
 def test_progress_bar_shows_rate_and_progress_to_the_next_decay(tmp_path: Path) -> None:

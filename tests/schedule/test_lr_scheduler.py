@@ -170,13 +170,6 @@ def test_a_state_dict_is_a_snapshot() -> None:
     assert repr(saved) == before
 
 
-def test_loading_keeps_the_length_the_run_was_bound_to() -> None:
-    saved = FastFaceLR(sgd(0.1), 5000).state_dict()
-    other = FastFaceLR(sgd(0.1), 10)
-    other.load_state_dict(saved)
-    assert other.schedule == FastFace().bind(5000)
-
-
 @pytest.mark.parametrize(
     ("given", "named"), [(FastFace(), "MHLR"), (MHLR(haar_window=3), "haar_window=2")], ids=repr
 )
