@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+METADATA_KEY = (
+    "fastface_lightning"  # of a model file's metadata: JSON of what is known of the model
+)
+
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:

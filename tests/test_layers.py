@@ -16,16 +16,17 @@ PROGRAMS = [ROOT / "train.py", *sorted((ROOT / "recipes").glob("*.py"))]
 # Every part of the package, and all the others that it may import, inside functions as well.
 MAY_IMPORT = {
     "files": "",
+    "preprocessing": "",
     "schedule": "files",
     "margins": "files",
-    "backbones": "files",
+    "backbones": "files preprocessing",
     "data": "files",
     "evaluation": "files",
     "optim": "files",
     "report": "files",
-    "classifiers": "files margins optim",
-    "inference": "files margins backbones data evaluation",
-    "training": "files schedule margins backbones data evaluation optim report classifiers",
+    "classifiers": "files margins optim preprocessing",
+    "inference": "files preprocessing margins backbones data evaluation",
+    "training": "files preprocessing schedule margins backbones data evaluation optim report classifiers",
     "cli": "files report",
     "__init__": "schedule inference",
 }

@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..files import METADATA_KEY
 from .base import architecture
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
 SAFETENSORS = ".safetensors"
-ABOUT = "fastface_lightning"  # key of a .safetensors' metadata: JSON of what is known of the model
 # The last batch norm of MobileFaceNet, of any other timm model behind a neck, and of IResNet.
 LAST_BIASES = ("features.layers.3.bias", "neck.features.bias", "features.bias")
 MAX_LISTED = 8  # keys that a message lists; of more, the first three
@@ -107,7 +107,7 @@ def read_about(file: str | Path) -> dict[str, Any]:
     if path.suffix == SAFETENSORS:
         _read(path)
         with safe_open(path, framework="pt") as opened:
-            return json.loads((opened.metadata() or {}).get(ABOUT, "{}"))
+            return json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
     content = _read(path)
     run = content.get("run") if isinstance(content, Mapping) else None
     return dict(run) if isinstance(run, Mapping) else {}

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IMAGE_SHAPE = (3, 112, 112)
-METADATA_KEY = "fastface_lightning"  # of an ONNX's metadata: JSON of what is known of the model
+from ..preprocessing import IMAGE_SHAPE
 
 
 class Embedder(ABC):

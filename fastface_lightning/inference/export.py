@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones import normalise
-from ..backbones.weights import ABOUT, SAFETENSORS, read_weights
+from ..backbones.weights import SAFETENSORS, read_weights
 from ..data import SyntheticFaces
-from ..files import replacing, write_text
-from .embedder import IMAGE_SHAPE, METADATA_KEY
+from ..files import METADATA_KEY, replacing, write_text
+from ..preprocessing import IMAGE_SHAPE, normalise
 from .onnx_embedder import OnnxEmbedder
 from .torch_embedder import TorchEmbedder
 
@@ -73,7 +72,7 @@ def export(embedder: TorchEmbedder, target: Path, uint8: bool = False) -> dict[s
         else:
             weights = {k: v.contiguous() for k, v in embedder.network.state_dict().items()}
             if target.suffix == SAFETENSORS:
-                save_file(weights, part, metadata={ABOUT: json.dumps(about), "format": "pt"})
+                save_file(weights, part, metadata={METADATA_KEY: json.dumps(about), "format": "pt"})
             else:
                 torch.save(weights, part)
             _check_weights(weights, part)

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .embedder import IMAGE_SHAPE, METADATA_KEY, Embedder
+from ..files import METADATA_KEY
+from ..preprocessing import IMAGE_SHAPE, normalise
+from .embedder import Embedder
 
 
 class OnnxEmbedder(Embedder):
@@ -42,9 +43,7 @@ class OnnxEmbedder(Embedder):
         count = len(images)
         if self.is_fixed and count < self.batch_size:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
-        pixels = np.ascontiguousarray(images)
-        if not self.is_uint8:  # as backbones.normalise, which comes with timm
-            pixels = pixels.astype(np.float32) / 127.5 - 1
+        pixels = (images.contiguous() if self.is_uint8 else normalise(images)).numpy()
         embeddings = self.session.run(None, {self.session.get_inputs()[0].name: pixels})[0]
         return torch.from_numpy(embeddings)[:count]
 
