@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-METADATA_KEY = (
+METADATA_KEY = "fastface_lightning"  # in a model file: JSON of what is known of the model
     "fastface_lightning"  # of a model file's metadata: JSON of what is known of the model
 )
 

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "report": "files",
     "classifiers": "files margins optim preprocessing",
     "inference": "files preprocessing margins backbones data evaluation",
-    "training": "files preprocessing schedule margins backbones data evaluation optim report classifiers",
+    "training": "files preprocessing schedule margins backbones data evaluation optim report"
+    " classifiers",
     "cli": "files report",
     "__init__": "schedule inference",
 }
