@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 METADATA_KEY = "fastface_lightning"  # in a model file: JSON of what is known of the model
-    "fastface_lightning"  # of a model file's metadata: JSON of what is known of the model
-)
 
 
 @contextmanager
