@@ -113,7 +113,7 @@ def speed(folder: Path, count: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def photographs(folder: Path) -> Path:
-    """A copy of LFW where it is, so that its index stays here, else drawn faces."""
+    """A copy of LFW where it is, so that its index stays here, else synthetic faces."""
     shared = os.environ.get("FASTFACE_SHARED_DATA", ROOT.parent / "shared" / "data")
     images = Path(shared) / "lfw112" / "images"
     copy = folder / "images"
