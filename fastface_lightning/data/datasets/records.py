@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import Progress
 
 from ..formats.index import Arrays, cached_while
 from ..formats.names import Names, read_names
@@ -46,12 +45,7 @@ class RecordDataset(FaceDataset):
         names_file = self.path.with_suffix(".identities.txt")
 
         def table() -> Arrays:
-            with Progress(transient=True) as bar:
-                task = bar.add_task(f"indexing {self.path.name}")
-                records = read_table(
-                    self.path,
-                    progress=lambda done, size: bar.update(task, completed=done, total=size),
-                )
+            records = read_table(self.path)
             people, labels = np.unique(records.labels, return_inverse=True)
             return {
                 **_named(people, names_file).arrays("identities"),
@@ -71,7 +65,7 @@ class RecordDataset(FaceDataset):
         return f"at byte {self._offsets[self._row(index)]} of {self.path}"
 
     def _fetch(self, index: int) -> bytes | memoryview:
-        return self._records.image(int(self._offsets[self._row(index)]))
+        return self._records.image_record(int(self._offsets[self._row(index)])).image
 
     def __str__(self) -> str:
         return str(self.path)

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import Self
 
 from ...files import replacing
@@ -23,10 +22,8 @@ from .recordio import (
     TOO_LONG,
     WHOLE,
     RecordFile,
-    following,
     logger,
     padded,
-    scan,
 )
 
 _BUFFER = 1 << 18  # bytes written together
@@ -156,14 +153,11 @@ class InsightFaceWriter:
             raise ValueError(f"an image's label must be a whole number in [0, 2^24), got {label}")
         if label < self._label:
             raise ValueError(
-                f"images of {self.path} must come by ascending label, got {label} after"
-                f" {self._label}"
+                f"images must come by ascending label, got {label} after {self._label}"
             )
         key = len(self._offsets)
         self._append(pack_image(label, key, image, id2))
-        if label > self._label:
-            self._first_keys.append(key)
-        self._label = label
+        self._note_label(label, key)
         return key
 
     def close(self) -> None:
@@ -220,32 +214,25 @@ class InsightFaceWriter:
 
     def _recover(self) -> None:
         """Find the images in the part, up to the first that is damaged or cut."""
-        file = RecordFile(self._part)
-        parts, records = scan(file)
-        sound = following(parts) & (parts["end"] <= file.size)
-        sound[np.isin(parts["offset"], records["offset"][~records["whole"]])] = False
-        parts = parts[: _first(~sound)]
-        complete = np.flatnonzero(np.isin(parts["flag"], (WHOLE, LAST)))
-        parts = parts[: complete[-1] + 1 if len(complete) else 0]
-        records = records[: np.isin(parts["flag"], (WHOLE, FIRST)).sum()]
-        if not len(records):
-            return
-        if records["has_image"][0]:
-            raise ValueError(f"{self._part} must begin with a header record, got an image")
-        images = records[1:][: _first(~records["has_image"][1:])]  # identities: closing had begun
-        kept = records[: 1 + len(images)]
-        ends = np.append(records["offset"][1:], parts["end"][-1])
-        self._end = int(ends[len(kept) - 1])
-        self._offsets = array("q", kept["offset"].tolist())
-        if len(images):
-            starts = np.flatnonzero(np.diff(images["label"], prepend=-1))
-            self._first_keys = array("q", (starts + 1).tolist())
-            self._label = int(images["label"][-1])
-            self.id2 = images["id2"].copy()
-        logger.info("resuming %s after %d images", self._part, len(images))
+        file, id2 = RecordFile(self._part), array("Q")
+        while self._end < file.size:
+            try:
+                record, end = file.image_record(self._end), file.end(self._end)
+            except ValueError:
+                break
+            if record.has_image and not self._offsets:
+                raise ValueError(f"{self._part} must begin with a header record, got an image")
+            if record.has_image:
+                self._note_label(int(record.labels[0]), len(self._offsets))
+                id2.append(record.id2)
+            elif self._offsets:
+                break  # an identity: closing had begun
+            self._offsets.append(self._end)
+            self._end = end
+        self.id2 = np.array(id2, np.uint64)
+        logger.info("resuming %s after %d images", self._part, len(id2))
 
-
-def _first(where: NDArray[np.bool_]) -> int:
-    """Place of the first True, the length if there is none."""
-    places = np.flatnonzero(where)
-    return int(places[0]) if len(places) else len(where)
+    def _note_label(self, label: int, key: int) -> None:
+        if label > self._label:
+            self._first_keys.append(key)
+        self._label = label
