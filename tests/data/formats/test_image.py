@@ -82,10 +82,10 @@ JPEG = encoded(Image.fromarray(COLOR), "JPEG").getvalue()
 PNG = encoded(Image.fromarray(COLOR)).getvalue()
 BROKEN = {
     "empty": (b"", "it is empty"),
-    "text": (b"this is no picture", "not a JPEG, PNG, WebP or BMP image"),
+    "text": (b"this is no picture", "not a JPEG, PNG, WebP or BMP"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a JPEG"),
     "half a jpeg": (JPEG[: len(JPEG) // 2], "[Tt]runcated"),
-    "header of a png": (PNG[:20] + b"\xff" * 8 + PNG[28:], "header|checksum|IHDR|CRC"),
+    "header of a png": (PNG[:20] + b"\xff" * 8 + PNG[28:], "broken|checksum"),
 }
 
 
@@ -133,7 +133,7 @@ def decoded(data: bytes, size: int) -> np.ndarray:
 
 @pytest.fixture
 def without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_module, "_decode_any", None)
+    monkeypatch.setattr(image_module, "_open", None)
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def with_size(data: bytes, width: int, height: int) -> bytes:
 def test_a_bomb_is_refused_before_it_takes_memory(format: str, width: int, height: int) -> None:
     data = with_size(encoded(photo(112), format).getvalue(), width, height)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"bomb|broken|size|could not create decoder") as error:
+    with pytest.raises(ValueError, match=r"bombs|broken|size|could not create decoder") as error:
         decoded(data, 112)
     assert "112" not in str(error.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
