@@ -127,13 +127,10 @@ def write_shards(
         target: folder of the shards.
         samples: ``samples(i)`` gives those from number i on: (JPEG, identity), or None for one that
             is left out, whose number stays unused.
-        images_per_shard: at least 1.
 
     Raises:
-        ValueError: ``images_per_shard`` is below 1, or an identity is no text that comes back.
+        ValueError: an identity is no text that comes back.
     """
-    if images_per_shard < 1:
-        raise ValueError(f"images_per_shard must be at least 1, got {images_per_shard}")
     shard = 0
     while (target / f"{shard:06d}.tar").exists():
         shard += 1
