@@ -1,6 +1,7 @@
 """Write a record file of faces as InsightFace does; one that was killed goes on where it was."""
 
 import os
+import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,23 +36,15 @@ def pack_image(
     """Payload of an image's record, as ``mxnet.recordio.pack`` makes it.
 
     Args:
-        label: one for the head, or some to follow it (flag is their number, even of one).
+        label: one for the head, or some to follow it (flag is their number, even of one), float32.
         id: in [0, 2^64).
         image: encoded image.
         id2: a number of one's own, in [0, 2^64).
-
-    Raises:
-        ValueError: ``id`` is out of range, or a label is not a finite float32, or there is none.
     """
-    if not 0 <= id < 1 << 64:
-        raise ValueError(f"id must lie in [0, 2^64), got {id}")
-    labels = np.asarray(label, np.float64)
-    if labels.ndim > 1 or not labels.size or not (abs(labels) <= np.finfo(np.float32).max).all():
-        raise ValueError(f"label must be one or a list of finite float32 numbers, got {label}")
-    if labels.ndim == 0:
-        return IMAGE_HEAD.pack(0, float(labels), id, id2) + image
-    head = IMAGE_HEAD.pack(labels.size, 0.0, id, id2)
-    return b"".join([head, labels.astype("<f4").tobytes(), image])
+    if isinstance(label, Sequence):
+        labels = struct.pack(f"<{len(label)}f", *label)
+        return b"".join([IMAGE_HEAD.pack(len(label), 0.0, id, id2), labels, image])
+    return IMAGE_HEAD.pack(0, label, id, id2) + image
 
 
 def encode_record(payload: bytes | memoryview) -> bytes:
@@ -110,12 +103,12 @@ class InsightFaceWriter:
         self._label = -1  # of the last image
         self.id2 = np.empty(0, np.uint64)
         part_exists = self._part.exists()
-        for file in (self.path, self._idx):
-            # A close that was interrupted between the two names leaves the index and the part.
-            if file.exists() and not (resume and part_exists and file == self._idx):
-                raise ValueError(f"a record file must be new, but {file} exists")
         if part_exists and not resume:
             raise ValueError(f"{self._part} is left of an earlier run: resume that, or delete it")
+        # A close that was interrupted between the two names leaves the index and the part.
+        for file in (self.path,) if part_exists else (self.path, self._idx):
+            if file.exists():
+                raise ValueError(f"a record file must be new, but {file} exists")
         if part_exists and self._part.stat().st_size:
             self._recover()
         with self._named_errors():
@@ -169,7 +162,6 @@ class InsightFaceWriter:
         """
         if self._rec.closed and self.path.exists():
             return
-        self._check_open()
         images_end = len(self._offsets)
         for first, end in zip(self._first_keys, [*self._first_keys[1:], images_end], strict=True):
             self._append(pack_image([first, end], len(self._offsets), b""))
@@ -191,16 +183,11 @@ class InsightFaceWriter:
             self._rec.close()
 
     def _append(self, payload: bytes) -> None:
-        self._check_open()
         record = encode_record(payload)
         with self._named_errors():
             self._rec.write(record)
         self._offsets.append(self._end)
         self._end += len(record)
-
-    def _check_open(self) -> None:
-        if self._rec.closed:
-            raise ValueError(f"{self.path} must be written by an open writer, got a closed one")
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:

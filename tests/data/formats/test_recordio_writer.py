@@ -5,7 +5,7 @@ import random
 import resource
 import struct
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -54,12 +54,6 @@ def write_and_fail(writer: InsightFaceWriter, images: list[bytes]) -> None:
         raise KeyError
 
 
-@pytest.mark.parametrize("label", [float("nan"), 1e39, [], [[1.0]]])
-def test_labels_that_are_no_float32_are_refused(label: Any) -> None:
-    with pytest.raises(ValueError, match="finite float32"):
-        pack_image(label, 0, b"")
-
-
 def test_insightface_layout(rec: Path, caplog: pytest.LogCaptureFixture) -> None:
     with InsightFaceWriter(rec) as writer:
         for label in (2, 2, 5, 7, 7, 7):
@@ -83,7 +77,7 @@ def test_names_appear_only_on_closing(rec: Path) -> None:
         assert names(rec) == ["train.rec.part"]
     assert names(rec) == ["train.idx", "train.rec"]
     writer.close()  # once more does nothing
-    with pytest.raises(ValueError, match="open writer"):
+    with pytest.raises(ValueError, match="closed file"):
         writer.write_image(1, b"")
 
 
@@ -93,7 +87,7 @@ def test_exception_leaves_a_part_that_resumes(rec: Path) -> None:
     with pytest.raises(KeyError):
         write_and_fail(writer := InsightFaceWriter(rec), images[:6])
     assert names(rec) == ["all.idx", "all.rec", "train.rec.part"]
-    with pytest.raises(ValueError, match="open writer"):
+    with pytest.raises(ValueError, match="closed file"):
         writer.close()
     with pytest.raises(ValueError, match="left of an earlier run"):
         InsightFaceWriter(rec)
@@ -127,7 +121,7 @@ def test_close_that_was_interrupted_between_the_names_resumes(rec: Path) -> None
     complete(rec, images)
     data, index = contents(rec)
     rec.rename(part_of(rec))
-    with pytest.raises(ValueError, match="must be new"):
+    with pytest.raises(ValueError, match="left of an earlier run"):
         InsightFaceWriter(rec)
     assert complete(rec, images, resume=True) == 3
     assert contents(rec) == (data, index)
