@@ -156,6 +156,8 @@ class Preparation:
             if why:
                 self.leave_out(why)
             yield place, int(self.order[place]), jpeg
+        if len(self.bad) == len(self.faces):
+            raise ValueError(f"none of the {len(self.faces)} images in {self.faces} can be read")
 
     def leave_out(self, why: str) -> None:
         """Note why an image is left out; more than ``max_bad`` of them end the run."""
@@ -282,7 +284,6 @@ def write_records(images: Preparation, target: Path) -> None:
         for place, index, jpeg in images.begin(start, writer.id2):
             if jpeg:
                 writer.write_image(int(faces.labels[index]), jpeg, id2=place)
-        check_any(images)
         write_names(target.with_suffix(".identities.txt"), faces.identities)
 
 
@@ -314,12 +315,6 @@ def write_tar_shards(images: Preparation, target: Path) -> None:
             yield (jpeg, faces.identities[int(faces.labels[index])]) if jpeg else None
 
     write_shards(target, samples)
-    check_any(images)
-
-
-def check_any(images: Preparation) -> None:
-    if len(images.bad) == len(images.faces):
-        raise ValueError(f"none of the {len(images.faces)} images in {images.faces} can be read")
 
 
 def pack_pairs(cfg: DictConfig, data: FaceDataModule) -> dict[str, Any]:
