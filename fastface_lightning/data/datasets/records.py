@@ -40,8 +40,7 @@ class RecordDataset(FaceDataset):
     ) -> None:
         super().__init__(size, max_bad)
         self.path = Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"no record file {path}")
+        self._records = RecordFile(self.path)
         names_file = self.path.with_suffix(".identities.txt")
 
         def table() -> Arrays:
@@ -49,16 +48,15 @@ class RecordDataset(FaceDataset):
             people, labels = np.unique(records.labels, return_inverse=True)
             return {
                 **_named(people, names_file).arrays("identities"),
+                **Names.of(records.damaged).arrays("damaged"),
                 "labels": labels.astype(np.int32),
                 "offsets": records.offsets,
-                **Names.of(records.damaged).arrays("damaged"),
             }
 
         files = [self.path, self.path.with_suffix(".idx"), names_file]
         index = cached_while(files, self.path, table, reindex)
         self._leave_out(Names.from_arrays("damaged", index))
         self._offsets = index["offsets"]
-        self._records = RecordFile(self.path)
         self._hold(Names.from_arrays("identities", index), index["labels"])
 
     def name(self, index: int) -> str:
