@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from fastface_lightning.data.formats import image as image_module
@@ -213,19 +211,6 @@ def test_orientation_is_applied(orientation: int) -> None:
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>' % orientation
     data = encoded(photo(16), "JPEG", xmp=xmp).getvalue()
     assert np.array_equal(decoded(data, 16), by_pillow(data))
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Tag data larger")
-@given(block=st.binary(max_size=60), orientation=st.integers(0, 9), cut=st.integers(0, 60))
-@settings(max_examples=60, deadline=None)
-def test_metadata_never_makes_the_decoders_disagree(
-    block: bytes, orientation: int, cut: int
-) -> None:
-    for payload in (b"Exif\0\0" + block, exif(orientation)[:cut] + block):
-        segment = b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload
-        plain = encoded(photo(16), "JPEG").getvalue()
-        data = plain[:2] + segment + plain[2:]
-        assert np.array_equal(decoded(data, 16), by_pillow(data))
 
 
 def test_what_only_simplejpeg_refuses_is_read_as_ever() -> None:
