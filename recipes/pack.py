@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,11 @@ from fastface_lightning.cli import program
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import ArrayLike
 
     from fastface_lightning.data import FaceDataModule, FaceDataset
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-Prepared = tuple[int, bytes, str]  # place in the pack's order, JPEG or nothing, why there is none
 
 
 @program(config_path=CONF, config_name="pack")
@@ -49,10 +49,12 @@ def main(cfg: DictConfig) -> int:
 
             plot_faces(folder / "sheet.png", *sample_of(faces), ARCFACE_POINTS)
         if cfg.validate:
-            result["bad"] = validate(faces, cfg.data.num_workers)
+            every = range(len(faces))
+            why = in_order(partial(unreadable, faces), every, cfg.data.num_workers, "validating")
+            result["bad"] = [*faces.damaged, *filter(None, why)]
         if cfg.target is not None:
             result |= pack(cfg, faces)
-    result["seconds"] = time.perf_counter() - started
+    result["seconds"] = round(time.perf_counter() - started, 1)
     report(result, folder)
     if cfg.validate and result["bad"]:
         sys.exit(1)
@@ -62,10 +64,7 @@ def main(cfg: DictConfig) -> int:
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot be done, before anything is read."""
     if not (cfg.target or cfg.validate or cfg.sheet):
-        raise ValueError(
-            "nothing to do: give target=FILE.rec, target=FOLDER, pairs=PAIRS target=FILE.bin,"
-            " validate=true or sheet=true"
-        )
+        raise ValueError("nothing to do: give target=FILE, validate=true or sheet=true")
     if not 1 <= cfg.quality <= 100:
         raise ValueError(f"quality must lie in [1, 100], got {cfg.quality}")
     if cfg.size < 1:
@@ -73,15 +72,14 @@ def check(cfg: DictConfig) -> None:
     if cfg.validate and cfg.target:
         raise ValueError("validate=true reads and target=… writes: give one of them")
     suffix = Path(cfg.target or "").suffix
-    if suffix not in ("", ".rec", ".bin"):
+    formats = {"": ("folder", "shards"), ".rec": ("records",), ".bin": ()}
+    if suffix not in formats:
         raise ValueError(f"target must be FILE.rec, FILE.bin or a folder, got {cfg.target}")
     if (suffix == ".bin") != (cfg.pairs is not None):
         raise ValueError(
-            f"a target=FILE.bin is made of pairs=PAIRS, and nothing else is, got"
-            f" target={cfg.target} and pairs={cfg.pairs}"
+            f"target=FILE.bin goes with pairs=PAIRS, got target={cfg.target} and pairs={cfg.pairs}"
         )
-    formats = {"": ("folder", "shards"), ".rec": ("records",)}.get(suffix, ())
-    if cfg.format is not None and cfg.format not in formats:
+    if cfg.format not in (None, *formats[suffix]):
         raise ValueError(
             "format must be records with target=FILE.rec, folder or shards with target=DIR, got"
             f" {cfg.format} with {cfg.target}"
@@ -90,7 +88,6 @@ def check(cfg: DictConfig) -> None:
 
 def report(result: dict[str, Any], folder: Path) -> None:
     """Print what was done and write it down."""
-    result["seconds"] = round(result["seconds"], 1)
     for key in ("source", "identities", "images", "target", "packed", "seconds"):
         if result.get(key) is not None:
             value = result[key]
@@ -106,14 +103,8 @@ def report(result: dict[str, Any], folder: Path) -> None:
     print(f"  {'files':12}{folder}")
 
 
-class Items:
-    """A data set whose item i is ``function(i)``, for a loader's workers."""
-
-    def __init__(self, function: Callable[[int], Any]) -> None:
-        self.function = function
-
-    def __getitem__(self, index: int) -> Any:
-        return self.function(index)
+def each(function: Callable[[int], Any], batch: list[int]) -> list[Any]:
+    return [function(i) for i in batch]
 
 
 def in_order(
@@ -123,26 +114,16 @@ def in_order(
     from rich.progress import track
     from torch.utils.data import DataLoader
 
-    items: Any = Items(function)
-    sampler: Any = indices
-    loader = DataLoader(items, 32, sampler=sampler, num_workers=num_workers, collate_fn=list)
+    data: Any = indices
+    loader = DataLoader(data, 32, num_workers=num_workers, collate_fn=partial(each, function))
     for batch in track(loader, what, transient=True):
         yield from batch
 
 
-def validate(faces: FaceDataset, num_workers: int) -> list[str]:
-    """Read and decode every image; returns why some cannot be."""
-    damaged = list(getattr(faces, "damaged", []))
-    reasons = in_order(partial(unreadable, faces), range(len(faces)), num_workers, "validating")
-    return damaged + [why for why in reasons if why]
-
-
 def unreadable(faces: FaceDataset, index: int) -> str:
     """Why image ``index`` cannot be read; nothing if it can."""
-    import numpy as np
-
     try:
-        faces.read_into(index, np.empty((faces.size, faces.size, 3), np.uint8))
+        faces.read(index)
     except ValueError as error:
         return str(error)
     return ""
@@ -153,34 +134,58 @@ class Preparation:
 
     def __init__(self, faces: FaceDataset, cfg: DictConfig) -> None:
         self.faces, self.size, self.quality = faces, cfg.size, cfg.quality
-        labels = faces.labels
-        ascending = (labels[1:] >= labels[:-1]).all()
-        self.order = None if ascending else labels.argsort(kind="stable")
+        self.num_workers = cfg.data.num_workers
+        self.order = faces.labels.argsort(kind="stable")
         self.points = None if cfg.landmarks is None else points_by_name(cfg.landmarks)
+        self.bad: list[str] = []  # why images are left out
 
-    def source(self, place: int) -> int:
-        """Index in the data set of the image at a place in the order."""
-        return place if self.order is None else int(self.order[place])
+    def begin(self, start: int, there: ArrayLike = ()) -> Iterator[tuple[int, int, bytes]]:
+        """Place in the order, index in the data set and JPEG of all images from ``start`` on.
 
-    def at(self, place: int) -> Prepared:
-        """The image at a place in the order."""
-        index = self.source(place)
-        try:
-            return place, self._prepared(index), ""
-        except ValueError as error:
-            name, why = self.faces.name(index), str(error)
-            return place, b"", why if name in why else f"cannot pack image {name}: {why}"
+        The JPEG of one that cannot be read is empty. Those before ``start`` that are not ``there``
+        were left out by an earlier run.
+        """
+        import numpy as np
 
-    def _prepared(self, index: int) -> bytes:
+        for place in np.setdiff1d(np.arange(start), np.asarray(there, np.int64)).tolist():
+            self.leave_out(self.at(place)[1] or "it could not be read when this pack was begun")
+        what = f"packing from image {start:,}" if start else "packing"
+        places = range(start, len(self.faces))
+        prepared = in_order(self.at, places, self.num_workers, what)
+        for place, (jpeg, why) in zip(places, prepared, strict=True):
+            if why:
+                self.leave_out(why)
+            yield place, int(self.order[place]), jpeg
+        if len(self.bad) == len(self.faces):
+            raise ValueError(f"none of the {len(self.faces)} images in {self.faces} can be read")
+
+    def leave_out(self, why: str) -> None:
+        """Note why an image is left out; more than ``max_bad`` of them end the run."""
+        self.bad.append(why)
+        if len(self.bad) > self.faces.max_bad:
+            raise ValueError(
+                f"at most data.max_bad = {self.faces.max_bad} images may be unreadable, got"
+                f" {len(self.bad)}, the last because: {why}; the same command with another"
+                " data.max_bad goes on"
+            )
+
+    def at(self, place: int) -> tuple[bytes, str]:
+        """The JPEG at a place in the order, or nothing and why there is none."""
         from fastface_lightning.data import align_face, decode_original, encode_jpeg
 
-        data = self.faces.encoded(index)
-        if self.points is None:
-            return packable(data, self.size, self.quality)
-        points = self.points.get(tail(self.faces.name(index)))
-        if points is None:
-            raise ValueError("the list of landmarks does not name it")
-        return encode_jpeg(align_face(decode_original(data), points, self.size), self.quality)
+        index = int(self.order[place])
+        name = self.faces.name(index)
+        try:
+            data = self.faces.encoded(index)
+            if self.points is None:
+                return packable(data, self.size, self.quality), ""
+            if tail(name) not in self.points:
+                raise ValueError("the list of landmarks does not name it")
+            face = align_face(decode_original(data), self.points[tail(name)], self.size)
+            return encode_jpeg(face, self.quality), ""
+        except ValueError as error:
+            why = str(error)
+            return b"", why if name in why else f"cannot pack image {name}: {why}"
 
 
 def packable(data: bytes | memoryview, size: int, quality: int) -> bytes:
@@ -222,8 +227,6 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
     from fastface_lightning.files import write_text
 
     target = Path(cfg.target)
-    to_folder = write_tar_shards if cfg.format == "shards" else write_files
-    write = write_records if target.suffix == ".rec" else to_folder
     images = Preparation(faces, cfg)
     source = {
         "source": str(faces),
@@ -236,34 +239,21 @@ def pack(cfg: DictConfig, faces: FaceDataset) -> dict[str, Any]:
     if stamp.exists():
         if json.loads(stamp.read_text()) != source:
             raise ValueError(
-                f"{target} was begun from another source or with other settings, {stamp} says"
-                f" which: delete it and the parts beside it to start anew"
+                f"{target} was begun from another source or with other settings: delete {stamp} and"
+                " the parts beside it to start anew"
             )
     elif target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"target must be new, or an empty folder, but {target} exists")
     else:
         write_text(stamp, json.dumps(source) + "\n")
-    bad: list[str] = []
-    packed = write(images, target, bad, cfg.data.num_workers)
+    if target.suffix == ".rec":
+        write_records(images, target)
+    elif cfg.format == "shards":
+        write_tar_shards(images, target)
+    else:
+        write_files(images, target)
     stamp.unlink()
-    return {"packed": packed, "bad": bad}
-
-
-def leave_out(why: str, bad: list[str], max_bad: int) -> None:
-    """Note why an image is left out; more than ``max_bad`` of them end the run."""
-    bad.append(why)
-    if len(bad) > max_bad:
-        raise ValueError(
-            f"at most data.max_bad = {max_bad} images may be unreadable, got {len(bad)}, the last"
-            f" because: {why}; the same command with another data.max_bad goes on"
-        )
-
-
-def leave_out_again(images: Preparation, places: Iterable[int], bad: list[str]) -> None:
-    """Note why images are not in the pack that an earlier run began."""
-    for place in places:
-        why = images.at(place)[2] or "it could not be read when this pack was begun"
-        leave_out(why, bad, images.faces.max_bad)
+    return {"packed": len(faces) - len(images.bad), "bad": images.bad}
 
 
 def digest(faces: FaceDataset, cfg: DictConfig) -> str:
@@ -280,55 +270,39 @@ def digest(faces: FaceDataset, cfg: DictConfig) -> str:
     return content.hexdigest()
 
 
-def write_records(images: Preparation, target: Path, bad: list[str], num_workers: int) -> int:
+def write_records(images: Preparation, target: Path) -> None:
     """A record file in InsightFace's layout, and the identities' names beside it.
 
     An image's place in the order is its id2, so a pack that was begun says where to go on.
     """
-    import numpy as np
-
     from fastface_lightning.data.formats.names import write_names
     from fastface_lightning.data.formats.recordio_writer import InsightFaceWriter
 
     faces = images.faces
     with InsightFaceWriter(target, resume=True) as writer:
-        places = writer.id2.astype(np.int64)
-        start = int(places[-1]) + 1 if len(places) else 0
-        leave_out_again(images, np.setdiff1d(np.arange(start), places).tolist(), bad)
-        what = f"packing from image {start:,}" if start else "packing"
-        for place, jpeg, why in in_order(images.at, range(start, len(faces)), num_workers, what):
-            if why:
-                leave_out(why, bad, faces.max_bad)
-            else:
-                writer.write_image(int(faces.labels[images.source(place)]), jpeg, id2=place)
-        if not len(writer):
-            raise ValueError(f"none of the {len(faces)} images in {faces} can be read")
+        start = int(writer.id2[-1]) + 1 if len(writer) else 0
+        for place, index, jpeg in images.begin(start, writer.id2):
+            if jpeg:
+                writer.write_image(int(faces.labels[index]), jpeg, id2=place)
         write_names(target.with_suffix(".identities.txt"), faces.identities)
-        return len(writer)
 
 
-def write_files(images: Preparation, target: Path, bad: list[str], num_workers: int) -> int:
+def write_files(images: Preparation, target: Path) -> None:
     """``<identity>/<image>.jpg`` in a folder; those that are there are taken to be done."""
     from fastface_lightning.files import replacing
 
-    faces, count = images.faces, 0
-    for place, jpeg, why in in_order(images.at, range(len(faces)), num_workers, "packing"):
-        index = images.source(place)
+    faces = images.faces
+    for _, index, jpeg in images.begin(0):
         identity = faces.identities[int(faces.labels[index])]
         if identity in ("", ".", "..") or "/" in identity or "\0" in identity:
             raise ValueError(f"an identity must be the name of a folder, got {identity!r}")
-        if why:
-            leave_out(why, bad, faces.max_bad)
-            continue
         file = target / identity / faces.file_name(index)
-        if not file.exists():
+        if jpeg and not file.exists():
             with replacing(file) as part:
                 part.write_bytes(jpeg)
-        count += 1
-    return count
 
 
-def write_tar_shards(images: Preparation, target: Path, bad: list[str], num_workers: int) -> int:
+def write_tar_shards(images: Preparation, target: Path) -> None:
     """WebDataset's tar shards; those that are there are kept, and say what they hold."""
     from fastface_lightning.data.formats.tar import read_shard, write_shards
 
@@ -336,21 +310,11 @@ def write_tar_shards(images: Preparation, target: Path, bad: list[str], num_work
 
     def samples(start: int) -> Iterator[tuple[bytes, str] | None]:
         shards = [read_shard(shard)[0] for shard in target.glob("*.tar")] if start else []
-        places = {int(Path(sample.name).stem) for shard in shards for sample in shard}
-        leave_out_again(images, sorted(set(range(start)) - places), bad)
-        for place, jpeg, why in in_order(
-            images.at, range(start, len(faces)), num_workers, "packing"
-        ):
-            if why:
-                leave_out(why, bad, faces.max_bad)
-                yield None
-            else:
-                yield jpeg, faces.identities[int(faces.labels[images.source(place)])]
+        places = [int(Path(sample.name).stem) for shard in shards for sample in shard]
+        for _, index, jpeg in images.begin(start, places):
+            yield (jpeg, faces.identities[int(faces.labels[index])]) if jpeg else None
 
     write_shards(target, samples)
-    if len(bad) == len(faces):
-        raise ValueError(f"none of the {len(faces)} images in {faces} can be read")
-    return len(faces) - len(bad)
 
 
 def pack_pairs(cfg: DictConfig, data: FaceDataModule) -> dict[str, Any]:

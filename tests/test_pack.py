@@ -97,7 +97,7 @@ def test_a_folder_goes_into_shards_and_from_there_into_a_record_file(run: Run, f
 def test_what_was_killed_goes_on(run: Run, tmp_path: Path) -> None:
     """Killed at a random moment, the same command ends with the same bytes."""
     whole, killed = tmp_path / "whole.rec", tmp_path / "killed.rec"
-    data = ["data=synthetic", "data.num_identities=150", "data.images_per_identity=10"]
+    data = ["data=synthetic", "data.num_identities=60", "data.images_per_identity=10"]
     command = [sys.executable, str(ROOT / PROGRAM), *data, f"target={killed}", *QUIET]
     child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     part = tmp_path / "killed.rec.part"
@@ -114,7 +114,7 @@ def test_what_was_killed_goes_on(run: Run, tmp_path: Path) -> None:
     for target, folder in ((killed, "b"), (whole, "c")):
         ended = run(*data, f"target={target}", *QUIET, program=PROGRAM, folder=folder)
         assert ended.code == 0, ended.err
-    assert killed.read_bytes() == whole.read_bytes() and len(RecordDataset(killed)) == 1500
+    assert killed.read_bytes() == whole.read_bytes() and len(RecordDataset(killed)) == 600
     assert (tmp_path / "killed.idx").read_bytes() == (tmp_path / "whole.idx").read_bytes()
     assert not list(tmp_path.glob("*part*"))
     ended = run(*data, f"target={whole}", *QUIET, program=PROGRAM, folder="d")
@@ -132,17 +132,11 @@ def test_validation_lists_the_bad_ones(run: Run, faces: Path) -> None:
 
 
 @pytest.mark.program
-def test_a_sheet_of_every_kind_of_data(run: Run, faces: Path) -> None:
-    packed = faces.parent / "train.rec"
-    assert run(f"data.root={faces}", f"target={packed}", *QUIET, program=PROGRAM).code == 0
-    kinds = [f"data.root={faces}"], ["data=record", f"data.root={packed}"], ["data=synthetic"]
-    for kind in kinds:
-        folder = f"sheet {len(kind[0])}"
-        ended = run(*kind, "sheet=true", program=PROGRAM, folder=folder)
-        assert ended.code == 0, ended.err
-        with Image.open(ended.folder / "sheet.png") as sheet:
-            assert sheet.width > 800 and sheet.height > 800
-        shutil.rmtree(ended.folder)
+def test_a_sheet_of_faces(run: Run, faces: Path) -> None:
+    ended = run(f"data.root={faces}", "sheet=true", program=PROGRAM)
+    assert ended.code == 0, ended.err
+    with Image.open(ended.folder / "sheet.png") as sheet:
+        assert sheet.width > 800 and sheet.height > 800
 
 
 @pytest.mark.program
@@ -192,13 +186,9 @@ def test_loose_photographs_are_aligned(run: Run, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["data.root=faces"], "nothing to do"),
-        (["data.root=faces", "target=a.zip"], "got a.zip"),
-        (["data.root=nowhere", "validate=true"], "nothing at nowhere"),
         (["data.root=faces", "target=a.rec", "quality=0"], "quality must lie in [1, 100], got 0"),
-        (["data.root=faces", "target=a.rec", "size=0"], "size must be at least 1 pixel, got 0"),
         (["data.root=faces", "target=a.bin"], "target=a.bin and pairs=None"),
-        (["data.root=faces", "target=a.rec", "pairs=p.txt"], "target=a.rec and pairs=p.txt"),
-        (["data=synthetic", "target=a.rec", "validate=true"], "give one of them"),
+        (["data.root=faces", "target=a.rec", "format=shards"], "shards with a.rec"),
         (["data=synthetic", "target=a.rec", "landmarks=gone"], "no list of landmarks gone"),
     ],
 )
@@ -223,28 +213,6 @@ def test_more_bad_images_than_allowed_stop_it_and_nothing_is_lost(run: Run, face
     assert len(bad) == 4 and len(set(bad)) == 4 and any("person_3/2.jpg" in line for line in bad)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_named(run: Run, faces: Path) -> None:
-    packs = faces.parent / "packs"
-    packs.mkdir(mode=0o555)
-    ended = run(f"data.root={faces}", f"target={packs / 'a.rec'}", *QUIET, program=PROGRAM)
-    assert ended.code == 2 and "Permission denied" in ended.err and "packs" in ended.err
-
-
-@pytest.mark.program
-def test_lfw_is_packed_as_it_is(run: Run, shared_data: Path) -> None:
-    """Real photographs keep their bytes, and a pack of the pairs verifies the same pairs."""
-    lfw = shared_data / "lfw112"
-    target = Path("lfw_view1.bin")
-    settings = [f"data.root={lfw}", "data=lfw", f"pairs={lfw / 'pairsDevTest.txt'}"]
-    ended = run(*settings, f"target={target}", program=PROGRAM)
-    assert ended.code == 0, ended.err
-    packed = read_verification_bin(ended.folder.parent / target)
-    read = read_pairs(lfw / "pairsDevTest.txt", lfw / "images")
-    assert torch.equal(packed.images, read.images) and torch.equal(packed.same, read.same)
-    assert json.loads((ended.folder / "pack.json").read_text())["packed"] == 999
-
-
 @pytest.mark.program
 def test_labels_stay_in_order_through_a_record_file(run: Run, tmp_path: Path) -> None:
     """More than ten people, whose numbers sort as text only with zeros before them."""
@@ -265,8 +233,7 @@ def test_another_source_does_not_go_on(run: Run, faces: Path) -> None:
     """Equal in names and numbers, but elsewhere."""
     other = faces.parent / "other"
     shutil.copytree(faces, other)
-    for root in (faces, other):
-        lines = [f"{f.relative_to(root)},{f.parent.name}\n" for f in sorted(root.rglob("*.jpg"))]
+    lines = [f"{f.relative_to(faces)},{f.parent.name}\n" for f in sorted(faces.rglob("*.jpg"))]
     (faces.parent / "list.csv").write_text("".join(lines))
     settings = [f"data.list={faces.parent / 'list.csv'}", "data.max_bad=0", "target=a.rec", *QUIET]
     assert run(f"data.root={faces}", *settings, program=PROGRAM).code == 2

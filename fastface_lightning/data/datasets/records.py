@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import Progress
 
 from ..formats.index import Arrays, cached_while
 from ..formats.names import Names, read_names
@@ -41,37 +40,30 @@ class RecordDataset(FaceDataset):
     ) -> None:
         super().__init__(size, max_bad)
         self.path = Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"no record file {path}")
+        self._records = RecordFile(self.path)
         names_file = self.path.with_suffix(".identities.txt")
 
         def table() -> Arrays:
-            with Progress(transient=True) as bar:
-                task = bar.add_task(f"indexing {self.path.name}")
-                records = read_table(
-                    self.path,
-                    progress=lambda done, size: bar.update(task, completed=done, total=size),
-                )
+            records = read_table(self.path)
             people, labels = np.unique(records.labels, return_inverse=True)
             return {
                 **_named(people, names_file).arrays("identities"),
+                **Names.of(records.damaged).arrays("damaged"),
                 "labels": labels.astype(np.int32),
                 "offsets": records.offsets,
-                **Names.of(records.damaged).arrays("damaged"),
             }
 
         files = [self.path, self.path.with_suffix(".idx"), names_file]
         index = cached_while(files, self.path, table, reindex)
         self._leave_out(Names.from_arrays("damaged", index))
         self._offsets = index["offsets"]
-        self._records = RecordFile(self.path)
         self._hold(Names.from_arrays("identities", index), index["labels"])
 
     def name(self, index: int) -> str:
         return f"at byte {self._offsets[self._row(index)]} of {self.path}"
 
     def _fetch(self, index: int) -> bytes | memoryview:
-        return self._records.image(int(self._offsets[self._row(index)]))
+        return self._records.image_record(int(self._offsets[self._row(index)])).image
 
     def __str__(self) -> str:
         return str(self.path)

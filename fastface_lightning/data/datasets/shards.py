@@ -51,9 +51,7 @@ class ShardDataset(FaceDataset):
         index = cached_while(self.shards, self.root, lambda: _read_all(self.shards), reindex)
         self._leave_out(Names.from_arrays("damaged", index))
         self._members = Names.from_arrays("members", index)
-        self._shard, self._offset, self._size = (
-            index[column] for column in ("shards", "offsets", "sizes")
-        )
+        self._shard, self._offset, self._size = index["shards"], index["offsets"], index["sizes"]
         self._hold(Names.from_arrays("identities", index), index["labels"])
         self._maps: dict[int, mmap.mmap] = {}
 
@@ -91,16 +89,14 @@ def holds_shards(folder: Path) -> bool:
 
 
 def _read_all(shards: list[Path]) -> Arrays:
-    members, labels, damaged = Packer(), Labels(), Packer()
-    places = array("q")
+    members, labels, damaged, places = Packer(), Labels(), list[str](), array("q")
     for number, shard in enumerate(track(shards, "indexing shards", transient=True)):
         samples, sentences = read_shard(shard)
         for sample in samples:
             members.append(sample.name)
             labels.append(sample.identity)
             places.extend((number, sample.offset, sample.size))
-        for sentence in sentences:
-            damaged.append(sentence)
+        damaged += sentences
     if not members:
         raise ValueError(f"no <key>.jpg with a <key>.cls in {', '.join(map(str, shards[:3]))}")
     identities, numbers = labels.sorted()
@@ -108,7 +104,7 @@ def _read_all(shards: list[Path]) -> Arrays:
     return {
         **identities.arrays("identities"),
         **members.names().arrays("members"),
-        **damaged.names().arrays("damaged"),
+        **Names.of(damaged).arrays("damaged"),
         "labels": numbers,
         "shards": shard_numbers.astype(np.int32),
         "offsets": offsets,

@@ -19,7 +19,6 @@ from ...files import reason
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Only these decoders may see a file: others (EPS, for one) run far more than a decoder.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-_SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|BM", re.DOTALL)
 
 _segment = struct.Struct(">HH").unpack_from  # marker, length without the marker
 _frame = struct.Struct(">BHHB").unpack_from  # bits a sample, height, width, components
@@ -51,25 +50,22 @@ def decode_image(source: str | os.PathLike[str] | bytes | BinaryIO, size: int = 
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     pixels = np.empty((size, size, 3), np.uint8)
+    name = f"of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
-        decode_into(_content(source), pixels)
+        if isinstance(source, str | os.PathLike):
+            source = Path(source).read_bytes()
+        decode_into(source if isinstance(source, bytes) else source.read(), pixels)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read image {_name(source)}: {reason(error)}") from error
+        raise ValueError(f"cannot read image {name}: {reason(error)}") from error
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def decode_into(data: bytes | memoryview | NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
     """Decode one image into a square that is already there, such as its place in a batch.
 
-    Two decoders share the work, both on libjpeg-turbo, and where both can serve they give the
-    same pixels:
-
-    - simplejpeg, straight into ``out`` and without a copy of ``data``, decodes a JPEG (baseline
-      or progressive, Huffman coded, 8 bits a sample, colour or grey) of exactly the size of
-      ``out`` whose metadata turns it nowhere: what a pack of aligned faces consists of;
-    - Pillow, at nearly twice the time, decodes all else: PNG, WebP and BMP, JPEGs of another size,
-      CMYK or turned by Exif or XMP, and the JPEGs simplejpeg refuses for a flaw. Of those Pillow
-      forgives some, such as stray bytes between segments, as the field's readers do.
+    simplejpeg decodes upright colour or grey JPEGs of exactly the size of ``out``, such as those of
+    a pack of aligned faces, in little more than half of Pillow's time and to the same pixels.
+    Pillow decodes all else, also JPEGs that simplejpeg refuses for a flaw that Pillow forgives.
 
     Orientation is applied; grey, CMYK, palette and 16-bit images become 8-bit RGB, and
     transparency is dropped. An image of another size is resized (bilinear, antialiased) without
@@ -81,9 +77,8 @@ def decode_into(data: bytes | memoryview | NDArray[np.uint8], out: NDArray[np.ui
 
     Raises:
         ValueError: ``out`` is no such array, or ``data`` is truncated, not such an image, or
-            announces more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, for which no memory is then
-            taken. The message is the bare reason, for the caller to say which image it is of;
-            ``out`` may hold part of the picture.
+            announces more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message is the bare
+            reason, for the caller to name the image; ``out`` may hold part of the picture.
     """
     size = len(out)
     if out.shape != (size, size, 3) or out.dtype != np.uint8 or not out.flags.carray or not size:
@@ -93,7 +88,10 @@ def decode_into(data: bytes | memoryview | NDArray[np.uint8], out: NDArray[np.ui
         )
     view = _flat(data)
     if not _decode_upright_jpeg(view, out):
-        _decode_any(view, out)
+        rgb = _open(view)
+        if rgb.size != (size, size):
+            rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+        out[...] = np.asarray(rgb)
 
 
 def decode_original(data: bytes | memoryview | NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -113,8 +111,7 @@ def is_packable(data: bytes | memoryview | NDArray[np.uint8], size: int) -> bool
 
     They must be a flawless JPEG of ``size`` x ``size`` pixels, colour or grey, that no metadata
     turns: readers of packs differ in whether they heed Exif, resize, convert CMYK, or refuse what
-    is broken. Such a JPEG also takes the fast path of :func:`decode_into`. It is decoded to find
-    out. Any other image goes through :func:`decode_into` and :func:`encode_jpeg`.
+    is broken. It is decoded to find out.
     """
     return _decode_upright_jpeg(_flat(data), np.empty((size, size, 3), np.uint8))
 
@@ -123,14 +120,9 @@ def encode_jpeg(pixels: NDArray[np.uint8], quality: int = 95) -> bytes:
     """Encode an image as a JPEG with colour at full resolution (4:4:4).
 
     InsightFace's packs are of quality 95 with colour at half resolution (4:2:0, OpenCV's default).
-    A face crop is so small that halving its colour costs more than quantising it: on 112x112
-    pictures with full colour (LFW faces shrunk by two, four a picture), quality 95 gives 43.2 dB
-    in 4:4:4 and 38.9 dB in 4:2:0; quality 98 in 4:2:0 takes more bytes than that, for 41.6 dB.
-    Huffman tables of each image's own make good half of the bytes: 9 % more than 4:2:0 remain.
-    Decoding takes about a fifth longer.
-
-    Pillow encodes. Below quality 96 TurboJPEG, and so simplejpeg, takes a rougher cosine transform,
-    which is faster and costs 1 dB at quality 95.
+    On 112x112 pictures with full colour, quality 95 gives 43.2 dB in 4:4:4 and 38.9 dB in 4:2:0,
+    for 9 % more bytes and a fifth more time to decode. Pillow encodes, since TurboJPEG takes a
+    rougher cosine transform below quality 96, which costs 1 dB.
 
     Args:
         pixels: (H, W, 3) uint8, RGB in [0, 255].
@@ -143,28 +135,13 @@ def encode_jpeg(pixels: NDArray[np.uint8], quality: int = 95) -> bytes:
         raise ValueError(f"pixels must be (H, W, 3) uint8, got {pixels.dtype} {pixels.shape}")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must lie in [1, 100], got {quality}")
-    image, options = Image.fromarray(pixels), {"quality": quality, "subsampling": "4:4:4"}
-    file = BytesIO()
+    image, file = Image.fromarray(pixels), BytesIO()
     try:
-        image.save(file, "JPEG", optimize=True, **options)
+        image.save(file, "JPEG", optimize=True, quality=quality, subsampling="4:4:4")
     except OSError:  # for optimising, Pillow has room for a byte or two a pixel; noise takes more
         file = BytesIO()
-        image.save(file, "JPEG", **options)
+        image.save(file, "JPEG", quality=quality, subsampling="4:4:4")
     return file.getvalue()
-
-
-def _content(source: str | os.PathLike[str] | bytes | BinaryIO) -> bytes:
-    if isinstance(source, bytes):
-        return source
-    if isinstance(source, str | os.PathLike):
-        return Path(source).read_bytes()
-    return source.read()
-
-
-def _name(source: str | os.PathLike[str] | bytes | BinaryIO) -> str:
-    if isinstance(source, bytes):
-        return f"of {len(source)} bytes"
-    return str(source if isinstance(source, str | os.PathLike) else getattr(source, "name", source))
 
 
 def _flat(data: bytes | memoryview | NDArray[np.uint8]) -> memoryview:
@@ -186,7 +163,7 @@ def _decode_upright_jpeg(view: memoryview, out: NDArray[np.uint8]) -> bool:
 def _is_upright_jpeg(view: memoryview, size: int) -> bool:
     """Whether the segments before the scan are those of an upright size x size RGB or grey JPEG.
 
-    It stands before simplejpeg, which gives its handle back only when the buffer is large enough.
+    simplejpeg does not say, and leaks its handle where the buffer is too small.
     """
     frames = (8, size, size, 3), (8, size, size, 1)
     try:
@@ -211,13 +188,6 @@ def _is_upright_jpeg(view: memoryview, size: int) -> bool:
         return False
 
 
-def _decode_any(view: memoryview, out: NDArray[np.uint8]) -> None:
-    rgb, size = _open(view), len(out)
-    if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
-    out[...] = np.asarray(rgb)
-
-
 def _open(view: memoryview) -> Image.Image:
     """The picture upright, in RGB and of its own size."""
     if not len(view):
@@ -227,23 +197,19 @@ def _open(view: memoryview) -> Image.Image:
             limit, (width, height) = Image.MAX_IMAGE_PIXELS, image.size
             if limit is not None and width * height > limit:  # Pillow only warns up to twice that
                 raise ValueError(
-                    f"{width} x {height} pixels are more than the {limit} allowed against"
-                    " decompression bombs (PIL.Image.MAX_IMAGE_PIXELS)"
+                    f"{width} x {height} pixels, against decompression bombs only {limit} are"
+                    " allowed (PIL.Image.MAX_IMAGE_PIXELS)"
                 )
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow clips, not scales
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode == "P":  # else Pillow warns about transparent palettes
+                return image.convert("RGBA").convert("RGB")
+            return image.convert("RGB")
     except UnidentifiedImageError as error:
-        if _SIGNATURE.match(view):
-            raise ValueError("its header is broken") from error
         start = bytes(view[:8])
-        raise ValueError(f"not a JPEG, PNG, WebP or BMP image: it starts with {start!r}") from error
+        raise ValueError(
+            f"not a JPEG, PNG, WebP or BMP image, or a broken one: it starts with {start!r}"
+        ) from error
     except Exception as error:  # which of a dozen types a broken file raises is up to its decoder
         raise ValueError(reason(error)) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "P":
-        image = image.convert("RGBA")  # Pillow warns about transparent palettes otherwise
-    return image.convert("RGB")

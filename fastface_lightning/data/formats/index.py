@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,16 @@ def cached(
     """
     places = _places(source)
     for place in places if not rebuild else ():
-        arrays = _load(place)
-        if arrays is not None and _holds(fresh, arrays):
-            return arrays
+        kept = _load(place)
+        with suppress(KeyError):  # arrays that describe a data set of another kind
+            if kept is not None and fresh(kept):
+                return kept
     arrays = build()
     for place in places:
         try:
-            _save(place, arrays)
+            with replacing(place) as part:
+                save_file(arrays, part, metadata={"format": FORMAT})
+                part.chmod(0o644)  # safetensors writes for the owner's eyes alone
         except (OSError, SafetensorError) as error:
             what = printable(f"{source} as {place}: {error}")
             logger.warning("cannot keep the index of %s", what)
@@ -91,16 +95,3 @@ def _load(file: Path) -> Arrays | None:
             return {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-
-
-def _holds(fresh: Callable[[Arrays], bool], arrays: Arrays) -> bool:
-    try:
-        return fresh(arrays)
-    except KeyError:  # they describe a data set of another kind
-        return False
-
-
-def _save(file: Path, arrays: Arrays) -> None:
-    with replacing(file) as part:
-        save_file(arrays, part, metadata={"format": FORMAT})
-        part.chmod(0o644)  # safetensors writes for the owner's eyes alone

@@ -1,6 +1,7 @@
 """Write a record file of faces as InsightFace does; one that was killed goes on where it was."""
 
 import os
+import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -8,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import Self
 
 from ...files import replacing
@@ -23,10 +23,8 @@ from .recordio import (
     TOO_LONG,
     WHOLE,
     RecordFile,
-    following,
     logger,
     padded,
-    scan,
 )
 
 _BUFFER = 1 << 18  # bytes written together
@@ -38,23 +36,15 @@ def pack_image(
     """Payload of an image's record, as ``mxnet.recordio.pack`` makes it.
 
     Args:
-        label: one for the head, or some to follow it (flag is their number, even of one).
+        label: one for the head, or some to follow it (flag is their number, even of one), float32.
         id: in [0, 2^64).
         image: encoded image.
         id2: a number of one's own, in [0, 2^64).
-
-    Raises:
-        ValueError: ``id`` is out of range, or a label is not a finite float32, or there is none.
     """
-    if not 0 <= id < 1 << 64:
-        raise ValueError(f"id must lie in [0, 2^64), got {id}")
-    labels = np.asarray(label, np.float64)
-    if labels.ndim > 1 or not labels.size or not (abs(labels) <= np.finfo(np.float32).max).all():
-        raise ValueError(f"label must be one or a list of finite float32 numbers, got {label}")
-    if labels.ndim == 0:
-        return IMAGE_HEAD.pack(0, float(labels), id, id2) + image
-    head = IMAGE_HEAD.pack(labels.size, 0.0, id, id2)
-    return b"".join([head, labels.astype("<f4").tobytes(), image])
+    if isinstance(label, Sequence):
+        labels = struct.pack(f"<{len(label)}f", *label)
+        return b"".join([IMAGE_HEAD.pack(len(label), 0.0, id, id2), labels, image])
+    return IMAGE_HEAD.pack(0, label, id, id2) + image
 
 
 def encode_record(payload: bytes | memoryview) -> bytes:
@@ -113,12 +103,12 @@ class InsightFaceWriter:
         self._label = -1  # of the last image
         self.id2 = np.empty(0, np.uint64)
         part_exists = self._part.exists()
-        for file in (self.path, self._idx):
-            # A close that was interrupted between the two names leaves the index and the part.
-            if file.exists() and not (resume and part_exists and file == self._idx):
-                raise ValueError(f"a record file must be new, but {file} exists")
         if part_exists and not resume:
             raise ValueError(f"{self._part} is left of an earlier run: resume that, or delete it")
+        # A close that was interrupted between the two names leaves the index and the part.
+        for file in (self.path,) if part_exists else (self.path, self._idx):
+            if file.exists():
+                raise ValueError(f"a record file must be new, but {file} exists")
         if part_exists and self._part.stat().st_size:
             self._recover()
         with self._named_errors():
@@ -156,14 +146,11 @@ class InsightFaceWriter:
             raise ValueError(f"an image's label must be a whole number in [0, 2^24), got {label}")
         if label < self._label:
             raise ValueError(
-                f"images of {self.path} must come by ascending label, got {label} after"
-                f" {self._label}"
+                f"images must come by ascending label, got {label} after {self._label}"
             )
         key = len(self._offsets)
         self._append(pack_image(label, key, image, id2))
-        if label > self._label:
-            self._first_keys.append(key)
-        self._label = label
+        self._note_label(label, key)
         return key
 
     def close(self) -> None:
@@ -175,7 +162,6 @@ class InsightFaceWriter:
         """
         if self._rec.closed and self.path.exists():
             return
-        self._check_open()
         images_end = len(self._offsets)
         for first, end in zip(self._first_keys, [*self._first_keys[1:], images_end], strict=True):
             self._append(pack_image([first, end], len(self._offsets), b""))
@@ -197,16 +183,11 @@ class InsightFaceWriter:
             self._rec.close()
 
     def _append(self, payload: bytes) -> None:
-        self._check_open()
         record = encode_record(payload)
         with self._named_errors():
             self._rec.write(record)
         self._offsets.append(self._end)
         self._end += len(record)
-
-    def _check_open(self) -> None:
-        if self._rec.closed:
-            raise ValueError(f"{self.path} must be written by an open writer, got a closed one")
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -220,32 +201,25 @@ class InsightFaceWriter:
 
     def _recover(self) -> None:
         """Find the images in the part, up to the first that is damaged or cut."""
-        file = RecordFile(self._part)
-        parts, records = scan(file)
-        sound = following(parts) & (parts["end"] <= file.size)
-        sound[np.isin(parts["offset"], records["offset"][~records["whole"]])] = False
-        parts = parts[: _first(~sound)]
-        complete = np.flatnonzero(np.isin(parts["flag"], (WHOLE, LAST)))
-        parts = parts[: complete[-1] + 1 if len(complete) else 0]
-        records = records[: np.isin(parts["flag"], (WHOLE, FIRST)).sum()]
-        if not len(records):
-            return
-        if records["has_image"][0]:
-            raise ValueError(f"{self._part} must begin with a header record, got an image")
-        images = records[1:][: _first(~records["has_image"][1:])]  # identities: closing had begun
-        kept = records[: 1 + len(images)]
-        ends = np.append(records["offset"][1:], parts["end"][-1])
-        self._end = int(ends[len(kept) - 1])
-        self._offsets = array("q", kept["offset"].tolist())
-        if len(images):
-            starts = np.flatnonzero(np.diff(images["label"], prepend=-1))
-            self._first_keys = array("q", (starts + 1).tolist())
-            self._label = int(images["label"][-1])
-            self.id2 = images["id2"].copy()
-        logger.info("resuming %s after %d images", self._part, len(images))
+        file, id2 = RecordFile(self._part), array("Q")
+        while self._end < file.size:
+            try:
+                record, end = file.image_record(self._end), file.end(self._end)
+            except ValueError:
+                break
+            if record.has_image and not self._offsets:
+                raise ValueError(f"{self._part} must begin with a header record, got an image")
+            if record.has_image:
+                self._note_label(int(record.labels[0]), len(self._offsets))
+                id2.append(record.id2)
+            elif self._offsets:
+                break  # an identity: closing had begun
+            self._offsets.append(self._end)
+            self._end = end
+        self.id2 = np.array(id2, np.uint64)
+        logger.info("resuming %s after %d images", self._part, len(id2))
 
-
-def _first(where: NDArray[np.bool_]) -> int:
-    """Place of the first True, the length if there is none."""
-    places = np.flatnonzero(where)
-    return int(places[0]) if len(places) else len(where)
+    def _note_label(self, label: int, key: int) -> None:
+        if label > self._label:
+            self._first_keys.append(key)
+        self._label = label

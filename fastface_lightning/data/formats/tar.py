@@ -127,27 +127,25 @@ def write_shards(
         target: folder of the shards.
         samples: ``samples(i)`` gives those from number i on: (JPEG, identity), or None for one that
             is left out, whose number stays unused.
-        images_per_shard: at least 1.
 
     Raises:
-        ValueError: ``images_per_shard`` is below 1, or an identity is no text that comes back.
+        ValueError: an identity is no text that comes back.
     """
-    if images_per_shard < 1:
-        raise ValueError(f"images_per_shard must be at least 1, got {images_per_shard}")
     shard = 0
     while (target / f"{shard:06d}.tar").exists():
         shard += 1
     remaining = iter(samples(shard * images_per_shard))
-    while content := list(islice(remaining, images_per_shard)):
+    while samples_of_shard := list(islice(remaining, images_per_shard)):
         with (
             replacing(target / f"{shard:06d}.tar") as part,
             tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as archive,
         ):
-            for number, sample in enumerate(content, shard * images_per_shard):
+            for number, sample in enumerate(samples_of_shard, shard * images_per_shard):
                 if sample is not None:
-                    image, identity = sample
-                    _add(archive, f"{number:08d}.jpg", image)
-                    _add(archive, f"{number:08d}.{_CLASS}", _encoded(identity))
+                    for suffix, content in (("jpg", sample[0]), (_CLASS, _encoded(sample[1]))):
+                        member = tarfile.TarInfo(f"{number:08d}.{suffix}")  # no owner, time 0
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
         shard += 1
 
 
@@ -159,9 +157,3 @@ def _encoded(identity: str) -> bytes:
             f" got {identity!r}"
         )
     return text
-
-
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # of no owner, at time 0
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))

@@ -59,8 +59,13 @@ def unpack_verification_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no verification set {path}")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is truncated: it is empty")
     try:
-        images, same = _images_and_truth(_unpickled(path))
+        # Mapped, since a file that is no pickle may be larger than memory.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _check_opcodes(data)
+            images, same = _images_and_truth(_DataUnpickler(data).load())
     except _Refusal as refusal:
         raise ValueError(f"{path} must hold images and truth values alone, got {refusal}") from None
     except EOFError:
@@ -79,12 +84,9 @@ def unpack_verification_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
 def write_verification_bin(path: str | Path, images: Sequence[bytes], same: Sequence[bool]) -> None:
     """Write a ``.bin`` that InsightFace's readers load, under Python 2 as under Python 3.
 
-    It is a pickle of protocol 2, the last that Python 2 knows, of a list of bytes and a list of
-    bools. In that protocol Python 3 writes bytes as Latin-1 text to be encoded, half as long again
-    for a JPEG, which both Pythons and all values of ``pickle.load``'s ``encoding`` turn into the
-    same bytes.
-
-    The file appears under its name when it is whole, and replaces another one only then.
+    It is a pickle of protocol 2, the last that Python 2 knows, which all values of
+    ``pickle.load``'s ``encoding`` turn into the same bytes. The file appears under its name when it
+    is whole, and replaces another one only then.
 
     Args:
         path: the file to write; its folder is made.
@@ -98,12 +100,10 @@ def write_verification_bin(path: str | Path, images: Sequence[bytes], same: Sequ
     """
     path = Path(path)
     _check_count(path, len(images), len(same))
-    for i, image in enumerate(images):
-        if not isinstance(image, bytes) or not image:
-            raise ValueError(f"image {i} must be bytes, got {_brief(image)}")
-    for value in same:
-        if not isinstance(value, (bool, np.bool_)):
-            raise ValueError(f"same must hold bools, got {_brief(value)}")
+    if not all(isinstance(image, bytes) and image for image in images):
+        raise ValueError("images must be bytes, and none empty")
+    if not all(isinstance(value, (bool, np.bool_)) for value in same):
+        raise ValueError("same must hold bools")
     content = list(images), [bool(value) for value in same]
     with replacing(path) as part:
         part.write_bytes(pickle.dumps(content, protocol=2))
@@ -122,21 +122,10 @@ class _Refusal(ValueError):
 
 
 def _brief(value: Any) -> str:
-    """A value for a message; containers are not looked into, which might take for ever."""
+    """A value for a message; containers may lie in themselves, and are not looked into."""
     if value is None or isinstance(value, (int, str, bytes)):
         return repr(value[:60] if isinstance(value, (str, bytes)) else value)[:60]
     return f"an object of type {type(value).__name__.strip('_').lower()}"
-
-
-def _unpickled(path: Path) -> Any:
-    """The object in a file, of lists, tuples, numbers, text, bytes and ``_Array`` alone."""
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            raise EOFError
-        # Mapped, since a file that is no pickle may be larger than memory.
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check_opcodes(data)
-            return _DataUnpickler(data).load()
 
 
 def _check_opcodes(data: mmap.mmap) -> None:
@@ -184,11 +173,7 @@ def _check_opcodes(data: mmap.mmap) -> None:
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """An unpickler whose names stand for the functions below.
-
-    Args:
-        data: a pickle that passed :func:`_check_opcodes`.
-    """
+    """An unpickler of what passed ``_check_opcodes``; its names stand for the functions below."""
 
     def __init__(self, data: mmap.mmap) -> None:
         super().__init__(data, encoding="bytes")
@@ -245,8 +230,7 @@ def _text(value: Any) -> str:
 class _DType:
     """A numpy dtype of numbers. Pickles make it first, and say its byte order afterwards."""
 
-    def __init__(self, name: Any, align: Any = False, copy: Any = True) -> None:
-        del align, copy
+    def __init__(self, name: Any, *_: Any) -> None:
         self.name, self.order = _text(name), "<"
         if self.name not in _DTYPES:
             raise _Refusal(f"numpy's dtype {_brief(name)}")
@@ -296,15 +280,14 @@ def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
     return _Array()
 
 
-def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
-    del order, axes
+def _frombuffer(data: Any, dtype: Any, shape: Any, *_: Any) -> _Array:
     array = _Array()
     array.__setstate__((1, shape, dtype, False, data))
     return array
 
 
 def _scalar(dtype: Any, data: Any) -> int:
-    return _frombuffer(data, dtype, (1,), None).numbers()[0]
+    return _frombuffer(data, dtype, (1,)).numbers()[0]
 
 
 def _images_and_truth(content: Any) -> tuple[list[bytes], list[bool]]:

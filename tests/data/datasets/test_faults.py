@@ -3,8 +3,6 @@
 import io
 import os
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,13 +27,6 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
     return file.getvalue()
 
 
-def bomb() -> bytes:
-    """A PNG that announces 60,000 x 60,000 pixels."""
-    data = encoded(PHOTO, "PNG")
-    header = data[12:16] + struct.pack(">II", 60_000, 60_000) + data[24:29]
-    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
-
-
 def replaced(file: Path, content: bytes) -> None:
     file.unlink()
     file.write_bytes(content)
@@ -43,13 +34,10 @@ def replaced(file: Path, content: bytes) -> None:
 
 FAULTS: dict[str, Callable[[Path], object]] = {
     "truncated": lambda f: replaced(f, encoded(PHOTO, "JPEG")[:1000]),
-    "headless": lambda f: replaced(f, encoded(PHOTO, "JPEG")[100:]),
     "empty": lambda f: replaced(f, b""),
     "text": lambda f: replaced(f, b"<html>404 not found</html>"),
-    "bomb": lambda f: replaced(f, bomb()),
     "gone": lambda f: f.unlink(),
     "folder": lambda f: (f.unlink(), f.mkdir()),
-    "dangling link": lambda f: (f.unlink(), f.symlink_to("nowhere")),
     "circular link": lambda f: (f.unlink(), f.symlink_to(f.name)),
 }
 
@@ -90,32 +78,22 @@ def test_links_are_followed(tree: Tree) -> None:
     assert [int(dataset[i][0][1, 0, 0]) for i in range(3)] == [1, 2, 1]
 
 
-@pytest.fixture
-def undecodable(tree: Tree) -> Path:
-    """Two images in a folder, one of whose names, and the folder's own, are not UTF-8."""
+def test_undecodable_names_are_served_and_told_in_letters_that_any_stream_takes(
+    tree: Tree, caplog
+) -> None:
     root = tree(ann=2)
     folder = os.fsencode(root) + b"/b\xffb"
     os.rename(root / "ann", folder)
     os.rename(folder + b"/ann_0001.png", folder + b"/\xfe.png")
-    return root
-
-
-def test_undecodable_names_are_served_and_told_in_letters_that_any_stream_takes(
-    undecodable: Path, caplog
-) -> None:
     missing = [os.fsdecode(b"b\xffb"), os.fsdecode(b"no\xff")]
     for _ in range(2):  # walked, and from the index
-        dataset = IdentityFolder(undecodable, size=8, identities=missing, max_bad=1)
+        dataset = IdentityFolder(root, size=8, identities=missing, max_bad=1)
         assert dataset.identities == missing[:1] and dataset.path(1).is_file()
         assert [int(dataset[i][0][1, 0, 0]) for i in range(2)] == [2, 1]
     shutil.copy(__file__, dataset.path(1))
     assert dataset[1][0][1, 0, 0] == 2
-    dataset.path(0).unlink()
-    with pytest.raises(ValueError, match=r"got 2, .*b.udcffb") as error:
-        dataset[0]
-    assert all(text.encode() for text in (str(error.value), *caplog.messages))
     assert "no\\udcff" in caplog.text and "b\\udcffb/\\udcfe.png: not a" in caplog.text
-    assert all(name.encode() for name in dataset.bad_images())
+    assert all(text.encode() for text in (*dataset.bad_images(), *caplog.messages))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -128,9 +106,6 @@ def test_training_goes_on_when_a_folder_vanishes(tree: Tree, workers: int) -> No
     shutil.rmtree(root / "bob")
     seen += batches
     assert [len(images) for images, _ in seen] == [2] * 12
-    loader.sampler.set_epoch(1)
-    for images, labels in loader:
-        assert torch.equal(images[:, 0, 0, 0].long(), labels) and 1 not in labels
     assert dataset.bad.tolist() == [0] * 8 + [1] * 8 + [0] * 8
 
 
@@ -150,6 +125,3 @@ def test_a_batch_is_channels_last_bytes(tree: Tree, workers: int, function) -> N
     assert images.is_shared() == (workers > 0)
     if function is collate:
         assert images.stride() == (37_632, 1, 336, 3)
-    batch = dataset.__getitems__([3, 0])  # to other functions a list of samples
-    assert [label for _, label in batch] == [1, 0] and torch.equal(batch[1][0], dataset[0][0])
-    assert collate(batch)[0].data_ptr() == batch.images.data_ptr(), "it is copied"

@@ -1,6 +1,5 @@
 """A record file as a training set: order, labels, workers, and what damage costs."""
 
-import logging
 import pickle
 from pathlib import Path
 from unittest.mock import Mock
@@ -118,47 +117,11 @@ def test_damage_is_named_counted_and_kept_in_mind(
         RecordDataset(rec, size=8, max_bad=0)
 
 
-def test_an_incomplete_copy_says_so(rec: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_incomplete_copy_says_so(rec: Path) -> None:
     rec.write_bytes(rec.read_bytes()[:1500])
-    with caplog.at_level(logging.WARNING):
-        dataset = RecordDataset(rec, size=8)
-    assert 0 < len(dataset) < 6 and "train.rec ends at byte 1500, before the record" in caplog.text
-    for reindex in (False, True):  # kept, and found anew
-        with pytest.raises(ValueError, match=r"max_bad = 1 .* got [2-9], the last .*") as error:
-            RecordDataset(rec, size=8, max_bad=1, reindex=reindex)
-        assert "ends at byte 1500, before" in str(error.value)
-        assert "an incomplete copy" in str(error.value)
-
-
-def test_ten_damaged_records_are_named_and_the_others_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    payloads = {key: b"short" if key != 5 else pack_image(8, 5, b"x") for key in range(14)}
-    rec = write_plain(tmp_path / "many.rec", payloads)
-    for _ in range(2):
-        caplog.clear()
-        dataset = RecordDataset(rec, size=8, max_bad=13)
-        assert len(dataset) == 1 and len(dataset.damaged) == 13
-        assert [m.startswith("left out: ") for m in caplog.messages] == [True] * 10 + [False]
-        assert caplog.messages[10] == f"left out 3 more of {rec}"
-    with pytest.raises(ValueError, match=r"max_bad = 12 images .* got 13"):
-        RecordDataset(rec, size=8, max_bad=12)
-
-
-@pytest.mark.parametrize("broken", [1, 3])
-def test_batches_keep_their_shape_until_too_many_are_bad(rec: Path, broken: int) -> None:
-    data = bytearray(rec.read_bytes())
-    for offset in read_table(rec).offsets[:broken].tolist():
-        data[offset + 32 : offset + 34] = b"no"  # the JPEG's first bytes
-    rec.write_bytes(data)
-    loader = DataLoader(RecordDataset(rec, size=8, max_bad=2), 6, collate_fn=collate)
-    if broken > 2:
-        with pytest.raises(ValueError, match=r"max_bad = 2 .* got 3, .* at byte \d+ of .*rec"):
-            list(loader)
-        return
-    ((images, labels),) = loader
-    assert images.shape == (6, 3, 8, 8) and images.dtype == torch.uint8
-    assert numbers(images) == [1, 1, 2, 3, 4, 5] and labels.tolist() == [0, 0, 1, 2, 2, 2]
+    assert 0 < len(RecordDataset(rec, size=8)) < 6
+    with pytest.raises(ValueError, match=r"max_bad = 1 .* ends at byte 1500, .* incomplete copy"):
+        RecordDataset(rec, size=8, max_bad=1)  # as kept
 
 
 def test_the_file_is_looked_at_once_until_it_changes(
@@ -174,7 +137,7 @@ def test_the_file_is_looked_at_once_until_it_changes(
     assert looked.call_count == 2
     RecordDataset(rec, size=8, reindex=True)
     assert looked.call_count == 3
-    write_plain(rec, {0: pack_image(7, 0, encode_jpeg(np.zeros((8, 8, 3), np.uint8)))})
+    write_plain(rec, {0: pack_image(7, 0, b"x")})
     assert RecordDataset(rec, size=8).identities == ["7"] and looked.call_count == 4
 
 

@@ -1,6 +1,5 @@
 """What a file's pixels become, and that no file, however broken, does anything else than raise."""
 
-import mmap
 import resource
 import struct
 import sys
@@ -14,15 +13,12 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from fastface_lightning.data.formats import image as image_module
 from fastface_lightning.data.formats.image import (
     decode_image,
     decode_into,
-    decode_original,
     encode_jpeg,
     is_packable,
 )
@@ -46,7 +42,6 @@ MODES = {
     "webp": (encoded(Image.fromarray(COLOR), "WEBP", lossless=True), COLOR),
     "transparent": (encoded(Image.fromarray(np.dstack([COLOR, RAMP]))), COLOR),
     "gray": (encoded(Image.fromarray(RAMP)), GRAY),
-    "transparent gray": (encoded(Image.fromarray(RAMP).convert("LA")), GRAY),
     "16 bits are scaled, not clipped": (encoded(DEEP), GRAY),
     "1 bit": (encoded(Image.fromarray(RAMP > 100)), (GRAY > 100) * np.uint8(255)),
 }
@@ -54,13 +49,12 @@ MODES = {
 
 @pytest.mark.parametrize(("file", "pixels"), MODES.values(), ids=MODES)
 def test_any_mode_becomes_8_bit_rgb(file: BytesIO, pixels: np.ndarray) -> None:
-    for source in (file, file.getvalue()):
-        tensor = decode_image(source, size=16)
-        assert tensor.dtype == torch.uint8 and tensor.is_contiguous()
-        assert np.array_equal(tensor.permute(1, 2, 0), pixels)
+    tensor = decode_image(file, size=16)
+    assert tensor.dtype == torch.uint8 and tensor.is_contiguous()
+    assert np.array_equal(tensor.permute(1, 2, 0), pixels)
 
 
-@pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128] * 8)])
+@pytest.mark.parametrize("transparency", [None, bytes([0, 128] * 8)])
 @pytest.mark.filterwarnings("error")
 def test_palette_gives_its_colours_and_drops_transparency(transparency: object) -> None:
     palette = Image.fromarray(COLOR).quantize(16)
@@ -86,14 +80,10 @@ JPEG = encoded(Image.fromarray(COLOR), "JPEG").getvalue()
 PNG = encoded(Image.fromarray(COLOR)).getvalue()
 BROKEN = {
     "empty": (b"", "it is empty"),
-    "text": (b"this is no picture", "not a JPEG, PNG, WebP or BMP image"),
-    "gif": (encoded(Image.fromarray(COLOR), "GIF").getvalue(), "not a JPEG"),
-    "tiff": (encoded(Image.fromarray(COLOR), "TIFF").getvalue(), "not a JPEG"),
+    "text": (b"this is no picture", "not a JPEG, PNG, WebP or BMP"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a JPEG"),
     "half a jpeg": (JPEG[: len(JPEG) // 2], "[Tt]runcated"),
-    "head of a jpeg": (JPEG[:4], "its header is broken"),
-    "half a png": (PNG[: len(PNG) // 2], "trunc"),
-    "header of a png": (PNG[:20] + b"\xff" * 8 + PNG[28:], "header|checksum|IHDR|CRC"),
+    "header of a png": (PNG[:20] + b"\xff" * 8 + PNG[28:], "broken|checksum"),
 }
 
 
@@ -102,13 +92,18 @@ def test_a_broken_file_raises_one_sentence_that_names_it(
     content: bytes, reason: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "face.jpg"
-    with pytest.raises(ValueError, match=r"face\.jpg: No such file or directory$"):
-        decode_image(file)
     file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^cannot read image .*face\.jpg: .*{reason}"):
         decode_image(file)
-    with pytest.raises(ValueError, match=reason):
-        decoded(content, 16)
+
+
+def exif(orientation: int, order: str = "<", kind: int = 3) -> bytes:
+    """An Exif block whose second entry is the orientation, a number of 2 or 4 bytes (kind 3, 4)."""
+    value = struct.pack(order + {3: "HH", 4: "I"}[kind], *([orientation, 0][: 5 - kind]))
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HIH", 42, 8, 2)
+    first = struct.pack(order + "HHI4s", 0x010F, 2, 4, b"Cam\0")
+    second = struct.pack(order + "HHI", 0x0112, kind, 1) + value
+    return b"Exif\0\0" + head + first + second + bytes(4)
 
 
 # The two decoders of `decode_into`.
@@ -136,7 +131,7 @@ def decoded(data: bytes, size: int) -> np.ndarray:
 
 @pytest.fixture
 def without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_module, "_decode_any", None)
+    monkeypatch.setattr(image_module, "_open", None)
 
 
 @pytest.fixture
@@ -158,56 +153,35 @@ def test_the_fast_path_gives_pillows_pixels_of_real_faces(shared_data: Path) -> 
     "options",
     [
         {"subsampling": "4:4:4"},
-        {"subsampling": "4:2:2", "optimize": True},
         {"subsampling": "4:2:0", "progressive": True},
         {"quality": 30, "restart_marker_blocks": 2},
-        {"keep_rgb": True},
-        {"comment": b"a face", "icc_profile": bytes(3000), "dpi": (300, 300)},
+        {"comment": b"a face", "icc_profile": bytes(3000), "exif": exif(1, ">")},
     ],
     ids=str,
 )
 def test_the_fast_path_gives_pillows_pixels_of_every_kind(options: dict) -> None:
     for size in (1, 17, 112):
-        for mode in ("RGB",) if "keep_rgb" in options else ("RGB", "L"):
+        for mode in ("RGB", "L"):
             data = encoded(photo(size).convert(mode), "JPEG", **options).getvalue()
             assert np.array_equal(decoded(data, size), by_pillow(data))
 
 
-def test_any_buffer_of_bytes_will_do(tmp_path: Path) -> None:
-    data = encoded(photo(112), "JPEG").getvalue()
-    want = by_pillow(data)
-    file = tmp_path / "pack"
-    file.write_bytes(b"head" + data + b"tail")
-    array = np.fromfile(file, np.uint8)
-    for buffer in (data, bytearray(data), memoryview(array)[4:-4], array[4:-4]):
-        assert np.array_equal(decoded(buffer, 112), want)
-    spread = np.repeat(array[4:-4], 2)[::2]
-    assert not spread.flags.c_contiguous
-    assert np.array_equal(decoded(spread, 112), want)
-    with (
-        file.open("rb") as opened,
-        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as pages,
-        memoryview(pages)[4:-4] as part,
-    ):
-        assert np.array_equal(decoded(part, 112), want)
-
-
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_only_the_images_place_in_the_batch_is_written(format: str) -> None:
-    batch = np.full((3, 16, 16, 3), 7, np.uint8)
+    """Whatever buffer the image comes in."""
     data = encoded(Image.fromarray(COLOR), format).getvalue()
-    decode_into(data, batch[1])
-    assert np.array_equal(batch[1], by_pillow(data)) and (batch[[0, 2]] == 7).all()
+    array = np.frombuffer(b"head" + data + b"tail", np.uint8)
+    for buffer in (memoryview(array)[4:-4], np.repeat(array[4:-4], 2)[::2]):
+        batch = np.full((3, 16, 16, 3), 7, np.uint8)
+        decode_into(buffer, batch[1])
+        assert np.array_equal(batch[1], by_pillow(data)) and (batch[[0, 2]] == 7).all()
 
 
 def test_out_must_be_a_writable_square() -> None:
     for out in (
         np.empty((8, 9, 3), np.uint8),
-        np.empty((8, 8), np.uint8),
-        np.empty((0, 0, 3), np.uint8),
         np.empty((8, 8, 3), np.float32),
         np.empty((8, 16, 3), np.uint8)[:, ::2],
-        np.empty((3, 8, 8), np.uint8).transpose(1, 2, 0),
         np.frombuffer(bytes(192), np.uint8).reshape(8, 8, 3),  # read-only
     ):
         with pytest.raises(ValueError, match="out must be a writable"):
@@ -225,62 +199,18 @@ def test_jpegs_of_another_size_or_in_cmyk_are_pillows() -> None:
     assert np.array_equal(decoded(data, 16), by_pillow(data))
 
 
-def exif(orientation: int, order: str = "<", kind: int = 3) -> bytes:
-    """An Exif block whose first entry is no orientation and whose second is (kind 3 or 4)."""
-    value = struct.pack(order + {3: "HH", 4: "I"}[kind], *([orientation, 0][: 5 - kind]))
-    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HIH", 42, 8, 2)
-    first = struct.pack(order + "HHI4s", 0x010F, 2, 4, b"Cam\0")
-    second = struct.pack(order + "HHI", 0x0112, kind, 1) + value
-    return b"Exif\0\0" + head + first + second + bytes(4)
-
-
-UPRIGHT = [
-    COLOR,
-    COLOR,
-    COLOR[:, ::-1],
-    COLOR[::-1, ::-1],
-    COLOR[::-1],
-    COLOR.swapaxes(0, 1),
-    np.rot90(COLOR, -1),
-    COLOR[::-1, ::-1].swapaxes(0, 1),
-    np.rot90(COLOR),
-]
-
-
-@pytest.mark.parametrize(("orientation", "upright"), list(enumerate(UPRIGHT)))
-def test_orientation_is_applied(orientation: int, upright: np.ndarray) -> None:
+@pytest.mark.parametrize("orientation", range(9))
+def test_orientation_is_applied(orientation: int) -> None:
     png = encoded(Image.fromarray(COLOR), exif=exif(orientation)).getvalue()
-    assert np.array_equal(decoded(png, 16), upright)
+    assert np.array_equal(decoded(png, 16), by_pillow(png))
+    if orientation == 6:
+        assert np.array_equal(decoded(png, 16), np.rot90(COLOR, -1))
     for order, kind in product("<>", (3, 4)):
         data = encoded(photo(16), "JPEG", exif=exif(orientation, order, kind)).getvalue()
         assert np.array_equal(decoded(data, 16), by_pillow(data))
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>' % orientation
     data = encoded(photo(16), "JPEG", xmp=xmp).getvalue()
     assert np.array_equal(decoded(data, 16), by_pillow(data))
-
-
-@pytest.mark.usefixtures("without_pillow")
-@pytest.mark.parametrize(
-    "block",
-    [exif(1), exif(1, ">"), b"Exif\0\0MM\0*\0\0\0\x08\0\0", b"http://ns.adobe.com/xap/1.0/\0"],
-)
-def test_metadata_that_turns_nothing_keeps_the_fast_path(block: bytes) -> None:
-    plain = encoded(photo(16), "JPEG").getvalue()
-    segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
-    assert np.array_equal(decoded(plain[:2] + segment + plain[2:], 16), decoded(plain, 16))
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Tag data larger")
-@given(block=st.binary(max_size=60), orientation=st.integers(0, 9), cut=st.integers(0, 60))
-@settings(max_examples=60, deadline=None)
-def test_metadata_never_makes_the_decoders_disagree(
-    block: bytes, orientation: int, cut: int
-) -> None:
-    for payload in (b"Exif\0\0" + block, exif(orientation)[:cut] + block):
-        segment = b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload
-        plain = encoded(photo(16), "JPEG").getvalue()
-        data = plain[:2] + segment + plain[2:]
-        assert np.array_equal(decoded(data, 16), by_pillow(data))
 
 
 def test_what_only_simplejpeg_refuses_is_read_as_ever() -> None:
@@ -311,8 +241,6 @@ def with_size(data: bytes, width: int, height: int) -> bytes:
     elif data.startswith(b"\x89PNG"):
         header = data[12:16] + struct.pack(">II", width, height) + data[24:29]
         at, new = 12, header + struct.pack(">I", zlib.crc32(header))
-    elif data.startswith(b"BM"):
-        at, new = 18, struct.pack("<ii", width, height)
     else:  # WebP: put the extended header, which holds the canvas, before the image
         canvas = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
         at, new = 12, b"VP8X" + struct.pack("<II", 10, 0) + canvas
@@ -326,17 +254,15 @@ def with_size(data: bytes, width: int, height: int) -> bytes:
     ("format", "width", "height"),
     [
         ("JPEG", 10000, 10000),  # above Pillow's limit, where Pillow only warns
-        ("JPEG", 65535, 65535),
         ("JPEG", 43690, 32769),  # 3 W H is 32,768 modulo 2^32
         ("PNG", 2**31 - 1, 2**31 - 1),
-        ("BMP", 2**30, 2**30),
         ("WEBP", 10000, 10000),
     ],
 )
 def test_a_bomb_is_refused_before_it_takes_memory(format: str, width: int, height: int) -> None:
     data = with_size(encoded(photo(112), format).getvalue(), width, height)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"bomb|broken|size|could not create decoder") as error:
+    with pytest.raises(ValueError, match=r"bombs|broken|size|could not create decoder") as error:
         decoded(data, 112)
     assert "112" not in str(error.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
@@ -364,10 +290,9 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
         lambda image: encoded(image, "JPEG", progressive=True, subsampling=0),
         lambda image: encoded(image.convert("L"), "JPEG"),
         lambda image: encoded(image, "PNG"),
-        lambda image: encoded(image, "BMP"),
         lambda image: encoded(image, "WEBP"),
     ],
-    ids=["exif", "progressive", "grey", "png", "bmp", "webp"],
+    ids=["exif", "progressive", "grey", "png", "webp"],
 )
 def test_mutated_files_fill_the_square_or_raise(
     save: Callable[[Image.Image], BytesIO], monkeypatch: pytest.MonkeyPatch
@@ -392,62 +317,21 @@ def test_mutated_files_fill_the_square_or_raise(
     assert min(outcomes.values()) >= 2
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_an_original_keeps_its_size_and_stands_upright(format: str) -> None:
-    data = encoded(photo(40).resize((40, 24)), format, exif=exif(6)).getvalue()
-    pixels = decode_original(data)
-    assert pixels.shape == (40, 24, 3) and pixels.dtype == np.uint8
-    assert np.array_equal(pixels, by_pillow(data))
-    with pytest.raises(ValueError, match=r"^it is empty$"):
-        decode_original(b"")
-    with pytest.raises(ValueError):
-        decode_original(data[: len(data) // 2])
-
-
 # What goes into a pack.
 
 
-@pytest.mark.parametrize("quality", [50, 95, 100])
+@pytest.mark.parametrize("quality", [50, 95])
 def test_encoding_keeps_color_at_full_resolution(quality: int) -> None:
     pixels = np.asarray(photo(112))
     data = encode_jpeg(pixels, quality)
     assert simplejpeg.decode_jpeg_header(data) == (112, 112, "YCbCr", "444")
     twin = encoded(Image.fromarray(pixels), "JPEG", quality=quality, subsampling="4:4:4").getvalue()
     assert np.array_equal(decoded(data, 112), by_pillow(twin)) and len(data) < len(twin)
-    assert is_packable(data, 112)
-    assert encode_jpeg(pixels[5:25, ::-1]) == encode_jpeg(pixels[5:25, ::-1].copy())
-
-
-def test_encoding_is_nearer_than_the_fields_for_few_bytes_more(shared_data: Path) -> None:
-    """On pictures with full colour: four faces in one, each shrunk by two."""
-    error, length = [0.0, 0.0], [0, 0]
-    files = sorted((shared_data / "lfw112" / "images").glob("*/*_0001.jpg"))[::60]
-    for start in range(0, len(files) - 3, 4):
-        small = [np.asarray(Image.open(f).reduce(2)) for f in files[start : start + 4]]
-        pixels = np.block([[[small[0]], [small[1]]], [[small[2]], [small[3]]]])
-        fields = encoded(Image.fromarray(pixels), "JPEG", quality=95, subsampling="4:2:0")
-        for k, data in enumerate([encode_jpeg(pixels), fields.getvalue()]):
-            error[k] += ((decoded(data, 112).astype(float) - pixels) ** 2).mean()
-            length[k] += len(data)
-    assert 10 * np.log10(error[1] / error[0]) > 3  # decibels
-    assert length[0] < 1.15 * length[1]
 
 
 def test_noise_of_any_size_can_be_encoded() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (700, 900, 3)).astype(np.uint8)
-    for quality in (94, 95, 100):
-        assert simplejpeg.decode_jpeg(encode_jpeg(pixels, quality)).shape == pixels.shape
-
-
-def test_arguments_have_bounds() -> None:
-    for quality in (0, 101):
-        with pytest.raises(ValueError, match=f"quality .* got {quality}"):
-            encode_jpeg(COLOR, quality)
-    for pixels in (COLOR[0], np.zeros((8, 8, 4), np.uint8), COLOR[:0], COLOR.astype(float)):
-        with pytest.raises(ValueError, match="pixels must be"):
-            encode_jpeg(pixels)
-    with pytest.raises(ValueError, match="size must be"):
-        decode_image(b"", 0)
+    assert simplejpeg.decode_jpeg(encode_jpeg(pixels, 100)).shape == pixels.shape
 
 
 def test_a_pack_keeps_only_what_all_readers_see_alike() -> None:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from fastface_lightning.data.formats.names import (
     Labels,
     Names,
-    Packer,
     jpeg_name,
     read_names,
     write_names,
@@ -39,23 +38,6 @@ def test_their_arrays_bring_them_back(names: list[str]) -> None:
     arrays = {**Names.of(names).arrays("files"), **Names.of(["x"]).arrays("people")}
     assert Names.from_arrays("files", arrays) == names
     assert Names.from_arrays("people", arrays) == ["x"]
-
-
-def test_a_name_is_what_the_file_system_calls_it() -> None:
-    names = ["ann", "", "ümit 陈", os.fsdecode(b"\xff.png"), "𐍈"]
-    packed = Names.of(names)
-    assert packed.blob.tobytes() == b"".join(map(os.fsencode, names))
-    assert packed != names[:-1] and packed != 5
-
-
-def test_names_take_their_bytes_and_eight_more_each() -> None:
-    packer, strings = Packer(), [f"{i}.jpg" for i in range(100_000)]
-    for name in strings:
-        packer.append(name)
-    names = packer.names()
-    assert len(packer) == len(names) == 100_000
-    assert names.blob.nbytes == sum(map(len, strings)) and names.ends.nbytes == 8 * 100_001
-    assert names[-1] == "99999.jpg" and names[7] == "7.jpg"
 
 
 @given(st.lists(file_names, max_size=30))

@@ -1,14 +1,11 @@
 """Record files are read as MXNet wrote them; damage is named, and costs no other record."""
 
-import multiprocessing
-import pickle
 import random
 import re
 import struct
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,7 +20,6 @@ from fastface_lightning.data.formats.recordio import (
     parse_image_record,
     read_idx,
     read_table,
-    scan,
 )
 from fastface_lightning.data.formats.recordio_writer import (
     InsightFaceWriter,
@@ -81,10 +77,10 @@ def write(path: Path, payloads: list[bytes], keys: list[int] | None = None) -> P
     return path
 
 
-def write_insightface(path: Path, labels: list[int], image: bytes = b"image") -> Path:
+def write_insightface(path: Path) -> Path:
     with InsightFaceWriter(path) as writer:
-        for label in labels:
-            writer.write_image(label, image + bytes([label % 251]))
+        for label in (0, 0, 3, 3, 4):
+            writer.write_image(label, bytes([label]))
     return path
 
 
@@ -107,15 +103,11 @@ def test_records_are_the_files_that_were_packed(pack: Path) -> None:
     lines = [line.split("\t") for line in (pack / "train.lst").read_text().splitlines()]
     expected = sorted((int(key), int(label), Path(name).name) for key, label, name in lines)
     table = read_table(pack / "train.rec")
-    assert len(expected) == 8
-    for (key, offset, label), (want_key, want_label, name) in zip(
-        rows(table), expected, strict=True
-    ):
+    assert rows(table) == slow_table(pack / "train.rec") and len(expected) == 8
+    for offset, (key, label, name) in zip(table.offsets.tolist(), expected, strict=True):
         record = file.image_record(offset)
-        assert (key, label) == (want_key, want_label) == (record.id, record.labels[0])
-        assert record.flag == 0 and record.labels.dtype == np.float32
+        assert (record.flag, record.id, record.labels) == (0, key, (label,))
         assert bytes(record.image) == (pack / name).read_bytes()
-    assert rows(table) == slow_table(pack / "train.rec")
     keys, offsets = read_idx(pack / "train.idx")
     assert keys.dtype == offsets.dtype == np.int64 and keys.tolist() == [0, 4, 7, 5, 1, 6, 3, 2]
     assert offsets.tolist() == [0, 5500, 11228, 16648, 21660, 26504, 33296, 38568]
@@ -125,7 +117,7 @@ def test_rewriting_gives_the_same_bytes(pack: Path) -> None:
     file, records = RecordFile(pack / "train.rec"), []
     for offset in read_idx(pack / "train.idx")[1].tolist():
         image = file.image_record(offset)
-        payload = pack_image(float(image.labels[0]), image.id, image.image)
+        payload = pack_image(image.labels[0], image.id, image.image)
         assert payload == file.record(offset)
         records.append(encode_record(payload))
     assert b"".join(records) == (pack / "train.rec").read_bytes()
@@ -143,15 +135,9 @@ def test_split_record_as_the_format_says(rec: Path) -> None:
         + raw(0, b"")
     )
     file = RecordFile(rec)
-    assert scan(file)[0]["offset"].tolist() == [0, 16, 28, 36, 48]
-    assert scan(file)[1]["offset"].tolist() == [0, 16, 48]
+    assert list(file.scan()) == [0, 16, 48]
     assert bytes(file.record(16)) == b"abcd" + WORD + WORD + b"xyz"
     assert file.record(0) == b"whole" and file.record(48) == b""
-
-
-def test_whole_records_are_views_that_cannot_be_written(rec: Path) -> None:
-    payload = RecordFile(write(rec, [b"abcd"])).record(0)
-    assert payload.readonly and payload.obj is not None and not isinstance(payload.obj, bytes)
 
 
 seeded = st.lists(
@@ -174,21 +160,8 @@ def test_what_is_written_is_read(
     path = write(tmp_path_factory.mktemp("split") / "a.rec", payloads)
     file, (keys, offsets) = RecordFile(path), read_idx(path.with_suffix(".idx"))
     assert keys.tolist() == list(range(len(payloads)))
-    assert scan(file)[1]["offset"].tolist() == offsets.tolist()
+    assert list(file.scan()) == offsets.tolist()
     assert [bytes(file.record(offset)) for offset in offsets] == payloads
-
-
-def digest(file: RecordFile) -> bytes:
-    return b"".join(bytes(file.record(offset)) for offset in scan(file)[1]["offset"].tolist())
-
-
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_read_it(rec: Path, method: str) -> None:
-    file = RecordFile(write(rec, [b"one", b"two!"]))
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.apply(digest, (file,)) == b"onetwo!"
-    again = pickle.loads(pickle.dumps(file))
-    assert again.path == rec and digest(again) == b"onetwo!"
 
 
 @pytest.mark.parametrize(
@@ -196,10 +169,8 @@ def test_workers_read_it(rec: Path, method: str) -> None:
     [
         b"\x00" * 12,
         raw(2, b"ab"),
-        raw(3, b"ab"),
         raw(7, b"ab"),
         raw(1, b"ab") + raw(0, b"c"),
-        raw(1, b"ab") + raw(1, b"c"),
         raw(1, b"ab"),
         raw(0, b"ab", 5),
         raw(0, b"ab", (1 << 29) - 1),
@@ -213,53 +184,26 @@ def test_faulty_records_are_named(rec: Path, data: bytes) -> None:
     with pytest.raises(ValueError) as error:
         file.record(12)
     assert str(rec) in str(error.value) and " 12" in str(error.value)
-
-
-@pytest.mark.parametrize("offset", [-4, -1, 1, 2, 6, 8, 12, 1 << 40, 1 << 70])
-def test_offsets_outside_are_refused(rec: Path, offset: int) -> None:
-    file = RecordFile(write(rec, [b"abc"]))
-    with pytest.raises(ValueError, match="offset"):
-        file.record(offset)
-
-
-def test_files_that_are_none_are_refused(tmp_path: Path, rec: Path) -> None:
-    for place in (rec, tmp_path):
-        with pytest.raises(ValueError, match="no record file"):
-            RecordFile(place)
-    rec.touch()
-    with pytest.raises(ValueError, match="empty"):
-        RecordFile(rec)
+    for offset in (-4, 2, 1 << 70):
+        with pytest.raises(ValueError, match="offset"):
+            file.record(offset)
 
 
 # Image records
 
 
-def test_image_record_with_and_without_labels_of_its_own() -> None:
+def test_image_record_with_and_without_labels_of_its_own(rec: Path) -> None:
     plain = parse_image_record(pack_image(7, 1 << 63, b"jpeg"))
-    assert (plain.flag, plain.labels.tolist(), plain.id) == (0, [7.0], 1 << 63)
-    assert plain.image == b"jpeg"
+    assert plain == (0, (7.0,), 1 << 63, 0, b"jpeg")
     listed = parse_image_record(pack_image([3, 1.5], 9, b"jpeg"))
-    assert (listed.flag, listed.labels.tolist(), listed.id) == (2, [3.0, 1.5], 9)
-    assert listed.image == b"jpeg"
-    assert pack_image([3], 9, b"")[:4] == b"\x01\x00\x00\x00"
+    assert listed == (2, (3.0, 1.5), 9, 0, b"jpeg")
     assert pack_image(2, 3, b"x") == struct.pack("<IfQQ", 0, 2, 3, 0) + b"x"
-
-
-@pytest.mark.parametrize("size", [0, 23])
-def test_short_image_record_is_refused(rec: Path, size: int) -> None:
-    for read in (parse_image_record, lambda payload: RecordFile(write(rec, [payload])).image(0)):
-        with pytest.raises(ValueError, match=f"at least 24 bytes, got {size}"):
-            read(bytes(size))
-
-
-@pytest.mark.parametrize("bit", range(0, 32, 5))
-def test_flipped_flag_allocates_nothing(rec: Path, bit: int) -> None:
-    payload = bytearray(pack_image(1, 2, bytes(3)))
-    payload[bit // 8] ^= 1 << bit % 8
-    with pytest.raises(ValueError, match=f"with {1 << bit} labels"):
-        parse_image_record(bytes(payload))
-    with pytest.raises(ValueError, match=f"with {1 << bit} labels"):
-        RecordFile(write(rec, [bytes(payload)])).image(0)
+    for payload, rule in (
+        (bytes(23), "at least 24 bytes, got 23"),
+        (struct.pack("<IfQQ", 1 << 30, 0, 0, 0) + b"x", f"with {1 << 30} labels"),
+    ):
+        with pytest.raises(ValueError, match=f"{rec} at offset 0: .*{rule}"):
+            RecordFile(write(rec, [payload])).image_record(0)
 
 
 # The index
@@ -277,7 +221,7 @@ def test_white_space_of_other_writers_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["1", "1\t", "\t1", "1\t2\t3", "a\t1", "1\t-4", "1\t2.0", "1\t0x4", "1\t" + 19 * "9", "\0"],
+    ["1", "1\t2\t3", "a\t1", "1\t-4", "1\t2.0", "1\t" + 19 * "9", "\0"],
 )
 def test_malformed_line_is_refused(tmp_path: Path, line: str) -> None:
     file = tmp_path / "a.idx"
@@ -307,37 +251,21 @@ def mixed(path: Path, seed: int = 0, count: int = 200) -> Path:
     return write(path, payloads, keys)
 
 
-@pytest.mark.parametrize("block", [1, 7, 1 << 16])
-@pytest.mark.parametrize("make", [mixed, lambda path: write_insightface(path, [0, 0, 3, 3, 4])])
-def test_table_agrees_with_the_plain_twin(
-    rec: Path, block: int, make: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the index, and found without one; block by block."""
-    monkeypatch.setattr(recordio, "_BLOCK", block)
-    monkeypatch.setattr(recordio, "_BLOCK_WORDS", block)
+@pytest.mark.parametrize("make", [mixed, write_insightface])
+def test_table_agrees_with_the_plain_twin(rec: Path, make: Callable[[Path], Path]) -> None:
+    """By the index, and found without one."""
     make(rec)
     expected = slow_table(rec)
     for _ in range(2):
-        progress = Mock()
-        table = read_table(rec, progress)
-        calls = [call.args for call in progress.call_args_list]
+        table = read_table(rec)
         assert [column.dtype for column in table[:3]] == 3 * [np.int64]
         assert rows(table) == expected and not table.damaged
-        assert calls == sorted(calls) and calls[-1] == 2 * (rec.stat().st_size,)
         rec.with_suffix(".idx").unlink(missing_ok=True)
 
 
 def without_index(rec: Path) -> RecordTable:
     rec.with_suffix(".idx").unlink(missing_ok=True)
     return read_table(rec)
-
-
-def test_head_split_by_the_magic_number(rec: Path) -> None:
-    payload = struct.pack("<IfQQ", 0, 5, MAGIC << 32 | MAGIC, MAGIC) + WORD + b"image"
-    assert rows(read_table(write(rec, [payload, pack_image(2, 1, b"x")]))) == [
-        (0, 0, 5),
-        (1, len(slow_encode(payload)), 2),
-    ]
 
 
 @pytest.mark.parametrize("ids", [[0, 0, 0], [1 << 63, 0, 1]])
@@ -356,26 +284,17 @@ def test_insightface_records_in_the_order_of_its_own_packer(rec: Path) -> None:
     assert [row[::2] for row in rows(without_index(rec))] == [(1, 0), (2, 0), (3, 1)]
 
 
-@pytest.mark.parametrize("off", [0, 8])
-@pytest.mark.parametrize("count", [(1 << 24) + d for d in range(-3, 4)] + [42_474_557])
-def test_counts_are_compared_as_float32(
-    rec: Path, count: int, off: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    recordio._compare_count(RecordFile(write(rec, [b""])), np.float32(count + 1), count + off)
-    assert bool(caplog.messages) == bool(off)
-
-
+@pytest.mark.parametrize("promised", [1, 1e9])
 def test_wrong_count_in_the_header_is_only_a_warning(
-    rec: Path, caplog: pytest.LogCaptureFixture
+    rec: Path, promised: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Images are counted; a header above 2^24 cannot be trusted, nor a file that lost some."""
-    payloads = [pack_image([1e9, 2e9], 0, b""), pack_image(3, 1, b"x"), pack_image([1, 2], 2, b"")]
+    payloads = [pack_image([promised + 1, 9], 0, b""), pack_image(3, 1, b"x")]
     assert rows(read_table(write(rec, payloads))) == [(1, 40, 3)]
-    (message,) = caplog.messages
-    assert "promises 1000000000 images in its header, got 1" in message
+    assert ("promises 999999999 images" in caplog.text) == bool(caplog.text) == (promised > 1)
 
 
-@pytest.mark.parametrize("label", [-1, 0.5, 1 << 24, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("label", [-1, 0.5, 1 << 24, float("nan"), float("inf")])
 @pytest.mark.parametrize("own", [False, True])
 def test_labels_that_are_no_identities_are_left_out(rec: Path, label: float, own: bool) -> None:
     bad = struct.pack("<IfQQ", own, 0 if own else label, 8, 0)
@@ -384,17 +303,17 @@ def test_labels_that_are_no_identities_are_left_out(rec: Path, label: float, own
     table = read_table(rec)
     assert rows(table) == [(7, 0, 1)]
     (sentence,) = table.damaged
-    assert re.search(r"whole numbers in \[0, 2\^24\), got .* key 8 at offset", sentence)
+    assert re.search(r"whole numbers in \[0, 2\^24\), got .* at offset 36", sentence)
 
 
 @pytest.mark.parametrize(
     ("index", "rule"),
     [
         ("0\t0\n1\t400\n", r"ends at byte 72, before the record at offset 400"),
-        ("0\t0\n1\t2\n", "multiples of 4, got 2 for key 1"),
+        ("0\t0\n1\t2\n", "multiples of 4, got 2"),
         ("0\t0\n1\t4\n", "magic number .* at offset 4"),
         ("3\t0\n3\t36\n", "distinct, got 3 twice"),
-        ("", "must hold images, got 0 records"),
+        ("", "must hold images, got none in 0 records"),
     ],
 )
 def test_bad_index_is_named(rec: Path, index: str, rule: str) -> None:
@@ -416,7 +335,7 @@ def test_records_that_are_no_images(rec: Path) -> None:
     (sentence,) = read_table(rec).damaged
     assert re.search(r"train\.rec at offset 36: .* 24 bytes, got 5", sentence)
     write(rec, [pack_image([1, 1], 0, b"")])
-    with pytest.raises(ValueError, match="got 1 records and none with one"):
+    with pytest.raises(ValueError, match="got none in 1 records"):
         read_table(rec)
 
 
@@ -436,7 +355,7 @@ def test_file_cut_at_every_byte(rec: Path, indexed: bool) -> None:
         rec.write_bytes(data[:size])
         whole = sum(end <= size for end in ends)
         if not whole:
-            with pytest.raises(ValueError, match="got 0 records and none"):
+            with pytest.raises(ValueError, match="must hold images, got none in"):
                 read_table(rec)
             continue
         table = read_table(rec)
@@ -477,7 +396,7 @@ def test_any_flipped_bit_costs_its_own_record_at_most(
             assert (start, before[1][2]) in found or damaged[start + 8]
 
 
-def test_lengths_that_are_wrong_lose_no_other(rec: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lengths_that_are_wrong_lose_no_other(rec: Path) -> None:
     """Without an index: a record that reaches over others, and one that ends too soon."""
     data = bytearray(write(rec, [pack_image(1, key, b"abcd") for key in range(200)]).read_bytes())
     data[36 * 50 + 4 + 1] ^= 1 << 3
@@ -485,7 +404,6 @@ def test_lengths_that_are_wrong_lose_no_other(rec: Path, caplog: pytest.LogCaptu
     rec.write_bytes(data)
     table = without_index(rec)
     assert table.keys.tolist() == list(range(200))
-    assert f"offset {36 * 50} of {rec} must end before the next, at {36 * 51}" in caplog.text
     (sentence,) = table.damaged
     assert f"offset {36 * 91 - 4}" in sentence
 
@@ -497,75 +415,40 @@ def test_a_file_of_damage_is_refused(rec: Path, monkeypatch: pytest.MonkeyPatch)
         read_table(rec)
 
 
-def read_everything(path: Path) -> int:
-    """How many damaged records were named."""
-    file, damaged = RecordFile(path), 0
-    index = path.with_suffix(".idx")
-    for _ in range(2):
-        table = read_table(path)
-        damaged += len(table.damaged)
-        for offset in table.offsets.tolist():
-            file.image_record(offset)
-        index.unlink(missing_ok=True)
-    return damaged
-
-
 def mutate(data: bytearray, rng: random.Random) -> None:
-    kind = rng.randrange(5)
+    """A bit flipped anywhere or near a head, a cut, bytes gone, or others in their place."""
     at = rng.randrange(len(data))
-    if kind == 0:  # a bit anywhere
-        data[at] ^= 1 << rng.randrange(8)
-    elif kind == 1:  # a bit of a head, of a record or an image
-        at = data.find(WORD, at) if data.find(WORD, at) >= 0 else 0
-        data[min(at + rng.randrange(36), len(data) - 1)] ^= 1 << rng.randrange(8)
-    elif kind == 2:
-        del data[at:]
-    elif kind == 3:
-        del data[at : at + rng.randrange(1, 64)]
-    else:
-        data[at : at + 8] = rng.choice([rng.randbytes(8), bytes(8), WORD + b"\xff" * 4, WORD * 2])
+    match rng.randrange(5):
+        case 0:
+            data[at] ^= 1 << rng.randrange(8)
+        case 1:
+            at = max(data.find(WORD, at), 0)
+            data[min(at + rng.randrange(36), len(data) - 1)] ^= 1 << rng.randrange(8)
+        case 2:
+            del data[at:]
+        case 3:
+            del data[at : at + rng.randrange(1, 64)]
+        case 4:
+            data[at : at + 8] = rng.choice([rng.randbytes(8), WORD + b"\xff" * 4, WORD * 2])
 
 
-def check_mutations(rec: Path, data: bytes, index: bytes, seeds: range) -> Counter[str]:
-    """What became of the files: refused, read with or without damage, but no other error."""
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutations_of_a_file_are_refused_or_named(rec: Path, count: int) -> None:
+    """And what is found can be read."""
+    file = mixed(rec, count=12)
+    data, index = file.read_bytes(), file.with_suffix(".idx").read_bytes()
     counts: Counter[str] = Counter()
-    for seed in seeds:
+    for seed in range(count):
         rng = random.Random(seed)
         damaged, damaged_index = bytearray(data), bytearray(index)
         mutate(damaged_index if seed % 8 == 0 else damaged, rng)
         rec.write_bytes(damaged)
         rec.with_suffix(".idx").write_bytes(damaged_index)
         try:
-            counts["damaged" if read_everything(rec) else "whole"] += 1
+            for table in (read_table(rec), without_index(rec)):
+                for offset in table.offsets.tolist():
+                    RecordFile(rec).image_record(offset)
+                counts["damaged" if table.damaged else "whole"] += 1
         except ValueError:
             counts["refused"] += 1
-    return counts
-
-
-@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("source", ["mixed", "mxnet"])
-def test_mutations_of_a_file_are_refused_or_named(
-    pack: Path, rec: Path, source: str, count: int
-) -> None:
-    file = mixed(rec, count=12) if source == "mixed" else pack / "train.rec"
-    data, index = file.read_bytes(), file.with_suffix(".idx").read_bytes()
-    counts = check_mutations(rec, data, index, range(count))
     assert counts["damaged"] > count / 3 and min(counts.values()) > count / 50
-
-
-def test_split_record_in_a_file_above_half_a_gigabyte(rec: Path) -> None:
-    """There a flag read as part of the length would still lie within the file."""
-    payload = struct.pack("<IfQQf", 1, 0, MAGIC, 0, 5) + b"image"  # split at its id
-    size = write(rec, [payload]).stat().st_size
-    with open(rec, "r+b") as file:  # a hole, of which the index does not tell
-        file.truncate(size + (1 << 30))
-    assert read_table(rec).labels.tolist() == [5]
-
-
-def test_an_image_is_where_a_record_is(rec: Path) -> None:
-    inside = struct.pack("<III", MAGIC, 24, 0) + bytes(40)
-    file = RecordFile(write(rec, [pack_image(0, 0, b"x" + inside), pack_image([1, 2], 1, b"y")]))
-    assert file.image(0) == b"x" + inside
-    assert file.image(int(read_table(rec).offsets[1])) == b"y"
-    with pytest.raises(ValueError, match="multiples of 4"):
-        file.image(8 + 24 + 1)
