@@ -1,11 +1,13 @@
 """What the writer leaves: InsightFace's layout, whole or to be resumed to the same bytes."""
 
 import errno
+import os
 import random
 import resource
 import struct
 from pathlib import Path
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -187,3 +189,28 @@ def test_bad_arguments_are_refused(rec: Path, monkeypatch: pytest.MonkeyPatch) -
             writer.write_image(5, bytes(976))
         writer.write_image(5, bytes(975))
     assert read_table(rec).labels.tolist() == [5, 5]
+
+
+def test_swallowed_error_gives_no_name(rec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = InsightFaceWriter(rec)
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(writer._rec, "write", full)
+    with pytest.raises(OSError, match=r"cannot write .*rec\.part"):
+        writer.write_image(0, bytes(100))
+    with pytest.raises(ValueError):
+        writer.close()
+    assert names(rec) == ["train.rec.part"]
+
+
+def test_index_gets_its_name_before_its_records(rec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So where there is a ``.rec``, everything is there."""
+    order: list[str] = []
+    replace = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        order.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    complete(rec, [b"abcd"])
+    assert order == ["train.idx", "train.rec"]
