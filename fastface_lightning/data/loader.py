@@ -1,7 +1,7 @@
 """The order of the training images is a pure function of seed and epoch, and a run knows its place.
 
-A checkpoint holds how many batches of which epoch are done. With the order a pure function, that
-is all a resumed run needs to go on with the next image, without fetching those before it.
+So how many batches of which epoch are done is all that a checkpoint must hold for a run to go on
+with the next image, without fetching those before it.
 """
 
 from collections.abc import Iterator
@@ -20,22 +20,15 @@ GROUPS = 0x67726F75  # no other seed of the project ends in this word
 
 
 def epoch_permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Random permutation of ``range(num_samples)`` that (seed, epoch) alone decides.
+    """Random permutation of ``range(num_samples)`` that (seed, epoch), both at least 0, decide.
 
     Seed and epoch are hashed together, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
-
-    Raises:
-        ValueError: ``seed`` or ``epoch`` is negative.
     """
     return _generator(seed, epoch).permutation(num_samples)
 
 
 def _generator(seed: int, epoch: int, *words: int) -> np.random.Generator:
     """Random numbers that these alone decide; words end in a nonzero one, as zeros are padded."""
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-    if epoch < 0:
-        raise ValueError(f"epoch must be at least 0, got {epoch}")
     return np.random.default_rng([seed, epoch, *words])
 
 
@@ -140,10 +133,9 @@ class GroupSampler(EpochSampler):
         self._labels = dataset.labels  # (N,)
         self.counts = np.bincount(self._labels)
         self._present = np.flatnonzero(self.counts)
-        if len(self._present) < 2:
-            raise ValueError(
-                f"the identity loader needs at least 2 identities, got {len(self._present)}"
-            )
+        count = len(self._present)
+        if count < 2:
+            raise ValueError(f"the identity loader needs at least 2 identities, got {count}")
         # The images of identity c, ascending, are sorted[begins[c] : begins[c] + counts[c]].
         self._sorted = np.argsort(self._labels, kind="stable")
         self._begins = self.counts.cumsum() - self.counts
@@ -193,12 +185,8 @@ class FaceLoader(DataLoader[Any]):
     Batches are (images (B, 3, H, W) uint8 RGB, labels (B,) int64), all of ``batch_size``; the
     images' memory is (B, H, W, 3), as they were decoded. Groups of a :class:`GroupSampler` lie one
     after the other, so an unreadable image's replacement keeps its own label. Lightning keeps
-    :meth:`state_dict` in its checkpoints.
-
-    torchdata's StatefulDataLoader (0.11) is not used: under Lightning, which makes a loader's
-    iterator before it sets the epoch, it goes on with the images of epoch 0 in any other one, and
-    after a checkpoint at an epoch's end it leaves the next one out; and its checkpoints demand the
-    same number of workers. Here two numbers say it all.
+    :meth:`state_dict` in its checkpoints. (torchdata's StatefulDataLoader 0.11 resumes with epoch
+    0's images in any epoch, as Lightning sets the epoch once the iterator is made.)
 
     Args:
         dataset: the training set.
@@ -217,15 +205,12 @@ class FaceLoader(DataLoader[Any]):
     ) -> None:
         size = sampler.size
         if batch_size % size:
-            raise ValueError(
-                f"batch_size must be a multiple of {size}, the images of a group, got {batch_size}"
-            )
+            raise ValueError(f"batch_size must be a multiple of {size} images, got {batch_size}")
         if batch_size > len(sampler):
             what = "training images" if size == 1 else f"groups of {size} training images"
-            ranks = f" of each of {sampler.num_replicas} ranks" if sampler.num_replicas > 1 else ""
             raise ValueError(
-                f"batch_size {batch_size // size} is larger than the"
-                f" {len(sampler) // size} {what}{ranks}"
+                f"batch_size {batch_size // size} is larger than the {len(sampler) // size} {what}"
+                f" of each of {sampler.num_replicas} ranks"
             )
         super().__init__(
             dataset,
@@ -263,7 +248,7 @@ class FaceLoader(DataLoader[Any]):
         """
         if state_dict["batches"] % state_dict["batches_per_epoch"]:
             for name, value in self._units().items():
-                if state_dict.get(name, "1 of images") != value:
+                if state_dict[name] != value:
                     raise ValueError(
                         f"{name} must be {state_dict[name]}, as in the run whose checkpoint lies"
                         f" within an epoch, got {value}"
