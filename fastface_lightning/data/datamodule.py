@@ -62,10 +62,6 @@ class FaceDataModule(LightningDataModule, ABC):
     """
 
     home: Path | None = None  # folder of the data
-    train_set: FaceDataset
-    num_classes: int
-    sets: dict[str, VerificationPairs]
-    verify_names: list[str]
 
     def __init__(
         self,
@@ -144,22 +140,18 @@ class FaceDataModule(LightningDataModule, ABC):
                 "instance": self._loader(images, third),
                 "identity": self._loader(groups, max(third, self.num_workers - third)),
             }
-        self._warn_of_single_images(groups)
+        single, total = int((groups.counts == 1).sum()), int((groups.counts > 0).sum())
+        if single and not self._warned:
+            level = logging.WARNING if 2 * single > total else logging.INFO
+            message = (
+                "%d of the %d identities have a single image, which is served %d times in a row"
+            )
+            logger.log(level, message, single, total, groups.size)
+            self._warned = True
         return CombinedLoader(loaders, "min_size")
 
     def _loader(self, sampler: EpochSampler, num_workers: int) -> FaceLoader:
         return FaceLoader(self.train_set, self.batch_size * sampler.size, sampler, num_workers)
-
-    def _warn_of_single_images(self, groups: GroupSampler) -> None:
-        """Say once how many identities have but one image to fill their groups with."""
-        single, total = int((groups.counts == 1).sum()), int((groups.counts > 0).sum())
-        if single and not self._warned:
-            logger.log(
-                logging.WARNING if 2 * single > total else logging.INFO,
-                "%d of the %d identities have a single image, which is served %d times in a row",
-                *(single, total, groups.size),
-            )
-        self._warned = True
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int

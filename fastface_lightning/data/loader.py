@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from .datasets.base import FaceDataset, collate
 
 BLOCK = 2**16  # groups drawn at a time, where their first images are given
-GROUPS = 0x67726F75  # no other seed of the project ends in this word
+GROUPS = 0x67726F75  # no other seed of the project ends in this word, nor in a padding zero
 
 
 def epoch_permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -24,12 +24,7 @@ def epoch_permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int
 
     Seed and epoch are hashed together, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
     """
-    return _generator(seed, epoch).permutation(num_samples)
-
-
-def _generator(seed: int, epoch: int, *words: int) -> np.random.Generator:
-    """Random numbers that these alone decide; words end in a nonzero one, as zeros are padded."""
-    return np.random.default_rng([seed, epoch, *words])
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -61,11 +56,8 @@ class EpochSampler(DistributedSampler[Any]):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        running = dist.is_available() and dist.is_initialized()
-        if num_replicas is None:
-            num_replicas = dist.get_world_size() if running else 1
-        if rank is None:
-            rank = dist.get_rank() if running else 0
+        if num_replicas is None and not (dist.is_available() and dist.is_initialized()):
+            num_replicas, rank = 1, 0
         super().__init__(dataset, num_replicas, rank, seed=seed, drop_last=True)
         self.start = 0
 
@@ -153,7 +145,7 @@ class GroupSampler(EpochSampler):
         group = self.rank + start * self.num_replicas  # among those of all ranks
         while group < end:
             number, skipped = divmod(group, length)
-            rng = _generator(self.seed, epoch, number, GROUPS)
+            rng = np.random.default_rng([self.seed, epoch, number, GROUPS])
             if firsts is None:
                 identities = rng.permutation(self._present)
                 begun = np.empty((0, length), np.int64)
