@@ -19,10 +19,8 @@ from fastface_lightning.data.augment import (
     _tables,
     coarsen_some,
     crop_some,
-    flip_some,
     recolor_some,
     resizing_matrix,
-    resizing_tables,
 )
 from fastface_lightning.data.datasets.synthetic_faces import draw_face
 
@@ -142,16 +140,6 @@ class TestContract:
                 Augment()(torch.zeros(shape, dtype=dtype))
 
 
-class TestFlip:
-    @given(st.lists(st.booleans(), min_size=1, max_size=8))
-    def test_chosen_images_are_mirrored_bit_by_bit(self, chosen: list[bool]) -> None:
-        images = noise(len(chosen), 9)
-        with with_draws([[0.1 if c else 0.9 for c in chosen]]):
-            found = flip_some(images, 0.5)
-        for image, result, c in zip(images, found, chosen, strict=True):
-            assert torch.equal(result, image.flip(-1) if c else image)
-
-
 def window(image: Tensor) -> tuple[int, int, int, int]:
     """Top, left, height and width of what is not black in a white image."""
     rows, columns = image[0].any(1).nonzero(), image[0].any(0).nonzero()
@@ -226,19 +214,6 @@ class TestLowResolution:
         for expected in OPENCV[kind]:
             found = resizing_matrix(kind, 8, len(expected)) @ LINE
             np.testing.assert_allclose(found, expected, atol=2e-3)
-
-    @pytest.mark.parametrize("length", [1, 2, 23])
-    def test_tables_hold_every_side(self, length: int) -> None:
-        shrink, enlarge = resizing_tables(length)
-        first = max(int(0.2 * length), 1)
-        assert shrink.shape == enlarge.shape == (5, length - first + 1, length, length)
-        for k, kind in enumerate(INTERPOLATIONS):
-            for s in range(first, length + 1):
-                small, large = shrink[k, s - first], enlarge[k, s - first]
-                np.testing.assert_allclose(small[:s], resizing_matrix(kind, length, s), atol=1e-7)
-                np.testing.assert_allclose(large[:, :s], resizing_matrix(kind, s, length), 0, 1e-7)
-                assert not small[s:].any() and not large[:, s:].any()
-            np.testing.assert_allclose(shrink[k, -1], np.eye(length), atol=1e-7)
 
     @pytest.mark.parametrize("sharp", [False, True])
     def test_a_batch_against_one_image_at_a_time(self, sharp: bool) -> None:

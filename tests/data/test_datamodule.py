@@ -79,21 +79,6 @@ class PairsData(FaceDataModule):
         }
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_are_whole_typed_and_in_the_order_of_seed_and_epoch(num_workers: int) -> None:
-    data = ready(PixelsData(4, 3, 3, batch_size=3, num_workers=num_workers, seed=5))
-    for epoch in (0, 1, 7):
-        loader = data.train_dataloader()
-        loader.sampler.set_epoch(epoch)
-        batches = list(loader)
-        assert len(batches) == 3
-        for images, labels in batches:
-            assert images.dtype == torch.uint8 and images.shape == (3, 3, 1, 1)
-            assert labels.dtype == torch.int64
-        served = torch.cat([images[:, 0, 0, 0] for images, _ in batches])
-        assert served.tolist() == epoch_permutation(10, 5, epoch)[:9].tolist()
-
-
 def test_verification_batches_are_pairs_in_order_with_their_index() -> None:
     data = ready(PairsData(batch_size=3))
     train_set = data.train_set
@@ -230,19 +215,9 @@ def numbers(batch: Any) -> dict[str, list[int]]:
     parts = batch if isinstance(batch, dict) else {"images": batch}
     for images, labels in parts.values():
         own = np.repeat(np.arange(len(COUNTS)), COUNTS)[images[:, 0, 0, 0]]
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 1, 1)
         assert labels.dtype == torch.int64 and labels.tolist() == own.tolist()
     return {name: images[:, 0, 0, 0].tolist() for name, (images, _) in parts.items()}
-
-
-def epoch_of(data: FaceDataModule, epoch: int) -> dict[str, list[int]]:
-    """The images of each loader in an epoch."""
-    loader, served = data.train_dataloader(), {}
-    for part in loader.flattened:
-        part.sampler.set_epoch(epoch)
-    for batch, _, _ in loader:
-        for name, images in numbers(batch).items():
-            served[name] = served.get(name, []) + images
-    return served
 
 
 def groups(size: int, by: Any, seed: int, epoch: int) -> list[int]:
@@ -251,21 +226,6 @@ def groups(size: int, by: Any, seed: int, epoch: int) -> list[int]:
     sampler = GroupSampler(dataset, size, by, seed, num_replicas=1, rank=0)
     sampler.set_epoch(epoch)
     return list(sampler)
-
-
-@pytest.mark.parametrize("num_workers", [0, 3])
-def test_batches_of_groups_are_those_of_the_samplers(num_workers: int) -> None:
-    common = {"batch_size": 4, "seed": 3, "num_workers": num_workers}
-    dual = ready(PixelsData(*COUNTS, batches="dual", **common))
-    keys = ready(PixelsData(*COUNTS, batches="keys", keys=3, **common))
-    for epoch in (0, 2):
-        order = epoch_permutation(22, 3, epoch)[:20].tolist()
-        assert epoch_of(dual, epoch) == {
-            "instance": order, "identity": groups(2, "identities", 3, epoch)[:40]
-        }  # fmt: skip
-        served = epoch_of(keys, epoch)
-        assert served == {"identity": groups(4, "images", 3, epoch)[:80]}
-        assert served["identity"][::4] == order
 
 
 def test_a_program_may_set_what_batches_are() -> None:

@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from fastface_lightning.data import (
     ARCFACE_POINTS,
@@ -96,15 +95,6 @@ def test_nothing_in_the_lists_or_files_raises(
     for k, (image, readable) in enumerate(files):
         assert image.shape == (3, 16, 16)
         assert readable == (files.why(k) == "")
-
-
-def test_loader_workers_read_them(noise: list[Path]) -> None:
-    noise[3].unlink()
-    loader = DataLoader(ImageFiles(noise, size=9), batch_size=4, num_workers=2)
-    (first, good), (second, also_good) = loader
-    assert torch.equal(torch.cat([first, second])[5], decode_image(noise[5], 9))
-    assert torch.cat([good, also_good]).tolist() == [True, True, True, False, True, True]
-    assert good.dtype == torch.bool
 
 
 def test_names_in_any_bytes(noise: list[Path], tmp_path: Path) -> None:
