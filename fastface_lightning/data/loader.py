@@ -70,15 +70,13 @@ class GroupSampler(EpochSampler):
     """Serve groups of ``size`` images of one identity, flat: one group after the other.
 
     An epoch has as many groups as the data set has images, so that a loader of groups is as long
-    as one of as many images a batch. The groups are a pure function of seed and epoch; of several
-    ranks, each takes every ``num_replicas``-th, and those that do not divide evenly are left out.
+    as one of as many images a batch. Ranks share groups as they share images.
 
     The images of a group are different ones as long as its identity has so many, and drawn from
     all of its images beyond that: an identity's only image is served ``size`` times.
 
     Groups are drawn a pass or :data:`BLOCK` at a time, each from a generator of its own, so that
-    no place in an epoch needs those before it. Starting sorts the labels: seconds and 8 bytes an
-    image at 42 million.
+    no place in an epoch needs those before it.
 
     Args:
         dataset: what is sampled; only its labels matter, in any order.

@@ -71,21 +71,6 @@ class TestContract:
         assert Augment(0, 0, 0, 0)(images) is images
         assert torch.equal(torch.get_rng_state(), state)
 
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_each_kind_is_one_draw_whose_size_depends_on_the_batch_alone(self, kind: str) -> None:
-        shapes: list[tuple[int, ...]] = []
-        real = torch.rand
-
-        def spy(*shape: int, device: torch.device) -> Tensor:
-            shapes.append(shape)
-            return real(*shape, device=device)
-
-        with patch("torch.rand", spy):
-            for images in (noise(6), torch.zeros(6, 3, 112, 112, dtype=torch.uint8)):
-                for p in (1e-9, 0.5, 1.0):
-                    only(kind, p)(images)
-        assert len(shapes) == 6 and len(set(shapes)) == 1
-
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     def test_seed_alone_decides_not_memory_format_nor_precision(
         self, layout: torch.memory_format

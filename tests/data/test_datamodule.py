@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from pixels import Pixels
 from ranks import on_two_ranks
 
 from fastface_lightning.data import (
@@ -33,27 +34,6 @@ Tree = Callable[..., Path]
 def ready(module: FaceDataModule) -> Any:
     module.setup("fit")
     return module
-
-
-class Pixels(FaceDataset):
-    """Image i is everywhere i."""
-
-    def __init__(self, labels: Any) -> None:
-        super().__init__(size=1, max_bad=0)
-        labels = np.asarray(labels, dtype=np.int32)
-        self._hold([str(i) for i in range(labels.max() + 1)], labels)
-
-    def _fetch(self, index: int) -> bytes:
-        return bytes([index])
-
-    def read_into(self, index: int, out: np.ndarray) -> None:
-        out[:] = index
-
-    def name(self, index: int) -> str:
-        return str(index)
-
-    def __str__(self) -> str:
-        return "pixels"
 
 
 class PixelsData(FaceDataModule):

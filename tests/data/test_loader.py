@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pixels import Pixels
 
 from fastface_lightning.data import (
     EpochSampler,
-    FaceDataset,
     FaceLoader,
     GroupSampler,
     epoch_permutation,
@@ -50,31 +50,7 @@ def test_ranks_share_the_epoch(num_samples: int, replicas: int, seed: int, epoch
     assert len(set(served)) == len(served) and set(served) == set(whole[: len(served)])
 
 
-def test_an_iterator_keeps_its_epoch() -> None:
-    """A prefetching loader may set the next epoch while the last one is being read."""
-    dataset = Labelled([i // 3 for i in range(30)])
-    for make in (
-        lambda: EpochSampler(dataset),
-        lambda: GroupSampler(dataset, 2, "identities"),
-        lambda: GroupSampler(dataset, 2, "images"),
-    ):
-        sampler, other = make(), make()
-        iterator = iter(sampler)
-        sampler.set_epoch(1)
-        assert list(iterator) == list(other)
-
-
 # Groups of one identity.
-
-
-class Labelled:
-    """Nothing but labels."""
-
-    def __init__(self, labels: Any) -> None:
-        self.labels = np.asarray(labels, dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 LABELS = st.lists(st.integers(0, 12), min_size=2, max_size=60).filter(lambda x: len(set(x)) > 1)
@@ -85,7 +61,7 @@ GROUPS = st.fixed_dictionaries(
 
 def groups_of(labels: Any, epoch: int = 0, start: int = 0, **options: Any) -> list[tuple[int, ...]]:
     """The groups that a sampler serves, from the ``start``-th on."""
-    sampler = GroupSampler(Labelled(labels), **options)
+    sampler = GroupSampler(Pixels(labels), **options)
     sampler.set_epoch(epoch)
     sampler.start = start * sampler.size
     images = list(sampler)
@@ -155,34 +131,10 @@ def test_ranks_share_the_groups_from_any_start(
 )
 def test_what_makes_no_groups_is_refused(labels: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        GroupSampler(Labelled(labels), **{"size": 2, "by": "identities", **options})
+        GroupSampler(Pixels(labels), **{"size": 2, "by": "identities", **options})
 
 
 # The loader and its place.
-
-
-class Numbered(FaceDataset):
-    """Image i is of identity i // each, and its pixels are bytes of i."""
-
-    def __init__(self, count: int, each: int = 1) -> None:
-        super().__init__(size=1, max_bad=1)
-        labels = np.arange(count, dtype=np.int32) // each
-        self._hold([str(i) for i in range(labels[-1] + 1)], labels)
-        self.broken: int | None = None
-
-    def _fetch(self, index: int) -> bytes:
-        return bytes([index % 256])
-
-    def name(self, index: int) -> str:
-        return str(index)
-
-    def read_into(self, index: int, out: np.ndarray) -> None:
-        if index == self.broken:
-            raise ValueError("broken")
-        out[:] = self._fetch(index)[0]
-
-    def __str__(self) -> str:
-        return "numbers"
 
 
 def loader_of(
@@ -194,7 +146,7 @@ def loader_of(
     epoch: int = 0,
     **options: Any,
 ) -> FaceLoader:
-    dataset = Numbered(count)
+    dataset = Pixels(range(count))
     loader = FaceLoader(dataset, batch, EpochSampler(dataset, seed, ranks, rank), **options)
     loader.sampler.set_epoch(epoch)
     return loader
@@ -309,7 +261,7 @@ def test_another_order_is_refused_within_an_epoch_only() -> None:
 
 
 def group_loader(by: Any, size: int, batch: int, epoch: int = 0, **options: Any) -> FaceLoader:
-    dataset = Numbered(40, each=4)
+    dataset = Pixels(np.arange(40) // 4)
     sampler = GroupSampler(dataset, size, by, **options)
     sampler.set_epoch(epoch)
     return FaceLoader(dataset, size * batch, sampler)
@@ -323,7 +275,7 @@ def test_what_replaces_a_broken_image_keeps_its_own_label() -> None:
 
 
 def test_batches_are_filled_and_hold_whole_groups() -> None:
-    dataset = Numbered(40, each=4)
+    dataset = Pixels(np.arange(40) // 4)
     for batch, ranks, message in (
         (123, 1, "batch_size 41 is larger than the 40 groups of 3"),
         (63, 2, "larger than the 20 groups of 3 training images of each of 2 ranks"),
