@@ -354,12 +354,13 @@ def _compare_counts(
     name: str, root: Path, faces: FaceDataset, num_identities: int | None, num_images: int | None
 ) -> None:
     """Warn if the faces are not as many as they should be; None is any number."""
-    for what, expected, count in (
-        ("identities", num_identities, faces.num_classes),
-        ("images", num_images, len(faces)),
-    ):
-        if expected not in (None, count):
-            logger.warning("%s: expected %d %s in %s, got %d", name, expected, what, root, count)
+    people, images = faces.num_classes, len(faces)
+    wanted = num_identities or people, num_images or images
+    expected, counted = (
+        f"{c:,} identities and {n:,} images" for c, n in (wanted, (people, images))
+    )
+    if counted != expected:
+        logger.warning("%s: expected %s in %s, got %s", name, expected, root, counted)
 
 
 def read_people(file: Path) -> dict[str, int]:

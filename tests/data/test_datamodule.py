@@ -141,7 +141,8 @@ def test_absent_and_unexpected_faces_are_told(tree: Tree, caplog: pytest.LogCapt
     assert not caplog.messages
     ready(FaceData(root, name="ten", num_identities=10, num_images=31))
     (message,) = caplog.messages
-    assert message.startswith("ten: expected 31 images in") and message.endswith("got 30")
+    assert message.startswith("ten: expected 10 identities and 31 images in")
+    assert message.endswith("got 10 identities and 30 images")
 
 
 @given(st.lists(st.text(min_size=1), min_size=3, max_size=30, unique=True), st.floats(0.01, 0.99))
@@ -181,7 +182,7 @@ def test_lfw_data_says_what_should_be_there(tree: Tree, caplog) -> None:
     people.write_text("2\nann\t2\nbob\t3\n")
     data = ready(LFWData(root.parent))
     assert data.train_set.identities == data.faces().identities == ["ann", "bob"]
-    assert "lfw: expected 5 images in" in caplog.text
+    assert "lfw: expected 2 identities and 5 images in" in caplog.text
 
 
 # Several images of one identity.

@@ -3,7 +3,7 @@
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -229,9 +229,6 @@ class Batch(Sequence[tuple[Tensor, int]]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.images[index], int(self.labels[index])
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        return (self[i] for i in range(len(self)))
 
 
 def collate(batch: Any) -> Any:
