@@ -114,7 +114,7 @@ def coarsen_some(images: Tensor, p: float) -> Tensor:
 
     The small side is int(ratio x side), at least 1, the ratio uniform in (0.2, 1). Each way has
     one of OpenCV's five interpolations, as AdaFace draws them, with equal odds; see
-    :func:`resizing_tables`. Shrinking is thus antialiased by the area rule alone. The small image
+    :func:`resizing_matrix`. Shrinking is thus antialiased by the area rule alone. The small image
     is not rounded to bytes between.
 
     Resizing is linear and separable: with the product R of an enlarging and a shrinking matrix,
@@ -171,15 +171,9 @@ def _smallest(length: int) -> int:
 
 def _resizing(length: int, ratio: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """To the small side and back: (N, L, L) float32 from ratios and kinds, (N,) each."""
-    shrink, enlarge = _tables(length, ratio.device)
+    shrink, enlarge = resizing_tables(length, ratio.device)
     side = (ratio * length).long().clamp(_smallest(length), length) - _smallest(length)
     return enlarge[up, side] @ shrink[down, side]
-
-
-@cache
-def _tables(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    shrink, enlarge = resizing_tables(length)
-    return torch.from_numpy(shrink).to(device), torch.from_numpy(enlarge).to(device)
 
 
 def _linear(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -227,14 +221,14 @@ def resizing_matrix(kind: str, length: int, to: int) -> NDArray[np.float64]:
     return matrix
 
 
-def resizing_tables(length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+@cache
+def resizing_tables(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """All matrices from ``length`` pixels to a smaller side, and all back.
 
     Returns:
-        shrinking and enlarging, each (5, S, length, length) float32, by interpolation (``nearest``,
-        ``area``, ``linear``, ``cubic``, ``lanczos``) and by small side, from
-        max(int(0.2 length), 1) to ``length``, which changes nothing. A small side's own rows, or
-        columns, come first and zeros fill the rest. At 112 pixels the two take 46 MB.
+        shrinking and enlarging, each (5, S, length, length) float32, by interpolation and by small
+        side, from max(int(0.2 length), 1) to ``length``, which changes nothing. A small side's own
+        rows, or columns, come first and zeros fill the rest. At 112 pixels the two take 46 MB.
     """
     first = _smallest(length)
     shape = len(INTERPOLATIONS), length - first + 1, length, length
@@ -243,4 +237,4 @@ def resizing_tables(length: int) -> tuple[NDArray[np.float32], NDArray[np.float3
         for side in range(first, length + 1):
             shrink[k, side - first, :side] = resizing_matrix(kind, length, side)
             enlarge[k, side - first, :, :side] = resizing_matrix(kind, side, length)
-    return shrink, enlarge
+    return torch.from_numpy(shrink).to(device), torch.from_numpy(enlarge).to(device)

@@ -156,7 +156,16 @@ def _read_points(
 
 
 def _read_pairs(file: Path, known: Integers) -> tuple[Integers, NDArray[np.bool_]]:
-    table = _read_integers(file)
+    """Pairs and whether they show one person: read by numpy, or again to name a bad line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it would warn of an empty file, and cut fractions off
+        try:
+            table = np.loadtxt(file, np.int64, comments=None, ndmin=2, encoding="utf-8-sig")
+        except (ValueError, Warning):
+            table = np.empty((0, 0), np.int64)
+    if table.shape[1] != 3:
+        rows = [tuple(map(int, m.groups())) for m in _lines(file, _PAIR, "tid1 tid2 label")]
+        table = np.array(rows, np.int64).reshape(-1, 3)
     if not len(table):
         raise ValueError(f"{file} lists no pair")
     pairs, labels = table[:, :2], table[:, 2]
@@ -166,20 +175,6 @@ def _read_pairs(file: Path, known: Integers) -> tuple[Integers, NDArray[np.bool_
     for column in pairs.T:  # one after the other, which takes half the memory
         _require_images(file, column, known)
     return pairs, labels == 1
-
-
-def _read_integers(file: Path) -> Integers:
-    """(lines, 3) int64: numpy reads them in C, and what it refuses is read to name the line."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it would warn of an empty file, and cut fractions off
-        try:
-            table = np.loadtxt(file, np.int64, comments=None, ndmin=2, encoding="utf-8-sig")
-        except (ValueError, Warning):
-            table = np.empty((0, 0), np.int64)
-    if table.shape[1] == 3:
-        return table
-    rows = [tuple(map(int, m.groups())) for m in _lines(file, _PAIR, "tid1 tid2 label")]
-    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def _read_subjects(file: Path, known: Integers) -> TemplateSubjects:

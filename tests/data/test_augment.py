@@ -16,11 +16,11 @@ from torchvision.transforms import functional as TF
 from fastface_lightning.data.augment import (
     INTERPOLATIONS,
     Augment,
-    _tables,
     coarsen_some,
     crop_some,
     recolor_some,
     resizing_matrix,
+    resizing_tables,
 )
 from fastface_lightning.data.datasets.synthetic_faces import draw_face
 
@@ -107,11 +107,11 @@ class TestContract:
     def test_nothing_depends_on_the_data(self, device: str) -> None:
         # A fake tensor has no values: `.item()`, `nonzero` and Boolean masks raise here, and
         # those are what makes a host wait for its device.
-        _tables.cache_clear()
+        resizing_tables.cache_clear()
         with FakeTensorMode():
             images = torch.empty(6, 3, 112, 112, dtype=torch.uint8, device=device)
             found = Augment(0.5, 0.5, 0.5, 0.5)(images)
-        _tables.cache_clear()
+        resizing_tables.cache_clear()
         assert found.shape == images.shape and found.dtype == images.dtype
         assert found.device.type == device
 
