@@ -228,7 +228,17 @@ class FaceLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The position: batches served of an epoch, and what they are counted in."""
-        return {"epoch": self._epoch, "batches": self._batches, **self._units()}
+        size = self.sampler.size
+        return {
+            "epoch": self._epoch,
+            "batches": self._batches,
+            "order": f"{size} of {self.sampler.by}",
+            "batch_size": (self.batch_size or 1) // size,
+            "ranks": self.sampler.num_replicas,
+            "images": len(self.sampler.dataset),  # type: ignore[arg-type]
+            "seed": self.sampler.seed,
+            "batches_per_epoch": len(self),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at a position, once, if the next iteration is of its epoch.
@@ -237,8 +247,8 @@ class FaceLoader(DataLoader[Any]):
             ValueError: it lies within an epoch of another order.
         """
         if state_dict["batches"] % state_dict["batches_per_epoch"]:
-            for name, value in self._units().items():
-                if state_dict[name] != value:
+            for name, value in self.state_dict().items():
+                if name not in ("epoch", "batches") and state_dict[name] != value:
                     raise ValueError(
                         f"{name} must be {state_dict[name]}, as in the run whose checkpoint lies"
                         f" within an epoch, got {value}"
@@ -246,14 +256,3 @@ class FaceLoader(DataLoader[Any]):
         self._resume = state_dict
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
         self.sampler.set_epoch(state_dict["epoch"])
-
-    def _units(self) -> dict[str, Any]:
-        size = self.sampler.size
-        return {
-            "order": f"{size} of {self.sampler.by}",
-            "batch_size": (self.batch_size or 1) // size,
-            "ranks": self.sampler.num_replicas,
-            "images": len(self.sampler.dataset),  # type: ignore[arg-type]
-            "seed": self.sampler.seed,
-            "batches_per_epoch": len(self),
-        }

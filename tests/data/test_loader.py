@@ -205,20 +205,6 @@ def test_a_run_goes_on_at_any_batch(run: dict[str, int], data: st.DataObject) ->
     assert served(last) == want, "the place is used once"
 
 
-def test_workers_go_on_too() -> None:
-    want = served(loader_of(40, 3, epoch=2))
-    loader = loader_of(40, 3, epoch=2, num_workers=2)
-    batches = iter(loader)
-    got = served([next(batches) for _ in range(4)])
-    state = loader.state_dict()  # though workers are batches ahead
-    batches.close()
-    other = loader_of(40, 3, num_workers=2)
-    other.load_state_dict(state)
-    assert got + served(other) == want
-    other.sampler.set_epoch(3)  # the workers stay for the next epoch
-    assert served(other) == served(loader_of(40, 3, epoch=3))
-
-
 def test_a_place_is_used_in_its_epoch_alone() -> None:
     loader = loader_of(10, 3)
     batches = iter(loader)
