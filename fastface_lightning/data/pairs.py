@@ -184,9 +184,7 @@ def pair_files(file: str | Path, image_root: str | Path | None = None) -> list[P
     root = Path(image_root or "")
     table = "," in lines[0][1]
     pairs = _parse_csv(file, text, root) if table else _parse_lfw(file, lines, root)
-    if image_root is None and not all(
-        p.first.is_absolute() and p.second.is_absolute() for p in pairs
-    ):
+    if image_root is None and not all(path.is_absolute() for pair in pairs for path in pair[:2]):
         raise ValueError(f"image_root must be the folder of the images in {file}, got None")
     return pairs
 
