@@ -1,14 +1,11 @@
 """Five landmarks take a face to the place in its 112x112 crop where every other face has it.
 
-Finding faces and landmarks is others' work. The field's own package is `insightface` (2.1 in
-November 2026): ``FaceAnalysis(...).get(image)`` gives faces whose ``kps`` are the five points in
-this order; its code is MIT's, its models are for research only. `uniface` (4.2, Python from 3.11)
-offers RetinaFace, SCRFD and others with the same five ``landmarks``. Both want BGR images, as
-OpenCV reads them. `facenet-pytorch` rests since April 2024 and asks for torch below 2.3.
+Finding faces and landmarks is others' work: `insightface`'s ``FaceAnalysis(...).get(image)`` gives
+faces whose ``kps`` are the five points in this order (its code is MIT's, its models are for
+research only), `uniface` the same as ``landmarks``. Both want BGR images, as OpenCV reads them.
 """
 
 from collections.abc import Iterator
-from math import isfinite, nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,9 +111,15 @@ def align_face(image: NDArray[np.uint8], points: ArrayLike, size: int = 112) -> 
     turn = np.linalg.inv(matrix[:, :2])  # from the crop to the image, which is what Pillow wants
     start = -turn @ matrix[:, 2]
     corners = np.array([(0, 0), (0, 1), (1, 0), (1, 1)]) * (size - 1)
-    part, origin = _part(image, corners @ turn.T + start)
+    frame = np.array(image.shape[1::-1])
+    sought = corners @ turn.T + start
+    low = np.floor(sought.min(0)).clip(0, frame).astype(np.int64)
+    high = (np.floor(sought.max(0)) + 2).clip(0, frame).astype(np.int64)
+    # What of the image is needed, framed in zeros: Pillow then fades to black over the last pixel
+    # as OpenCV does, where it would otherwise repeat half of it.
+    part = np.pad(image[low[1] : high[1], low[0] : high[0]], ((1, 1), (1, 1), (0, 0)))
     # Pillow puts (0, 0) at the corner of a first pixel, half a pixel from its centre.
-    start = start - origin - turn @ [0.5, 0.5] + 0.5
+    start = start - (low - 1) - turn @ [0.5, 0.5] + 0.5
     back = (*turn[0], start[0], *turn[1], start[1])
     kind, filter = Image.Transform.AFFINE, Image.Resampling.BILINEAR
     # In floats, since of bytes Pillow cuts fractions off, which darkens by half a grey level.
@@ -125,21 +128,6 @@ def align_face(image: NDArray[np.uint8], points: ArrayLike, size: int = 112) -> 
         for channel in part.astype(np.float32).transpose(2, 0, 1)
     ]
     return np.stack(crop, axis=-1).round().astype(np.uint8)
-
-
-def _part(
-    image: NDArray[np.uint8], corners: NDArray[np.float64]
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """What of the image lies within the corners (4, 2), in a frame of zeros; its origin (x, y).
-
-    The frame makes Pillow fade to black over the last pixel as OpenCV does, where it would
-    otherwise repeat half of it.
-    """
-    shape = np.array(image.shape[1::-1])
-    low = np.floor(corners.min(0)).clip(0, shape).astype(np.int64)
-    high = (np.floor(corners.max(0)) + 2).clip(0, shape).astype(np.int64)
-    part = image[low[1] : high[1], low[0] : high[0]]
-    return np.pad(part, ((1, 1), (1, 1), (0, 0))), low - 1
 
 
 def _require(good: NDArray[np.bool_], rule: str, points: NDArray[np.float64]) -> None:
@@ -178,23 +166,16 @@ def _parse(line: str) -> Landmarks:
     if len(fields) == 17:
         if fields[0] != "0":
             raise ValueError(f"aligned must be 0, got {fields[0]!r}")
-        points = np.array(_finite("landmarks", fields[7:])).reshape(2, 5).T
-        return Landmarks(fields[1], points, None)
+        return Landmarks(fields[1], _finite(fields[7:]).reshape(2, 5).T, None)
     if len(fields) in (11, 12):
-        points = np.array(_finite("landmarks", fields[1:11])).reshape(5, 2)
-        scores = _finite("scores", fields[11:])
-        return Landmarks(fields[0], points, scores[0] if scores else None)
+        numbers = _finite(fields[1:])
+        score = float(numbers[10]) if len(numbers) == 11 else None
+        return Landmarks(fields[0], numbers[:10].reshape(5, 2), score)
     raise ValueError(f"expected 'name x1 y1 … x5 y5', got {line[:80]!r}")
 
 
-def _finite(what: str, fields: list[str]) -> list[float]:
-    numbers = []
-    for field in fields:
-        try:
-            number = float(field)
-        except ValueError:
-            number = nan
-        if not isfinite(number):
-            raise ValueError(f"{what} must be finite numbers, got {field!r}")
-        numbers.append(number)
+def _finite(fields: list[str]) -> NDArray[np.float64]:
+    numbers = np.array([float(field) for field in fields])
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"landmarks and scores must be finite, got {' '.join(fields)[:80]}")
     return numbers

@@ -6,14 +6,13 @@ images were chosen.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-Tables = tuple[Tensor, Tensor]  # shrinking (5, S, L, L) and enlarging (5, S, L, L), float32
 
 _SCALE = (0.2, 1.0)  # share of the area that a crop keeps
 _RATIO = (3 / 4, 4 / 3)  # its width by its height
@@ -54,9 +53,6 @@ class Augment:
     crop: float = 0.0
     low_resolution: float = 0.0
     photometric: float = 0.0
-    _tables: dict[tuple[int, torch.device], Tables] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         for name in ("flip", "crop", "low_resolution", "photometric"):
@@ -65,38 +61,23 @@ class Augment:
                 raise ValueError(f"{name} must be a probability in [0, 1], got {p}")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The batch, changed; the one given stays as it is.
-
-        Args:
-            images: (N, 3, H, W) uint8 RGB in [0, 255], on any device, in any memory format.
-
-        Returns:
-            The same shape, type, device and memory format.
+        """A changed copy of (N, 3, H, W) uint8 RGB images, on their device, in their layout.
 
         Raises:
             ValueError: the images have another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}"
-            )
+            got = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images must be uint8 (N, 3, H, W), got {got}")
         if self.flip:
             images = flip_some(images, self.flip)
         if self.crop:
             images = crop_some(images, self.crop)
         if self.low_resolution:
-            rows, columns = (self._tables_of(side, images.device) for side in images.shape[2:])
-            images = coarsen_some(images, self.low_resolution, rows, columns)
+            images = coarsen_some(images, self.low_resolution)
         if self.photometric:
             images = recolor_some(images, self.photometric)
         return images
-
-    def _tables_of(self, length: int, device: torch.device) -> Tables:
-        key = length, device
-        if key not in self._tables:
-            shrink, enlarge = (torch.from_numpy(table) for table in resizing_tables(length))
-            self._tables[key] = shrink.to(device), enlarge.to(device)
-        return self._tables[key]
 
 
 def flip_some(images: Tensor, p: float = 0.5) -> Tensor:
@@ -128,31 +109,23 @@ def crop_some(images: Tensor, p: float) -> Tensor:
     return images * (rows[:, None, :, None] & columns[:, None, None, :])
 
 
-def coarsen_some(images: Tensor, p: float, rows: Tables, columns: Tables) -> Tensor:
+def coarsen_some(images: Tensor, p: float) -> Tensor:
     """Make each image (N, 3, H, W) uint8 small and large again, with probability p.
 
     The small side is int(ratio x side), at least 1, the ratio uniform in (0.2, 1). Each way has
     one of OpenCV's five interpolations, as AdaFace draws them, with equal odds; see
-    :func:`resizing_tables`. Shrinking is thus antialiased by the area rule alone. The small image
+    :func:`resizing_matrix`. Shrinking is thus antialiased by the area rule alone. The small image
     is not rounded to bytes between.
 
     Resizing is linear and separable: with the product R of an enlarging and a shrinking matrix,
     a channel X becomes :math:`R_H X R_W^T`.
-
-    Args:
-        images: the batch.
-        p: probability in [0, 1].
-        rows: ``resizing_tables(H)`` on the images' device.
-        columns: ``resizing_tables(W)`` there.
     """
     chosen, ratio, down, up = torch.rand(4, len(images), device=images.device)
     ratio = torch.where(chosen < p, _between(_SIDE, ratio), 1)
     down, up = ((kind * len(INTERPOLATIONS)).long() for kind in (down, up))
-    height, width = images.shape[2:]
     # bfloat16's 8 bits would blur the pixels; the 11 of TF32, where allowed, err by a grey level.
     with torch.autocast(images.device.type, enabled=False):
-        tall = _resizing(rows, (ratio * height).long(), down, up)
-        wide = tall if width == height else _resizing(columns, (ratio * width).long(), down, up)
+        tall, wide = (_resizing(length, ratio, down, up) for length in images.shape[2:])
         return _to_bytes(tall[:, None] @ images.float() @ wide[:, None].mT, images)
 
 
@@ -178,8 +151,7 @@ def recolor_some(images: Tensor, p: float) -> Tensor:
 
 
 def _between(bounds: tuple[float, float], draws: Tensor) -> Tensor:
-    low, high = bounds
-    return low + (high - low) * draws
+    return bounds[0] + (bounds[1] - bounds[0]) * draws
 
 
 def _interval(start: Tensor, length: Tensor, size: int) -> Tensor:
@@ -197,12 +169,11 @@ def _smallest(length: int) -> int:
     return max(int(_SIDE[0] * length), 1)
 
 
-def _resizing(tables: Tables, side: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """To the small side and back: (N, L, L) float32 from sides and kinds (N,) int64."""
-    shrink, enlarge = tables
-    length = shrink.shape[-1]
-    at = side.clamp(_smallest(length), length) - _smallest(length)
-    return enlarge[up, at] @ shrink[down, at]
+def _resizing(length: int, ratio: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """To the small side and back: (N, L, L) float32 from ratios and kinds, (N,) each."""
+    shrink, enlarge = resizing_tables(length, ratio.device)
+    side = (ratio * length).long().clamp(_smallest(length), length) - _smallest(length)
+    return enlarge[up, side] @ shrink[down, side]
 
 
 def _linear(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -250,14 +221,14 @@ def resizing_matrix(kind: str, length: int, to: int) -> NDArray[np.float64]:
     return matrix
 
 
-def resizing_tables(length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+@cache
+def resizing_tables(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """All matrices from ``length`` pixels to a smaller side, and all back.
 
     Returns:
-        shrinking and enlarging, each (5, S, length, length) float32, by interpolation (``nearest``,
-        ``area``, ``linear``, ``cubic``, ``lanczos``) and by small side, from
-        max(int(0.2 length), 1) to ``length``, which changes nothing. A small side's own rows, or
-        columns, come first and zeros fill the rest. At 112 pixels the two take 46 MB.
+        shrinking and enlarging, each (5, S, length, length) float32, by interpolation and by small
+        side, from max(int(0.2 length), 1) to ``length``, which changes nothing. A small side's own
+        rows, or columns, come first and zeros fill the rest. At 112 pixels the two take 46 MB.
     """
     first = _smallest(length)
     shape = len(INTERPOLATIONS), length - first + 1, length, length
@@ -266,4 +237,4 @@ def resizing_tables(length: int) -> tuple[NDArray[np.float32], NDArray[np.float3
         for side in range(first, length + 1):
             shrink[k, side - first, :side] = resizing_matrix(kind, length, side)
             enlarge[k, side - first, :, :side] = resizing_matrix(kind, side, length)
-    return shrink, enlarge
+    return torch.from_numpy(shrink).to(device), torch.from_numpy(enlarge).to(device)

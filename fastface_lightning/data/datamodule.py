@@ -62,10 +62,6 @@ class FaceDataModule(LightningDataModule, ABC):
     """
 
     home: Path | None = None  # folder of the data
-    train_set: FaceDataset
-    num_classes: int
-    sets: dict[str, VerificationPairs]
-    verify_names: list[str]
 
     def __init__(
         self,
@@ -80,17 +76,15 @@ class FaceDataModule(LightningDataModule, ABC):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 image, got {batch_size}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
+        for name, value in (("num_workers", num_workers), ("seed", seed)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if isinstance(verify, (str, Path)):
             raise ValueError(f"verify must be a list, as [lfw,cfp_fp], got {str(verify)!r}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        _check_batches(batches, keys)
         self.verify, self.verify_root = list(verify), verify_root
         self.batches, self.keys = batches, keys
-        self._built = self._warned = False
+        self._warned = False
 
     def faces(self) -> FaceDataset:
         """All that the data set has to train on, before any of it is held out."""
@@ -101,23 +95,18 @@ class FaceDataModule(LightningDataModule, ABC):
         """The training set, and the verification sets that come with it, by name."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the sets, once, whatever the stage.
-
-        Raises:
-            ValueError: something is not there; a verification set's name comes twice.
-        """
-        if self._built:
+        """Build the sets, once, whatever the stage."""
+        if hasattr(self, "sets"):
             return
         files = [self._find(name) for name in self.verify]  # before what takes long
-        self.train_set, self.sets = self.build()
+        self.train_set, sets = self.build()
         for file in files:
             name = file.stem.replace(".", "_")
-            if name in self.sets:
+            if name in sets:
                 raise ValueError(f"verification sets must have different names, got {name} twice")
-            self.sets[name] = read_verification(file, self.verify_root or self.home)
+            sets[name] = read_verification(file, self.verify_root or self.home)
         self.num_classes = self.train_set.num_classes
-        self.verify_names = list(self.sets)
-        self._built = True
+        self.sets, self.verify_names = sets, list(sets)
 
     def _find(self, name: str | Path) -> Path:
         """File of a verification set."""
@@ -136,7 +125,8 @@ class FaceDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: there are not enough images for one batch, or identities for groups.
         """
-        _check_batches(self.batches, self.keys)
+        if self.batches not in ("images", "dual", "keys"):
+            raise ValueError(f"batches must be images, dual or keys, got {self.batches}")
         images = EpochSampler(self.train_set, self.seed)
         if self.batches == "images":
             return self._loader(images, self.num_workers)
@@ -150,22 +140,18 @@ class FaceDataModule(LightningDataModule, ABC):
                 "instance": self._loader(images, third),
                 "identity": self._loader(groups, max(third, self.num_workers - third)),
             }
-        self._warn_of_single_images(groups)
+        single, total = int((groups.counts == 1).sum()), int((groups.counts > 0).sum())
+        if single and not self._warned:
+            level = logging.WARNING if 2 * single > total else logging.INFO
+            message = (
+                "%d of the %d identities have a single image, which is served %d times in a row"
+            )
+            logger.log(level, message, single, total, groups.size)
+            self._warned = True
         return CombinedLoader(loaders, "min_size")
 
     def _loader(self, sampler: EpochSampler, num_workers: int) -> FaceLoader:
         return FaceLoader(self.train_set, self.batch_size * sampler.size, sampler, num_workers)
-
-    def _warn_of_single_images(self, groups: GroupSampler) -> None:
-        """Say once how many identities have but one image to fill their groups with."""
-        single, total = int((groups.counts == 1).sum()), int((groups.counts > 0).sum())
-        if single and not self._warned:
-            logger.log(
-                logging.WARNING if 2 * single > total else logging.INFO,
-                "%d of the %d identities have a single image, which is served %d times in a row",
-                *(single, total, groups.size),
-            )
-        self._warned = True
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -180,19 +166,13 @@ class FaceDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader a verification set, in order; without workers, as the pairs are in memory."""
-        return [
-            DataLoader(
-                TensorDataset(
-                    pairs.images[0::2],
-                    pairs.images[1::2],
-                    pairs.same,
-                    torch.arange(len(pairs.same)),
-                ),
-                self.batch_size,
-                pin_memory=torch.cuda.is_available(),
-            )
-            for pairs in self.sets.values()
-        ]
+        loaders = []
+        for pairs in self.sets.values():
+            a, b, places = pairs.images[0::2], pairs.images[1::2], torch.arange(len(pairs.same))
+            dataset = TensorDataset(a, b, pairs.same, places)
+            pin_memory = torch.cuda.is_available()
+            loaders.append(DataLoader(dataset, self.batch_size, pin_memory=pin_memory))
+        return loaders
 
 
 class SyntheticData(FaceDataModule):
@@ -226,13 +206,8 @@ class SyntheticData(FaceDataModule):
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
         if not self.verify_pairs:
             return self.faces(), {}
-        pairs = synthetic_pairs(
-            self.verify_pairs,
-            self.verify_identities,
-            self.images_per_identity,
-            seed=0,
-            first_identity=self.num_identities,
-        )
+        people, images = self.verify_identities, self.images_per_identity
+        pairs = synthetic_pairs(self.verify_pairs, people, images, 0, self.num_identities)
         return self.faces(), {"synthetic": pairs}
 
 
@@ -282,17 +257,10 @@ class FaceData(FaceDataModule):
         self.num_identities, self.num_images = num_identities, num_images
 
     def faces(self) -> FaceDataset:
-        """All faces, whose numbers are compared with what they should be.
-
-        Raises:
-            ValueError: they are not there.
-        """
+        """All faces, whose numbers are compared with what they should be."""
         if not self.root.exists():
-            expected = _counts(self.num_identities, self.num_images)
-            raise ValueError(
-                f"{self.name}: nothing at {self.root}; expected {self.root}/<identity>/<image>.jpg,"
-                f" a .rec or .tar shards{expected and f' with {expected}'}"
-            )
+            layouts = "folders <identity>/<image>.jpg, a .rec or .tar shards"
+            raise ValueError(f"{self.name}: nothing at {self.root}; expected {layouts}")
         faces = open_faces(self.root, self.list, self.max_bad, self.reindex)
         _compare_counts(str(self.name), self.root, faces, self.num_identities, self.num_images)
         return faces
@@ -310,15 +278,16 @@ def open_faces(
     root: Path, list: str | Path | None = None, max_bad: int = 100, reindex: bool = False
 ) -> FaceDataset:
     """The faces at ``root``, in whichever of the layouts that :class:`FaceData` names."""
+    layout: type[ShardDataset | RecordDataset | IdentityFolder]
     if list is not None:
         return FaceList(list, root, max_bad=max_bad, reindex=reindex)
     if not root.is_dir():
-        pack = ShardDataset if is_shard(root.name) else RecordDataset
-        return pack(root, max_bad=max_bad, reindex=reindex)
-    if (root / "train.rec").is_file():
-        return RecordDataset(root / "train.rec", max_bad=max_bad, reindex=reindex)
-    folder = ShardDataset if holds_shards(root) else IdentityFolder
-    return folder(root, max_bad=max_bad, reindex=reindex)
+        layout = ShardDataset if is_shard(root.name) else RecordDataset
+    elif (root / "train.rec").is_file():
+        root, layout = root / "train.rec", RecordDataset
+    else:
+        layout = ShardDataset if holds_shards(root) else IdentityFolder
+    return layout(root, max_bad=max_bad, reindex=reindex)
 
 
 class LFWData(FaceDataModule):
@@ -345,7 +314,10 @@ class LFWData(FaceDataModule):
 
     def faces(self) -> FaceDataset:
         """The development people, whose numbers are compared with their list's."""
-        images, people = self._part("images"), read_people(self._part("peopleDevTrain.txt"))
+        for part in ("images", "peopleDevTrain.txt"):
+            if not (self.root / part).exists():
+                raise ValueError(f"lfw: no {self.root / part}")
+        people, images = read_people(self.root / "peopleDevTrain.txt"), self.root / "images"
         faces = IdentityFolder(
             images, identities=people, max_bad=self.max_bad, reindex=self.reindex
         )
@@ -354,16 +326,7 @@ class LFWData(FaceDataModule):
 
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
         faces = self.faces()
-        return faces, {"lfw_view1": read_pairs(self._part("pairsDevTest.txt"), self.home)}
-
-    def _part(self, name: str) -> Path:
-        path = self.root / name
-        if not path.exists():
-            raise ValueError(
-                f"lfw: no {path}; expected images/<name>/<name>_0001.jpg, peopleDevTrain.txt"
-                f" and pairsDevTest.txt in {self.root}"
-            )
-        return path
+        return faces, {"lfw_view1": read_pairs(self.root / "pairsDevTest.txt", self.home)}
 
 
 def split_identities(names: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
@@ -387,26 +350,14 @@ def split_identities(names: Sequence[str], held_out: float) -> tuple[list[str], 
     return [names[i] for i in kept], [names[i] for i in taken]
 
 
-def _check_batches(batches: str, keys: int) -> None:
-    if batches not in ("images", "dual", "keys"):
-        raise ValueError(f"batches must be images, dual or keys, got {batches}")
-    if keys < 1:
-        raise ValueError(f"keys must be at least 1 image, got {keys}")
-
-
-def _counts(num_identities: int | None, num_images: int | None) -> str:
-    counts = {"identities": num_identities, "images": num_images}
-    return " and ".join(f"{count:,} {what}" for what, count in counts.items() if count is not None)
-
-
 def _compare_counts(
     name: str, root: Path, faces: FaceDataset, num_identities: int | None, num_images: int | None
 ) -> None:
     """Warn if the faces are not as many as they should be; None is any number."""
-    expected = _counts(num_identities, num_images)
-    counted = _counts(
-        None if num_identities is None else faces.num_classes,
-        None if num_images is None else len(faces),
+    people, images = faces.num_classes, len(faces)
+    wanted = num_identities or people, num_images or images
+    expected, counted = (
+        f"{c:,} identities and {n:,} images" for c, n in (wanted, (people, images))
     )
     if counted != expected:
         logger.warning("%s: expected %s in %s, got %s", name, expected, root, counted)

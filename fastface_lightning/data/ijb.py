@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from .align import read_landmarks
 
-_BENCHMARKS = ("ijbb", "ijbc")
 _INTEGER = r"(-?\d{1,18})"  # so many digits fit into 64 bits
 _FACE = re.compile(rf"(\S+)\s+{_INTEGER}\s+{_INTEGER}", re.ASCII)
 _PAIR = re.compile(rf"{_INTEGER}\s+{_INTEGER}\s+{_INTEGER}", re.ASCII)
@@ -92,15 +91,21 @@ def read_ijb(root: str | Path) -> IJBData:
     for folder in (Path(root), meta):
         if not folder.is_dir():
             raise ValueError(f"no folder {folder}; expected {meta}/ijbc_face_tid_mid.txt")
-    name = _benchmark(meta)
-    faces_file = _existing(meta / f"{name}_face_tid_mid.txt")
-    points_file = _existing(meta / f"{name}_name_5pts_score.txt")
-    pairs_file = _existing(meta / f"{name}_template_pair_label.txt")
+    names = [name for name in ("ijbb", "ijbc") if any(meta.glob(f"{name}_*"))]
+    if len(names) != 1:
+        got = "both" if names else "neither"
+        raise ValueError(f"{meta} must hold the lists of either ijbb or ijbc, got {got}")
+    (name,) = names
+    lists = "face_tid_mid", "name_5pts_score", "template_pair_label"
+    faces_file, points_file, pairs_file = files = [meta / f"{name}_{kind}.txt" for kind in lists]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"no file {file}")
     faces = [(m[1], int(m[2]), int(m[3])) for m in _lines(faces_file, _FACE, "image tid mid")]
     if not faces:
         raise ValueError(f"{faces_file} lists no image")
     images, templates, media = zip(*faces, strict=True)
-    points, scores = _read_points(points_file, images, faces_file)
+    points, scores = _read_points(points_file, images)
     known = np.unique(templates)
     pairs, same = _read_pairs(pairs_file, known)
     galleries = sorted(meta.glob(f"{name}_1N_gallery_*.csv"))
@@ -119,20 +124,6 @@ def read_ijb(root: str | Path) -> IJBData:
     )
 
 
-def _benchmark(meta: Path) -> str:
-    names = [name for name in _BENCHMARKS if any(meta.glob(f"{name}_*"))]
-    if len(names) != 1:
-        got = "both" if names else "neither"
-        raise ValueError(f"{meta} must hold the lists of either ijbb or ijbc, got {got}")
-    return names[0]
-
-
-def _existing(file: Path) -> Path:
-    if not file.is_file():
-        raise ValueError(f"no file {file}")
-    return file
-
-
 def _lines(
     file: Path, pattern: re.Pattern[str], expected: str, header: bool = False
 ) -> Iterator[re.Match[str]]:
@@ -143,58 +134,47 @@ def _lines(
             if match:
                 yield match
             elif line.strip() and not (header and number == 1):
-                raise ValueError(
-                    f"{file}:{number}: expected {expected!r}, got {line[:80].strip()!r}"
-                )
+                got = line[:80].strip()
+                raise ValueError(f"{file}:{number}: expected {expected!r}, got {got!r}")
 
 
 def _read_points(
-    file: Path, images: tuple[str, ...], faces_file: Path
+    file: Path, images: tuple[str, ...]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Landmarks and scores of the images, which the file must list in the same order."""
     listed = list(read_landmarks(file))
-    rule = f"{faces_file.name} and {file.name} must list the same images"
+    rule = f"{file.name} must list the same images as the list of faces"
     if len(listed) != len(images):
-        raise ValueError(f"{rule}, got {len(images)} and {len(listed)} lines")
+        raise ValueError(f"{rule}, got {len(listed)} of {len(images)}")
     for number, (image, face) in enumerate(zip(images, listed, strict=True), 1):
         if face.name != image:
-            raise ValueError(f"{rule}, got {image!r} and {face.name!r} in line {number}")
+            raise ValueError(f"{rule}, got {face.name!r} for {image!r} in line {number}")
         if face.score is None:
-            raise ValueError(
-                f"{file.name} must end each line in a score, got none in line {number}"
-            )
+            raise ValueError(f"{file.name} must end each line in a score, not so line {number}")
     points = np.array([face.points for face in listed])
     return points, np.array([face.score for face in listed], np.float64)
 
 
 def _read_pairs(file: Path, known: Integers) -> tuple[Integers, NDArray[np.bool_]]:
-    table = _read_integers(file)
-    if not len(table):
-        raise ValueError(f"{file} lists no pair")
-    pairs, labels = table[:, :2], table[:, 2]
-    wrong = (labels != 0) & (labels != 1)
-    if wrong.any():
-        first, second, label = table[wrong.argmax()].tolist()
-        raise ValueError(
-            f"{file.name} must label a pair 0 or 1, got {label} for templates {first} and {second}"
-        )
-    for column in pairs.T:  # one after the other, which takes half the memory
-        _require_images(file, column, known)
-    return pairs, labels == 1
-
-
-def _read_integers(file: Path) -> Integers:
-    """(lines, 3) int64: numpy reads them in C, and what it refuses is read to name the line."""
+    """Pairs and whether they show one person: read by numpy, or again to name a bad line."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it would warn of an empty file, and cut fractions off
         try:
             table = np.loadtxt(file, np.int64, comments=None, ndmin=2, encoding="utf-8-sig")
         except (ValueError, Warning):
             table = np.empty((0, 0), np.int64)
-    if table.shape[1] == 3:
-        return table
-    rows = [tuple(map(int, m.groups())) for m in _lines(file, _PAIR, "tid1 tid2 label")]
-    return np.array(rows, np.int64).reshape(-1, 3)
+    if table.shape[1] != 3:
+        rows = [tuple(map(int, m.groups())) for m in _lines(file, _PAIR, "tid1 tid2 label")]
+        table = np.array(rows, np.int64).reshape(-1, 3)
+    if not len(table):
+        raise ValueError(f"{file} lists no pair")
+    pairs, labels = table[:, :2], table[:, 2]
+    wrong = (labels != 0) & (labels != 1)
+    if wrong.any():
+        raise ValueError(f"{file.name} must label a pair 0 or 1, got {table[wrong.argmax()]}")
+    for column in pairs.T:  # one after the other, which takes half the memory
+        _require_images(file, column, known)
+    return pairs, labels == 1
 
 
 def _read_subjects(file: Path, known: Integers) -> TemplateSubjects:
@@ -203,13 +183,9 @@ def _read_subjects(file: Path, known: Integers) -> TemplateSubjects:
     if not len(rows):
         raise ValueError(f"{file} lists no template")
     templates, subjects = np.unique(rows, axis=0).T
-    twice = np.flatnonzero(templates[1:] == templates[:-1])
+    twice = templates[1:][templates[1:] == templates[:-1]]
     if len(twice):
-        i = twice[0]
-        raise ValueError(
-            f"{file.name} must give each template one subject,"
-            f" got {subjects[i]} and {subjects[i + 1]} for template {templates[i]}"
-        )
+        raise ValueError(f"{file.name} must give template {twice[0]} one subject, got several")
     _require_images(file, templates, known)
     return TemplateSubjects(templates, subjects)
 
@@ -217,6 +193,5 @@ def _read_subjects(file: Path, known: Integers) -> TemplateSubjects:
 def _require_images(file: Path, templates: Integers, known: Integers) -> None:
     absent = ~np.isin(templates, known)
     if absent.any():
-        raise ValueError(
-            f"{file.name} must name templates that have images, got {templates[absent.argmax()]}"
-        )
+        got = templates[absent.argmax()]
+        raise ValueError(f"{file.name} must name templates that have images, got {got}")

@@ -1,7 +1,7 @@
 """The order of the training images is a pure function of seed and epoch, and a run knows its place.
 
-A checkpoint holds how many batches of which epoch are done. With the order a pure function, that
-is all a resumed run needs to go on with the next image, without fetching those before it.
+So how many batches of which epoch are done is all that a checkpoint must hold for a run to go on
+with the next image, without fetching those before it.
 """
 
 from collections.abc import Iterator
@@ -16,27 +16,15 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from .datasets.base import FaceDataset, collate
 
 BLOCK = 2**16  # groups drawn at a time, where their first images are given
-GROUPS = 0x67726F75  # no other seed of the project ends in this word
+GROUPS = 0x67726F75  # no other seed of the project ends in this word, nor in a padding zero
 
 
 def epoch_permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Random permutation of ``range(num_samples)`` that (seed, epoch) alone decides.
+    """Random permutation of ``range(num_samples)`` that (seed, epoch), both at least 0, decide.
 
     Seed and epoch are hashed together, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
-
-    Raises:
-        ValueError: ``seed`` or ``epoch`` is negative.
     """
-    return _generator(seed, epoch).permutation(num_samples)
-
-
-def _generator(seed: int, epoch: int, *words: int) -> np.random.Generator:
-    """Random numbers that these alone decide; words end in a nonzero one, as zeros are padded."""
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-    if epoch < 0:
-        raise ValueError(f"epoch must be at least 0, got {epoch}")
-    return np.random.default_rng([seed, epoch, *words])
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -68,11 +56,8 @@ class EpochSampler(DistributedSampler[Any]):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        running = dist.is_available() and dist.is_initialized()
-        if num_replicas is None:
-            num_replicas = dist.get_world_size() if running else 1
-        if rank is None:
-            rank = dist.get_rank() if running else 0
+        if num_replicas is None and not (dist.is_available() and dist.is_initialized()):
+            num_replicas, rank = 1, 0
         super().__init__(dataset, num_replicas, rank, seed=seed, drop_last=True)
         self.start = 0
 
@@ -85,15 +70,13 @@ class GroupSampler(EpochSampler):
     """Serve groups of ``size`` images of one identity, flat: one group after the other.
 
     An epoch has as many groups as the data set has images, so that a loader of groups is as long
-    as one of as many images a batch. The groups are a pure function of seed and epoch; of several
-    ranks, each takes every ``num_replicas``-th, and those that do not divide evenly are left out.
+    as one of as many images a batch. Ranks share groups as they share images.
 
     The images of a group are different ones as long as its identity has so many, and drawn from
     all of its images beyond that: an identity's only image is served ``size`` times.
 
     Groups are drawn a pass or :data:`BLOCK` at a time, each from a generator of its own, so that
-    no place in an epoch needs those before it. Starting sorts the labels: seconds and 8 bytes an
-    image at 42 million.
+    no place in an epoch needs those before it.
 
     Args:
         dataset: what is sampled; only its labels matter, in any order.
@@ -140,10 +123,9 @@ class GroupSampler(EpochSampler):
         self._labels = dataset.labels  # (N,)
         self.counts = np.bincount(self._labels)
         self._present = np.flatnonzero(self.counts)
-        if len(self._present) < 2:
-            raise ValueError(
-                f"the identity loader needs at least 2 identities, got {len(self._present)}"
-            )
+        count = len(self._present)
+        if count < 2:
+            raise ValueError(f"the identity loader needs at least 2 identities, got {count}")
         # The images of identity c, ascending, are sorted[begins[c] : begins[c] + counts[c]].
         self._sorted = np.argsort(self._labels, kind="stable")
         self._begins = self.counts.cumsum() - self.counts
@@ -161,7 +143,7 @@ class GroupSampler(EpochSampler):
         group = self.rank + start * self.num_replicas  # among those of all ranks
         while group < end:
             number, skipped = divmod(group, length)
-            rng = _generator(self.seed, epoch, number, GROUPS)
+            rng = np.random.default_rng([self.seed, epoch, number, GROUPS])
             if firsts is None:
                 identities = rng.permutation(self._present)
                 begun = np.empty((0, length), np.int64)
@@ -193,12 +175,8 @@ class FaceLoader(DataLoader[Any]):
     Batches are (images (B, 3, H, W) uint8 RGB, labels (B,) int64), all of ``batch_size``; the
     images' memory is (B, H, W, 3), as they were decoded. Groups of a :class:`GroupSampler` lie one
     after the other, so an unreadable image's replacement keeps its own label. Lightning keeps
-    :meth:`state_dict` in its checkpoints.
-
-    torchdata's StatefulDataLoader (0.11) is not used: under Lightning, which makes a loader's
-    iterator before it sets the epoch, it goes on with the images of epoch 0 in any other one, and
-    after a checkpoint at an epoch's end it leaves the next one out; and its checkpoints demand the
-    same number of workers. Here two numbers say it all.
+    :meth:`state_dict` in its checkpoints. (torchdata's StatefulDataLoader 0.11 resumes with epoch
+    0's images in any epoch, as Lightning sets the epoch once the iterator is made.)
 
     Args:
         dataset: the training set.
@@ -217,15 +195,12 @@ class FaceLoader(DataLoader[Any]):
     ) -> None:
         size = sampler.size
         if batch_size % size:
-            raise ValueError(
-                f"batch_size must be a multiple of {size}, the images of a group, got {batch_size}"
-            )
+            raise ValueError(f"batch_size must be a multiple of {size} images, got {batch_size}")
         if batch_size > len(sampler):
             what = "training images" if size == 1 else f"groups of {size} training images"
-            ranks = f" of each of {sampler.num_replicas} ranks" if sampler.num_replicas > 1 else ""
             raise ValueError(
-                f"batch_size {batch_size // size} is larger than the"
-                f" {len(sampler) // size} {what}{ranks}"
+                f"batch_size {batch_size // size} is larger than the {len(sampler) // size} {what}"
+                f" of each of {sampler.num_replicas} ranks"
             )
         super().__init__(
             dataset,
@@ -253,7 +228,17 @@ class FaceLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The position: batches served of an epoch, and what they are counted in."""
-        return {"epoch": self._epoch, "batches": self._batches, **self._units()}
+        size = self.sampler.size
+        return {
+            "epoch": self._epoch,
+            "batches": self._batches,
+            "order": f"{size} of {self.sampler.by}",
+            "batch_size": (self.batch_size or 1) // size,
+            "ranks": self.sampler.num_replicas,
+            "images": len(self.sampler.dataset),  # type: ignore[arg-type]
+            "seed": self.sampler.seed,
+            "batches_per_epoch": len(self),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at a position, once, if the next iteration is of its epoch.
@@ -262,8 +247,8 @@ class FaceLoader(DataLoader[Any]):
             ValueError: it lies within an epoch of another order.
         """
         if state_dict["batches"] % state_dict["batches_per_epoch"]:
-            for name, value in self._units().items():
-                if state_dict.get(name, "1 of images") != value:
+            for name, value in self.state_dict().items():
+                if name not in ("epoch", "batches") and state_dict[name] != value:
                     raise ValueError(
                         f"{name} must be {state_dict[name]}, as in the run whose checkpoint lies"
                         f" within an epoch, got {value}"
@@ -271,14 +256,3 @@ class FaceLoader(DataLoader[Any]):
         self._resume = state_dict
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
         self.sampler.set_epoch(state_dict["epoch"])
-
-    def _units(self) -> dict[str, Any]:
-        size = self.sampler.size
-        return {
-            "order": f"{size} of {self.sampler.by}",
-            "batch_size": (self.batch_size or 1) // size,
-            "ranks": self.sampler.num_replicas,
-            "images": len(self.sampler.dataset),  # type: ignore[arg-type]
-            "seed": self.sampler.seed,
-            "batches_per_epoch": len(self),
-        }

@@ -3,9 +3,11 @@
 import csv
 import io
 import logging
+import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,9 +41,6 @@ class VerificationPairs(NamedTuple):
     missing: list[str]
 
 
-_Image = TypeVar("_Image")  # whatever stands for an image until it is read
-
-
 class PairFiles(NamedTuple):
     """The two image files of a pair, and whether they show one person."""
 
@@ -60,11 +59,8 @@ def interleaved(same: ArrayLike) -> NDArray[np.int64]:
     so that any contiguous part of the list, a fold above all, holds both kinds in nearly the
     whole's proportion. The order within a kind stays.
 
-    Args:
-        same: (P,) bool.
-
     Returns:
-        (P,) int64, a permutation: ``same[order]`` is interleaved.
+        (P,) int64: of ``same``, (P,) bool, ``same[order]`` is interleaved.
     """
     same = np.asarray(same, dtype=bool)
     place = np.empty(len(same))
@@ -102,30 +98,26 @@ def read_verification_bin(path: str | Path, size: int = 112) -> VerificationPair
             not one pair has both images; there are more than 20,000 images of which each occurs
             more than 100 times, on average.
     """
-    _check_size(size)
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
     images, same = unpack_verification_bin(path)
-    different = len(set(images))
-    if len(images) > max(_MOST_IMAGES, _MOST_USES * different):
-        raise ValueError(
-            f"{path} must use each image at most {_MOST_USES} times on average, got {different}"
-            f" different ones in {len(images)} places"
-        )
-    decoded: dict[bytes, Tensor | str] = {}  # images often stand in several pairs
+    if len(images) > max(_MOST_IMAGES, _MOST_USES * len(set(images))):
+        raise ValueError(f"{path} must use each image at most {_MOST_USES} times on average")
+
+    @cache  # images often stand in several pairs
+    def decoded(image: bytes) -> Tensor | str:
+        pixels = np.empty((size, size, 3), np.uint8)
+        try:
+            decode_into(image, pixels)
+        except ValueError as error:
+            return str(error)
+        return _planes(pixels)
 
     def read(index: int) -> Tensor:
-        image = images[index]
-        if image not in decoded:
-            pixels = np.empty((size, size, 3), np.uint8)
-            try:
-                decode_into(image, pixels)
-            except ValueError as error:
-                decoded[image] = str(error)
-            else:
-                decoded[image] = _planes(pixels)
-        result = decoded[image]
-        if isinstance(result, str):
-            raise ValueError(f"cannot read image {index} of {path}: {result}")
-        return result
+        pixels = decoded(images[index])
+        if isinstance(pixels, str):
+            raise ValueError(f"cannot read image {index} of {path}: {pixels}")
+        return pixels
 
     pairs = [(2 * i, 2 * i + 1, truth) for i, truth in enumerate(same)]
     return _load(pairs, read, lambda index: f"image {index}", str(path))
@@ -147,13 +139,8 @@ def read_pairs(
     Raises:
         ValueError: see :func:`pair_files`; or not one pair has both images.
     """
-    _check_size(size)
-    return _load(
-        pair_files(file, image_root),
-        lambda path: decode_image(path, size),
-        lambda path: path.stem,
-        str(file),
-    )
+    pairs = pair_files(file, image_root)
+    return _load(pairs, lambda path: decode_image(path, size), lambda path: path.stem, str(file))
 
 
 def pair_files(file: str | Path, image_root: str | Path | None = None) -> list[PairFiles]:
@@ -192,14 +179,17 @@ def pair_files(file: str | Path, image_root: str | Path | None = None) -> list[P
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{file} is empty")
-    table = "," in lines[0][1]
     if image_root is not None and not Path(image_root).is_dir():
-        expected = f"the images in {file}" if table else f"{image_root}/<name>/<name>_0001.jpg"
-        raise ValueError(f"no folder {image_root}; expected {expected}")
-    return _parse_csv(file, text, image_root) if table else _parse_lfw(file, lines, image_root)
+        raise ValueError(f"no folder {image_root}; expected the images in {file}")
+    root = Path(image_root or "")
+    table = "," in lines[0][1]
+    pairs = _parse_csv(file, text, root) if table else _parse_lfw(file, lines, root)
+    if image_root is None and not all(path.is_absolute() for pair in pairs for path in pair[:2]):
+        raise ValueError(f"image_root must be the folder of the images in {file}, got None")
+    return pairs
 
 
-def _parse_csv(file: Path, text: str, image_root: str | Path | None) -> list[PairFiles]:
+def _parse_csv(file: Path, text: str, root: Path) -> list[PairFiles]:
     pairs: list[PairFiles] = []
     rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
@@ -210,12 +200,8 @@ def _parse_csv(file: Path, text: str, image_root: str | Path | None) -> list[Pai
             truth = _TRUTH.get(row[-1].strip().lower())
             if len(row) != 3 or truth is None or not (row[0] and row[1]):
                 got = ",".join(row)[:80]
-                raise ValueError(
-                    f"{file}:{rows.line_num}: expected 'a,b,same', two images and 0 or 1,"
-                    f" got {got!r}"
-                )
-            first, second = (_rooted(file, image_root, Path(name)) for name in row[:2])
-            pairs.append(PairFiles(first, second, truth))
+                raise ValueError(f"{file}:{rows.line_num}: expected 'a,b,same', got {got!r}")
+            pairs.append(PairFiles(root / row[0], root / row[1], truth))
     except csv.Error as error:
         raise ValueError(f"{file}:{rows.line_num}: {error}") from error
     if not pairs:
@@ -229,41 +215,28 @@ def _parse_csv(file: Path, text: str, image_root: str | Path | None) -> list[Pai
     return pairs
 
 
-def _rooted(file: Path, image_root: str | Path | None, path: Path) -> Path:
-    if image_root is None and not path.is_absolute():
-        raise ValueError(f"image_root must be the folder of the images in {file}, got None")
-    return path if image_root is None else image_root / path
-
-
-def _parse_lfw(
-    file: Path, lines: list[tuple[int, str]], image_root: str | Path | None
-) -> list[PairFiles]:
+def _parse_lfw(file: Path, lines: list[tuple[int, str]], root: Path) -> list[PairFiles]:
     (number, header), *rows = lines
     counts = header.split()
     if not (1 <= len(counts) <= 2 and all(c.isdecimal() and int(c) > 0 for c in counts)):
-        raise ValueError(
-            f"{file}:{number}: expected 'N' or 'folds N', or 'a,b,same', got {header[:80]!r}"
-        )
-    *folds, of_a_kind = map(int, counts)
-    promised = 2 * of_a_kind * (folds[0] if folds else 1)
+        expected = "'N', 'folds N' or 'a,b,same'"
+        raise ValueError(f"{file}:{number}: expected {expected}, got {header[:80]!r}")
+    promised = 2 * math.prod(map(int, counts))
     if len(rows) != promised:
         raise ValueError(f"{file} promises {promised} pairs in its first line, got {len(rows)}")
-    root = _rooted(file, image_root, Path())
-    pairs = [_parse_row(file, number, row, root) for number, row in rows]
-    return pairs if folds else [pairs[i] for i in interleaved([pair.same for pair in pairs])]
-
-
-def _parse_row(file: Path, number: int, row: str, image_root: Path) -> PairFiles:
-    fields = row.strip().split("\t") if "\t" in row else row.split()
-    same = len(fields) == 3
-    if same:
-        fields.insert(2, fields[0])
-    if len(fields) != 4 or not (fields[1].isdecimal() and fields[3].isdecimal()):
-        raise ValueError(
-            f"{file}:{number}: expected 'name i j' or 'name1 i name2 j', got {row[:80]!r}"
-        )
-    name_a, i, name_b, j = fields
-    return PairFiles(_find(image_root, name_a, int(i)), _find(image_root, name_b, int(j)), same)
+    pairs = []
+    for number, row in rows:
+        fields = row.strip().split("\t") if "\t" in row else row.split()
+        same = len(fields) == 3
+        if same:
+            fields.insert(2, fields[0])
+        if len(fields) != 4 or not (fields[1].isdecimal() and fields[3].isdecimal()):
+            expected = "'name i j' or 'name1 i name2 j'"
+            raise ValueError(f"{file}:{number}: expected {expected}, got {row[:80]!r}")
+        a, i, b, j = fields
+        pairs.append(PairFiles(_find(root, a, int(i)), _find(root, b, int(j)), same))
+    balanced_folds = len(counts) == 2
+    return pairs if balanced_folds else [pairs[i] for i in interleaved([p.same for p in pairs])]
 
 
 def _find(image_root: Path, name: str, number: int) -> Path:
@@ -389,11 +362,6 @@ def _draw_different(
     return rng.permutation(pairs)[:wanted]
 
 
-def _check_size(size: int) -> None:
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel, got {size}")
-
-
 def _planes(pixels: NDArray[np.uint8]) -> Tensor:
     """(3, H, W) from (H, W, 3)."""
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -413,9 +381,9 @@ def _read_alternating(
 
 
 def _load(
-    pairs: Sequence[tuple[_Image, _Image, bool]],
-    read: Callable[[_Image], Tensor],
-    name: Callable[[_Image], str],
+    pairs: Sequence[tuple[Any, Any, bool]],
+    read: Callable[[Any], Tensor],
+    name: Callable[[Any], str],
     source: str,
 ) -> VerificationPairs:
     """Read both images of each pair; a pair of which ``read`` raises ValueError is missing."""
@@ -423,20 +391,14 @@ def _load(
     same, missing = [], []
     for first, second, truth in pairs:
         try:
-            both = read(first), read(second)
+            images += read(first), read(second)
+            same.append(truth)
         except ValueError as error:
             missing.append(f"{name(first)} and {name(second)}: {error}")
-            continue
-        images += both
-        same.append(truth)
+    total = len(pairs)
     if not images:
-        raise ValueError(f"none of the {len(pairs)} pairs of {source} can be read: {missing[0]}")
+        raise ValueError(f"none of the {total} pairs of {source} can be read: {missing[0]}")
     if missing:
-        logger.warning(
-            "left out %d of the %d pairs of %s: %s",
-            len(missing),
-            len(pairs),
-            source,
-            abridged(missing, 3),
-        )
+        left_out = len(missing), total, source, abridged(missing, 3)
+        logger.warning("left out %d of the %d pairs of %s: %s", *left_out)
     return VerificationPairs(torch.stack(images), torch.tensor(same), missing)

@@ -17,16 +17,10 @@ from fastface_lightning.data.align import (
     similarity_transform,
 )
 
-ANGLES = st.floats(-np.pi, np.pi)
-
 
 def moved(points: np.ndarray, scale: float, angle: float, x: float, y: float) -> np.ndarray:
     c, s = np.cos(angle), np.sin(angle)
     return points @ (scale * np.array([[c, -s], [s, c]])).T + [x, y]
-
-
-def applied(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    return points @ matrix[:, :2].T + matrix[:, 2]
 
 
 def umeyama(points: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -40,17 +34,10 @@ def umeyama(points: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.column_stack([turn, target.mean(0) - turn @ points.mean(0)])
 
 
-@given(st.floats(0.05, 20), ANGLES, st.floats(-500, 500), st.floats(-500, 500))
-def test_a_moved_template_comes_back(scale: float, angle: float, x: float, y: float) -> None:
-    points = moved(ARCFACE_POINTS, scale, angle, x, y)
-    found = applied(similarity_transform(points), points)
-    np.testing.assert_allclose(found, ARCFACE_POINTS, atol=1e-8)
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from([112, 224]))
-def test_it_is_umeyamas(seed: int, size: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 20), st.sampled_from([112, 224]))
+def test_it_is_umeyamas(seed: int, scale: float, size: int) -> None:
     rng = np.random.default_rng(seed)
-    points = moved(ARCFACE_POINTS + rng.normal(0, 6, (5, 2)), 2.5, rng.uniform(-3, 3), 40, -7)
+    points = moved(ARCFACE_POINTS + rng.normal(0, 6, (5, 2)), scale, rng.uniform(-3, 3), 40, -7)
     expected = umeyama(points, ARCFACE_POINTS * size / 112)
     np.testing.assert_allclose(similarity_transform(points, size), expected, rtol=1e-8, atol=1e-8)
 
@@ -98,7 +85,6 @@ def bilinear(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
         (0.8, 0.3, 50, 10, 112),  # within the image
         (1.9, -0.5, -40, 30, 56),  # beyond all its borders
         (0.31, 3.0, 160, 140, 72),  # upside down at a corner, enlarged
-        (1.0, 0.0, -3, 60, 112),
         (1.0, 0.0, 1000, -70, 16),  # elsewhere
     ],
 )
@@ -120,28 +106,14 @@ def test_an_aligned_face_stays_as_it_is(shared_data: Path) -> None:
     assert np.array_equal(align_face(face, ARCFACE_POINTS), face)
 
 
-def test_a_moved_real_face_comes_back(shared_data: Path) -> None:
-    """Enlarged and turned by Pillow's smoother filter, then aligned: nearly the same face."""
-    file = shared_data / "lfw112" / "images" / "Aaron_Peirsol" / "Aaron_Peirsol_0001.jpg"
-    face = Image.open(file)
-    # Pillow's resize and rotate go by corners of pixels: half a pixel is between them and centres.
-    large = face.resize((448, 448), Image.Resampling.BICUBIC)
-    turned = large.transpose(Image.Transpose.ROTATE_90)  # (x, y) moves to (y, 447 - x)
-    x, y = ((ARCFACE_POINTS + 0.5) * 4 - 0.5).T
-    found = align_face(np.asarray(turned), np.stack([y, 447 - x], axis=1))
-    assert np.abs(found.astype(int) - np.asarray(face)).mean() < 2
-
-
 @pytest.mark.parametrize(
     ("points", "message"),
     [
         (np.ones((5, 2)), "landmarks must lie apart, got [[1.0, 1.0], "),
         (np.full((5, 2), 1e6) + 1e-5 * ARCFACE_POINTS, "landmarks must lie apart"),
         (np.full((5, 2), np.nan), "landmarks must be finite"),
-        (ARCFACE_POINTS * [1, np.inf], "landmarks must be finite"),
         (ARCFACE_POINTS * 1e200, "landmarks must be finite"),
         (np.ones((4, 2)), "got (4, 2)"),
-        (np.ones(10), "got (10,)"),
         (np.stack([ARCFACE_POINTS, np.full((5, 2), 3.0), np.ones((5, 2))]), "got [[3.0, 3.0], "),
     ],
 )
@@ -189,10 +161,12 @@ FACES = np.random.default_rng(5).uniform(-3, 400, (3, 5, 2)).round(3)
     [
         ("a.jpg {0}\n\n  b/2.jpg\t{1}  \nc.jpg {2}", [None, None, None]),
         ("a.jpg {0} 0.97\r\nb/2.jpg {1} 1\r\nc.jpg {2} -1e-3\r\n", [0.97, 1.0, -0.001]),
-        ("0\ta.jpg\t3\t1\t2\t3\t4\t{3}\n0\tb/2.jpg\t3\t1\t2\t3\t4\t{4}\nc.jpg {2}\n", 3 * [None]),
-        ("\ufeffa.jpg {0} 1\n0 b/2.jpg 3 1 2 3 4 {4}\nc.jpg {2}\n", [1.0, None, None]),
+        (
+            "\ufeff0\ta.jpg\t3\t1\t2\t3\t4\t{3}\n0\tb/2.jpg\t3\t1\t2\t3\t4\t{4}\nc.jpg {2}\n",
+            3 * [None],
+        ),
     ],
-    ids=["plain", "scores", "InsightFace", "byte order mark"],
+    ids=["plain", "scores", "InsightFace"],
 )
 def test_lists_of_every_kind(text: str, scores: list[float | None], tmp_path: Path) -> None:
     file = tmp_path / "points.txt"
@@ -218,10 +192,8 @@ def test_names_hold_blanks_and_any_bytes(tmp_path: Path) -> None:
     "line",
     [
         "2.jpg 1 2 three",
-        "1\ta.jpg\t7",
         "a.jpg" + " 1" * 9 + " one",
         "a.jpg" + " 1" * 9 + " nan",
-        "a.jpg" + " -inf" * 10 + " 1",
         "a.jpg" + " 1" * 10 + " nan",
         "1\ta.jpg\t7" + "\t5" * 14,  # aligned already
         "x" * 500,

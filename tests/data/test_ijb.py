@@ -1,29 +1,27 @@
 """IJB's lists are read as they are written, and a list that contradicts another is refused."""
 
 import re
-import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ijb import make_ijb
 from numpy.testing import assert_array_equal
 from PIL import Image
 
 from fastface_lightning.data import ARCFACE_POINTS, ImageFiles, is_ijb, read_ijb
 
+LARGE = 10**18 - 1
 POINTS = "1.5 2 3 4 5 6 7 8 9 -10.25"
 LISTS = {
-    "face_tid_mid.txt": "1.jpg 7 70\n2.jpg 7 71\n3.jpg 5 50\n4.jpg 9 90\n",
+    "face_tid_mid.txt": f"1.jpg 7 70\n2.jpg 7 71\n3.jpg 5 50\n4.jpg {LARGE} -{LARGE}\n",
     "name_5pts_score.txt": "".join(f"{i}.jpg {POINTS} 0.{i}\n" for i in (1, 2, 3, 4)),
-    "template_pair_label.txt": "7 5 1\n7 9 0\n",
+    "template_pair_label.txt": f"7 5 1\n7 {LARGE} 0\n",
     "1N_gallery_G1.csv": "TEMPLATE_ID,SUBJECT_ID,FILENAME\n7,700,img/1.png\n7,700,img/2.png\n",
-    "1N_gallery_G2.csv": "TEMPLATE_ID,SUBJECT_ID,FILENAME\n9,900,img/4.png\n",
-    "1N_probe_mixed.csv": "TEMPLATE_ID,SUBJECT_ID,FILENAME\n9,900,a b\n5,700,\n",
+    "1N_gallery_G2.csv": f"TEMPLATE_ID,SUBJECT_ID,FILENAME\n{LARGE},900,img/4.png\n",
+    "1N_probe_mixed.csv": f"TEMPLATE_ID,SUBJECT_ID,FILENAME\n{LARGE},900,a b\n5,700,\n",
 }
 
 Write = Callable[..., Path]
@@ -52,14 +50,14 @@ def test_a_folder_by_hand(write: Write) -> None:
     assert_array_equal(data.points[3], [[1.5, 2], [3, 4], [5, 6], [7, 8], [9, -10.25]])
     assert data.scores.dtype == np.float64 and data.scores.tolist() == [0.1, 0.2, 0.3, 0.4]
     for array, expected in (
-        (data.templates, [7, 7, 5, 9]),
-        (data.media, [70, 71, 50, 90]),
-        (data.pairs, [[7, 5], [7, 9]]),
+        (data.templates, [7, 7, 5, LARGE]),
+        (data.media, [70, 71, 50, -LARGE]),
+        (data.pairs, [[7, 5], [7, LARGE]]),
         (data.galleries[0].templates, [7]),
         (data.galleries[0].subjects, [700]),
-        (data.galleries[1].templates, [9]),
+        (data.galleries[1].templates, [LARGE]),
         (data.galleries[1].subjects, [900]),
-        (data.probes.templates, [5, 9]),
+        (data.probes.templates, [5, LARGE]),
         (data.probes.subjects, [700, 900]),
     ):
         assert array.dtype == np.int64 and array.tolist() == expected
@@ -72,82 +70,14 @@ def test_a_folder_by_hand(write: Write) -> None:
     [
         lambda text: text.replace("\n", "\r\n"),
         lambda text: "\ufeff" + text,
-        lambda text: text.rstrip("\n"),
-        lambda text: text + "\n \n",
-        lambda text: text.replace(" ", "\t"),
+        lambda text: text.replace(" ", "\t") + "\n \n",
     ],
-    ids=["windows", "byte order mark", "no last newline", "blank lines", "tabs"],
+    ids=["windows", "byte order mark", "tabs and blank lines"],
 )
 def test_white_space_does_not_matter(write: Write, change: Callable[[str], str]) -> None:
     plain = read_ijb(write())
     same = read_ijb(write({file: change(text) for file, text in LISTS.items()}))
     assert repr(same) == repr(plain)
-
-
-@pytest.mark.parametrize("name", ["ijbb", "ijbc"])
-def test_either_benchmark_is_complete(tmp_path: Path, name: str) -> None:
-    data = read_ijb(make_ijb(tmp_path / "ijb", name, people=5))
-    assert data.name == name and len(data.images) == 30
-    subject_of = dict(zip(*data.probes, strict=True))
-    for gallery in data.galleries:
-        subject_of |= dict(zip(*gallery, strict=True))
-    assert set(subject_of) == set(data.templates.tolist()) and len(subject_of) == 15
-    assert [len(gallery.templates) for gallery in data.galleries] == [2, 3]
-    assert all((np.diff(part.templates) > 0).all() for part in (data.probes, *data.galleries))
-    truth = [subject_of[a] == subject_of[b] for a, b in data.pairs.tolist()]
-    assert data.same.tolist() == truth and sum(truth) == 10 and len(truth) == 50
-    assert all(Path(image).is_file() for image in data.images)
-    # Three, two and one image a template; two in a row are one medium.
-    counts = np.unique(data.templates, return_counts=True)[1]
-    assert sorted(counts) == [1] * 5 + [2] * 5 + [3] * 5
-    assert len(np.unique(data.media)) == 5 * (2 + 1 + 1)
-
-
-IDS = st.integers(-(10**18) + 1, 10**18 - 1)
-
-
-@st.composite
-def folders(draw: st.DrawFn) -> dict[str, np.ndarray]:
-    """Lists that agree, of any size and any ids."""
-    known = np.array(draw(st.lists(IDS, min_size=1, max_size=5, unique=True)))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    n, pairs = len(known) + draw(st.integers(0, 9)), draw(st.integers(1, 20))
-    return {
-        "templates": rng.permutation(np.concatenate([known, rng.choice(known, n - len(known))])),
-        "media": rng.integers(-(10**18) + 1, 10**18, n),
-        "points": rng.normal(0, 1000, (n, 5, 2)),
-        "scores": rng.random(n),
-        "pairs": rng.choice(known, (pairs, 2)),
-        "same": rng.random(pairs) < 0.5,
-    }
-
-
-@given(folders())
-@settings(max_examples=30)
-def test_what_is_written_is_read(expected: dict[str, np.ndarray]) -> None:
-    names = [f"ü{i}.jpg" for i in range(len(expected["templates"]))]
-    faces = zip(names, expected["templates"], expected["media"], strict=True)
-    numbers = np.column_stack([expected["points"].reshape(-1, 10), expected["scores"]])
-    lists = {
-        "face_tid_mid": [f"{name} {template} {medium}" for name, template, medium in faces],
-        "name_5pts_score": [
-            " ".join([name, *map(str, row)])
-            for name, row in zip(names, numbers.tolist(), strict=True)
-        ],
-        "template_pair_label": [
-            f"{a} {b} {int(same)}"
-            for (a, b), same in zip(expected["pairs"], expected["same"], strict=True)
-        ],
-    }
-    with tempfile.TemporaryDirectory() as root:
-        (Path(root) / "meta").mkdir()
-        for name, lines in lists.items():
-            (Path(root) / "meta" / f"ijbb_{name}.txt").write_text("\n".join(lines), "utf-8")
-        data = read_ijb(root)
-    assert [Path(image).name for image in data.images] == names
-    for field, value in expected.items():
-        assert_array_equal(getattr(data, field), value, strict=True)
-    assert data.galleries == [] and data.probes is None
 
 
 FACES, SCORES, PAIRS = "face_tid_mid.txt", "name_5pts_score.txt", "template_pair_label.txt"
@@ -158,26 +88,20 @@ G2, PROBES, HEADER = "1N_gallery_G2.csv", "1N_probe_mixed.csv", "TEMPLATE_ID,SUB
     ("file", "text", "message"),
     [
         (FACES, None, "{}"),
-        (SCORES, None, "{}"),
-        (PAIRS, None, "{}"),
         (FACES, "\n", "{} lists no image"),
-        (FACES, "1.jpg 7 70\n2.jpg 7\n", "{}:2: "),
         (FACES, "1.jpg 7.0 70\n", "{}:1: "),
         (FACES, "1.jpg 7 70\n2.jpg 7 71\n", "the same images"),
-        (FACES, "1.jpg 7 70\n2.jpg 7 71\n4.jpg 5 5\n3.jpg 9 9\n", "'4.jpg' and '3.jpg' in line 3"),
+        (FACES, "1.jpg 7 70\n2.jpg 7 71\n4.jpg 5 5\n3.jpg 9 9\n", "'3.jpg' for '4.jpg' in line 3"),
         (SCORES, f"1.jpg {POINTS} 0.5\n2.jpg {POINTS} high\n", "{}:2: "),
         (SCORES, "".join(f"{i}.jpg {POINTS}\n" for i in (1, 2, 3, 4)), "score"),
         (PAIRS, "", "{} lists no pair"),
-        (PAIRS, "7 5 1\n7 9\n", "{}:2: "),
-        (PAIRS, "7 5\n7 9\n", "{}:1: "),
         (PAIRS, "7 5 1\n\n7 9 0.5\n", "{}:3: "),
         (PAIRS, "7 5 1\n7 99999999999999999999 0\n", "{}:2: "),
-        (PAIRS, "7 5 1\n7 9 2\n", "got 2 for templates 7 and 9"),
+        (PAIRS, "7 5 1\n7 9 2\n", "got [7 9 2]"),
         (PAIRS, "7 5 1\n7 8 0\n", "have images, got 8"),
         (G2, HEADER, "{} lists no template"),
         (G2, HEADER + "9,900\n9;900\n", "{}:3: "),
-        (PROBES, HEADER + "9,900\n5,500\n9,901\n", "900 and 901 for template 9"),
-        (PROBES, HEADER + "9,900\n6,600\n", "have images, got 6"),
+        (PROBES, HEADER + "9,900\n5,500\n9,901\n", "template 9 one subject"),
     ],
 )
 def test_a_list_that_is_wrong_is_refused(
@@ -229,7 +153,7 @@ def test_the_images_in_the_lists_are_the_faces(shared_data: Path, tmp_path: Path
 @pytest.mark.slow
 def test_many_pairs_take_seconds_and_little_memory(write: Write) -> None:
     """A tenth of IJB-C's pairs, in a tenth of its gigabyte."""
-    pairs = np.random.default_rng(0).choice([7, 5, 9], (1_565_849, 2))
+    pairs = np.random.default_rng(0).choice([7, 5, LARGE], (1_565_849, 2))
     root = write({"template_pair_label.txt": "".join(f"{a} {b} 0\n" for a, b in pairs.tolist())})
     tracemalloc.start()
     data = read_ijb(root)

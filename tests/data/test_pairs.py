@@ -20,7 +20,6 @@ from fastface_lightning.data import (
     interleaved,
     read_pairs,
 )
-from fastface_lightning.data.formats.verification_bin import write_verification_bin
 from fastface_lightning.data.pairs import (
     VerificationPairs,
     _draw_different,
@@ -63,23 +62,13 @@ def test_ten_fold_keeps_the_files_order(tree: Tree, tmp_path: Path) -> None:
     assert read(pairs)[3] == (0, 1, 2, 1, False)
 
 
-@pytest.mark.parametrize("text", [VIEW_1, TEN_FOLD], ids=["view 1", "ten fold"])
-@pytest.mark.parametrize(
-    "variant",
-    [
-        lambda text: text,
-        lambda text: text.rstrip(),
-        lambda text: "\ufeff" + text.replace("\n", "\r\n"),
-        lambda text: "\n" + text.replace("\n", " \n\n"),
-    ],
-    ids=["plain", "no last newline", "windows", "blank lines"],
-)
-def test_white_space_does_not_matter(
-    tree: Tree, tmp_path: Path, text: str, variant: Callable[[str], str]
-) -> None:
-    file = tmp_path / "pairs.txt"
-    file.write_bytes(variant(text).encode())
-    assert len(read_pairs(file, tree(ann=3, bob=2, cem=1), size=8).same) == 4
+def test_white_space_does_not_matter(tree: Tree, tmp_path: Path) -> None:
+    root, file = tree(ann=3, bob=2, cem=1), tmp_path / "pairs.txt"
+    for text in (VIEW_1, TEN_FOLD):
+        plain = pair_files(write(tmp_path, text), root)
+        for other in ("\ufeff" + text.replace("\n", "\r\n"), "\n" + text.replace("\n", " \n\n")):
+            file.write_bytes(other.rstrip("\n").encode())
+            assert pair_files(file, root) == plain
 
 
 def test_absent_and_broken_images_lose_their_pairs_only(
@@ -101,26 +90,20 @@ def test_absent_and_broken_images_lose_their_pairs_only(
     ("text", "message"),
     [
         ("", "pairs.txt is empty"),
-        ("two\nann 1 2\n", "pairs.txt:1: "),
         ("0\n", "pairs.txt:1: "),
         ("1 2 3\n", "pairs.txt:1: "),
         (bytes(range(128)).decode() * 100, "pairs.txt:1: "),
-        ("1\nann 1 2\n", "promises 2 pairs in its first line, got 1"),
         ("10 1\nann 1 2\n", "promises 20 pairs in its first line, got 1"),
         ("1\nann 1 2\n\nann one bob 2\n", "pairs.txt:4: "),
         ("1\nann 1 2\nann 1 bob 2 3\n", "pairs.txt:3: "),
-        ("1\nann 1 2\nann 1 bob -2\n", "pairs.txt:3: "),
         ("1\nann 1 ²\nann 1 bob 2\n", "pairs.txt:2: "),
         ("1\nann 7 8\nann 7 bob 9\n", "none of the 2 pairs"),
         ("a,b,same\n", "holds no pairs"),
-        ("a,b,same\na,b\n", "pairs.txt:2: "),
         ("path1,path2,label\na,b,1\n", "pairs.txt:1: "),
         ("a,b,1\n\na,b,2\n", "pairs.txt:3: "),
         ("a,b,1\n,b,1\n", "pairs.txt:2: "),
         ('a,b,1\n"a,b,1\n', "pairs.txt:2: "),
-        ('"a"x,b,1\n', "pairs.txt:1: "),
         ("a,b,1\n" + "a" * 200_000 + ",b,1\n", "pairs.txt:2: "),
-        ("a,b,1\n", "none of the 1 pairs"),
     ],
 )
 def test_malformed_files_raise_one_sentence(
@@ -149,10 +132,6 @@ def test_lfw_view_1(shared_data: Path) -> None:
     assert len(pairs.missing) == 1 and "Betsy_Coffin_0001" in pairs.missing[0]
     for fold in pairs.same.tensor_split(10):
         assert abs(int(fold.sum()) - len(fold) / 2) <= 1
-    people = {row.split()[0] for row in (lfw / "peopleDevTrain.txt").read_text().split("\n")[1:-1]}
-    rows = [row.split("\t") for row in (lfw / "pairsDevTest.txt").read_text().split("\n")[1:-1]]
-    tested = {row[0] for row in rows} | {row[2] for row in rows if len(row) == 4}
-    assert len(people) == 4038 and len(rows) == 1000 and not people & tested
 
 
 CSV = """a,b,same
@@ -166,13 +145,12 @@ ann/ann_0003.png,cem/cem_0001.png,False
 @pytest.mark.parametrize(
     "variant",
     [
-        lambda text: text,
         lambda text: text.partition("\n")[2].rstrip(),
         lambda text: "\ufeff" + text.replace("\n", "\r\n").replace("a,b,same", "A, B, Same"),
         lambda text: "\n" + text.replace("\n", "\n\n").replace(",", ', "').replace(', "', ", "),
         lambda text: re.sub(r"(\w+/\w+\.png)", r'"\1"', text),
     ],
-    ids=["plain", "no header", "windows", "blanks", "quoted"],
+    ids=["no header", "windows", "blanks", "quoted"],
 )
 def test_csv_keeps_its_order(
     tree: Tree, tmp_path: Path, caplog: pytest.LogCaptureFixture, variant: Callable[[str], str]
@@ -221,18 +199,6 @@ def test_absolute_paths_need_no_root(tree: Tree, tmp_path: Path) -> None:
     for text in (f"ann/ann_0001.png,{second},1\n", VIEW_1, TEN_FOLD):
         with pytest.raises(ValueError, match=r"^image_root must be the folder of the images in .*"):
             read_verification(write(tmp_path, text))
-
-
-def test_a_pairs_file_and_its_bin_are_the_same_set(tree: Tree, tmp_path: Path) -> None:
-    root = tree(ann=3, bob=2, cem=1)
-    file = write(tmp_path, VIEW_1)
-    pairs = pair_files(file, root)
-    images = [path.read_bytes() for pair in pairs for path in pair[:2]]
-    for name in ("set.bin", "set.BIN"):
-        write_verification_bin(tmp_path / name, images, [pair.same for pair in pairs])
-        packed, plain = read_verification(tmp_path / name, size=8), read_pairs(file, root, size=8)
-        assert torch.equal(packed.images, plain.images) and torch.equal(packed.same, plain.same)
-    assert torch.equal(read_verification(file, root, size=8).images, plain.images)
 
 
 @given(st.lists(st.booleans(), max_size=60))
@@ -290,27 +256,21 @@ def test_held_out_pairs_are_interleaved_and_reproducible(tree: Tree) -> None:
     dataset = IdentityFolder(tree(ann=3, bob=2, cem=1), size=8)
     pairs = held_out_pairs(dataset, 6, seed=1)
     assert pairs.same.tolist() == 3 * [True, False]
-    assert all((a == b) is same for a, _, b, _, same in read(pairs))
-    assert all((a, i) != (b, j) for a, i, b, j, _ in read(pairs))
     assert torch.equal(pairs.images, held_out_pairs(dataset, 6, seed=1).images)
     assert not torch.equal(pairs.images, held_out_pairs(dataset, 6, seed=2).images)
 
 
 def test_held_out_pairs_are_as_many_as_there_are(tree: Tree) -> None:
-    """Three images of one person and one of another: three pairs of a kind, all of them."""
-    pairs = held_out_pairs(IdentityFolder(tree(ann=3, bob=1), size=8), 100)
+    """Of four images all six pairs; a bad image loses its pairs, and is never replaced in one."""
+    root = tree(ann=3, bob=1)
+    pairs = held_out_pairs(IdentityFolder(root, size=8), 100)
     assert sorted(read(pairs)) == [
         (0, 1, 0, 2, True), (0, 1, 0, 3, True), (0, 1, 1, 1, False),
         (0, 2, 0, 3, True), (0, 2, 1, 1, False), (0, 3, 1, 1, False),
     ]  # fmt: skip
-
-
-def test_a_bad_image_is_never_replaced_in_a_pair(tree: Tree) -> None:
-    root = tree(ann=3, bob=1)
     (root / "ann" / "ann_0003.png").write_bytes(b"")
-    pairs = held_out_pairs(IdentityFolder(root, size=8), 100)
-    assert len(pairs.missing) == 3 and len(pairs.same) == 3
-    assert all((a == b) is same for a, _, b, _, same in read(pairs))
+    fewer = held_out_pairs(IdentityFolder(root, size=8), 100)
+    assert len(fewer.missing) == 3 and set(read(fewer)) < set(read(pairs))
 
 
 def test_impossible_draws_are_refused(tree: Tree) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from .base import FaceDataset
 
 # Folders whose names of images are held at once, and that are read at once: the disk may be far.
 _BLOCK, _THREADS = 4096, 16
-_CHUNK = 1 << 16  # bytes read together: nearly all faces are smaller
 # Folders whose times are compared at a start; all of them would take long, too.
 _SAMPLE = 1000
 _TICK = 20_000_000  # nanoseconds: file systems' clocks move on every 10 ms or sooner
@@ -43,15 +42,8 @@ class _Files(FaceDataset):
         return printable(os.fsdecode(self._path(index)))
 
     def _fetch(self, index: int) -> bytes:
-        file = os.open(self._path(index), os.O_RDONLY)
-        try:
-            content = os.read(file, _CHUNK)
-            if len(content) == _CHUNK:
-                with open(file, "rb", closefd=False) as rest:
-                    content += rest.read()
-        finally:
-            os.close(file)
-        return content
+        with open(self._path(index), "rb", buffering=0) as file:
+            return file.read()
 
     @abstractmethod
     def _path(self, index: int) -> bytes:
@@ -93,8 +85,6 @@ class IdentityFolder(_Files):
         reindex: bool = False,
     ) -> None:
         super().__init__(size, max_bad)
-        if min_images < 1:
-            raise ValueError(f"min_images must be at least 1, got {min_images}")
         self.root, self._prefix = Path(root), os.fsencode(root)
         if not self.root.is_dir():
             raise ValueError(f"no folder {root}; expected {root}/<identity>/<image>.jpg")
@@ -241,10 +231,26 @@ def leads_to(check: Callable[[], bool]) -> bool:
 
 def _parse(file: Path) -> Arrays:
     """Index a list of images, a line at a time."""
-    files, labels = Packer(), Labels()
-    for path, identity in _rows(file):
-        files.append(path)
-        labels.append(identity)
+    files, labels, table = Packer(), Labels(), file.suffix.lower() == ".csv"
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        rows = csv.reader(lines) if table else map(_fields, lines)
+        try:
+            for number, row in enumerate(rows, 1):
+                fields = [field.strip() for field in row]
+                header = number == 1 and [f.lower() for f in fields] == ["path", "identity"]
+                if header or not any(fields):
+                    continue
+                if len(fields) == 3 and not table:
+                    fields = [fields[2], fields[1]]
+                if len(fields) != 2 or not all(fields):
+                    got = ",".join(row)[:80]
+                    raise ValueError(
+                        f"{file}:{number}: expected a path and an identity, got {got!r}"
+                    )
+                files.append(fields[0])
+                labels.append(fields[1])
+        except csv.Error as error:  # a quote that is never closed, for one
+            raise ValueError(f"{file} is no CSV file: {error}") from error
     if not files:
         raise ValueError(f"{file} lists no image; expected lines of path,identity")
     identities, numbers = labels.sorted()
@@ -253,33 +259,6 @@ def _parse(file: Path) -> Arrays:
         **files.names().arrays("files"),
         "labels": numbers,
     }
-
-
-def _rows(file: Path) -> Iterator[tuple[str, str]]:
-    """(path, identity) of each line."""
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        table = file.suffix.lower() == ".csv"
-        rows = _csv_rows(lines, file) if table else (_fields(line) for line in lines)
-        for number, row in enumerate(rows, 1):
-            fields = [field.strip() for field in row]
-            if not any(fields) or (
-                number == 1 and [f.lower() for f in fields] == ["path", "identity"]
-            ):
-                continue
-            if len(fields) == 3 and not table:
-                fields = [fields[2], fields[1]]
-            if len(fields) != 2 or not all(fields):
-                raise ValueError(
-                    f"{file}:{number}: expected a path and an identity, got {','.join(row)[:80]!r}"
-                )
-            yield fields[0], fields[1]
-
-
-def _csv_rows(lines: Iterable[str], file: Path) -> Iterator[list[str]]:
-    try:
-        yield from csv.reader(lines)
-    except csv.Error as error:  # a quote that is never closed, for one
-        raise ValueError(f"{file} is no CSV file: {error}") from error
 
 
 def _fields(line: str) -> list[str]:

@@ -1,7 +1,6 @@
 """A population of synthetic faces as a data set."""
 
 import os
-from collections.abc import Sequence
 from mmap import mmap
 from typing import Any
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..formats.image import encode_jpeg
+from ..formats.names import Names
 from .base import FaceDataset
 from .synthetic_faces import draw_face
 
@@ -56,9 +56,11 @@ class SyntheticFaces(FaceDataset):
         self.images_per_identity, self.seed = images_per_identity, seed
         self.first_identity = first_identity
         self._num_identities = num_identities
-        numbers = range(first_identity, first_identity + num_identities)
+        end = first_identity + num_identities
+        width = len(str(end - 1))  # so that names sort as their numbers
+        names = Names.of(f"{number:0{width}d}" for number in range(first_identity, end))
         labels = np.repeat(np.arange(num_identities, dtype=np.int32), images_per_identity)
-        self._hold(_Numbered(numbers), labels)
+        self._hold(names, labels)
         self._pictures: Tensor | None = None
         if len(self) * 3 * size * size <= _machine_memory() // 4:
             # An anonymous mapping is shared by fork, needs no room in /dev/shm, and takes memory
@@ -97,21 +99,6 @@ class SyntheticFaces(FaceDataset):
         names = ("_rows", "identities", "labels", "bad", "missing")
         restriction = {name: getattr(self, name) for name in names}
         return type(self), (*people, self.size), None if self._rows is None else restriction
-
-
-class _Numbered(Sequence[str]):
-    """Numbers as names, with zeros before them so that they sort alike."""
-
-    def __init__(self, numbers: range) -> None:
-        self.numbers, self.width = numbers, len(str(numbers[-1]))
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [f"{number:0{self.width}d}" for number in self.numbers[index]]
-        return f"{self.numbers[index]:0{self.width}d}"
 
 
 def _machine_memory() -> int:

@@ -140,6 +140,7 @@ class _Head:
     """A picture being painted, and where each of its pixels lies on the turned head.
 
     Attributes:
+        hair_color, skin_color: what the face's numbers make of them.
         image: (3, size, size) float32, RGB in [0, 1], the colors before light falls on them.
         shade: plane, how bright the relief of the face makes its light.
         x, y: planes, px; the pixel's place in front of the camera, in the head's own scale.
@@ -153,6 +154,10 @@ class _Head:
         self.face, self.size, self.center = face, size, _CHIN - face.head_length
         self.sin_yaw, self.cos_yaw = math.sin(face.yaw), math.cos(face.yaw)
         self.sin_pitch, self.cos_pitch = math.sin(face.pitch), math.cos(face.pitch)
+        light, dark = max(face.hair_light, 0.03), min(max(face.skin_dark, 0.0), 1.0)
+        self.hair_color = _color(light + face.hair_warm, light, max(light - face.hair_warm, 0.0))
+        pale, deep = _color(0.95, 0.78, 0.68), _color(0.42, 0.27, 0.19)
+        self.skin_color = pale + dark * (deep - pale) + _color(face.skin_red, 0.0, 0.0)
         self.image = np.empty((3, size, size), np.float32)
         self.shade = np.ones((size, size), np.float32)
         self._align(landmark_error)
@@ -226,17 +231,6 @@ class _Head:
         self.shade[window] *= 1 + amount * np.exp((-1 / a**2) * x * x - (1 / b**2) * y * y)
 
 
-def _hair_color(face: SimpleNamespace) -> Color:
-    light = max(face.hair_light, 0.03)
-    return _color(light + face.hair_warm, light, max(light - face.hair_warm, 0.0))
-
-
-def _skin_color(face: SimpleNamespace) -> Color:
-    dark = min(max(face.skin_dark, 0.0), 1.0)
-    pale, deep = _color(0.95, 0.78, 0.68), _color(0.42, 0.27, 0.19)
-    return pale + dark * (deep - pale) + _color(face.skin_red, 0.0, 0.0)
-
-
 def _paint_behind(head: _Head, rng: np.random.Generator) -> None:
     """A mosaic of rectangles for walls and furniture, then clothes, hair and ears."""
     face, size, x, y = head.face, head.size, head.x, head.y
@@ -252,17 +246,17 @@ def _paint_behind(head: _Head, rng: np.random.Generator) -> None:
         hair = np.minimum(hair, np.maximum(np.abs(x) - width, head.center - y))
     else:
         hair = np.maximum(hair, y - 0.5 * head.center)
-    head.paint(_soft(hair), _hair_color(face) * 0.85)
+    head.paint(_soft(hair), head.hair_color * 0.85)
     for side in (-1, 1):
         if side * head.sin_yaw < 0.15:  # the head hides the ear on the side it turns to
             from_ear = x - side * (face.head_width - 0.5), y - face.eye_height - 8
             ear = _ellipse(*from_ear, 0.5 * face.ear_size, 1.2 * face.ear_size)
-            head.paint(_soft(ear), _skin_color(face) * 0.8)
+            head.paint(_soft(ear), head.skin_color * 0.8)
 
 
 def _paint_skin(head: _Head, moles: NDArray[np.float64]) -> None:
     """Skin, moles, beard and the hair above the forehead."""
-    face, skin, hair = head.face, _skin_color(head.face), _hair_color(head.face)
+    face, skin, hair = head.face, head.skin_color, head.hair_color
     head.paint(head.skin, skin)
     for u, v in moles.tolist():
         x, y, window = head.near(u, v, 2, 2)
@@ -278,7 +272,7 @@ def _paint_skin(head: _Head, moles: NDArray[np.float64]) -> None:
 
 
 def _paint_eyes(head: _Head) -> None:
-    face, skin, hair = head.face, _skin_color(head.face), _hair_color(head.face)
+    face, skin, hair = head.face, head.skin_color, head.hair_color
     blue = min(max(face.iris_blue, 0.0), 1.0)
     iris = _color(0.45 - 0.2 * blue, 0.28 + 0.2 * blue, 0.12 + 0.5 * blue)
     iris *= 0.5 + face.iris_light
@@ -309,7 +303,7 @@ def _paint_eyes(head: _Head) -> None:
 
 def _paint_nose(head: _Head) -> None:
     """A lit ridge from between the eyes to the tip, which the pose moves (parallax)."""
-    face, skin = head.face, _skin_color(head.face)
+    face, skin = head.face, head.skin_color
     tip_u = face.head_width * face.nose_lift * head.sin_yaw
     tip_v = face.nose_tip + face.head_length * face.nose_lift * head.sin_pitch
     length = tip_v - face.eye_height
@@ -333,7 +327,7 @@ def _paint_nose(head: _Head) -> None:
 
 def _paint_mouth(head: _Head) -> None:
     """Lips, the open mouth with its teeth, and what a smile does to the cheeks."""
-    face, skin = head.face, _skin_color(head.face)
+    face, skin = head.face, head.skin_color
     lips = skin * (1 - face.lip_red * _color(0.25, 0.75, 0.65))
     smile, gap = max(face.smile, 0.0), max(face.mouth_open, 0.0)
     width = face.mouth_width + 0.9 * smile

@@ -1,7 +1,6 @@
 """Image files come in their order, whole or as zeros that say why."""
 
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from fastface_lightning.data import (
     ARCFACE_POINTS,
@@ -99,22 +97,6 @@ def test_nothing_in_the_lists_or_files_raises(
         assert readable == (files.why(k) == "")
 
 
-def test_loader_workers_read_them(noise: list[Path]) -> None:
-    noise[3].unlink()
-    loader = DataLoader(ImageFiles(noise, size=9), batch_size=4, num_workers=2)
-    (first, good), (second, also_good) = loader
-    assert torch.equal(torch.cat([first, second])[5], decode_image(noise[5], 9))
-    assert torch.cat([good, also_good]).tolist() == [True, True, True, False, True, True]
-    assert good.dtype == torch.bool
-
-
-def test_pickled_they_are_the_same_and_small() -> None:
-    files = ImageFiles((f"/data/loose_crop/{k}.jpg" for k in range(10_000)), size=5)
-    content = pickle.dumps(files)
-    assert len(content) < 10_000 * 34  # 22 to 25 bytes of name, 8 to find it
-    assert pickle.loads(content).why(9_999) == files.why(9_999) != files.why(0)
-
-
 def test_names_in_any_bytes(noise: list[Path], tmp_path: Path) -> None:
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/jos\xe9 \n.png")
     os.rename(noise[1], odd)
@@ -160,8 +142,6 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
             find_images(tmp_path / name)
     with pytest.raises(ValueError, match="holds no image"):
         find_images(tmp_path)
-    with pytest.raises(ValueError, match="size must be at least 1"):
-        ImageFiles([], size=0)
     with pytest.raises(ValueError, match="points must be"):
         ImageFiles(["a", "b"], ARCFACE_POINTS[None])
     with pytest.raises(IndexError):
