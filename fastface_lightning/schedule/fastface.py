@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from .plateau import PlateauSchedule, PlateauState, check_window, renamed, window_of
+from .plateau import PlateauSchedule, PlateauState, check_window, window_of
 
 _PUBLISHED = {"threshold": 5e-5, "patience": 0.05, "max_decays": 8, "arm_after": 0}
 
 
-@renamed(literal="variant='paper'", released="variant='released'")
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FastFace(PlateauSchedule):
     r"""FastFace: the loss drop, averaged twice, against a threshold.
@@ -83,9 +83,7 @@ class FastFace(PlateauSchedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant == "released" and self.threshold_mode not in (None, "abs"):
-            raise ValueError(
-                f"variant 'released' needs threshold_mode 'abs', got {self.threshold_mode!r}"
-            )
+            raise ValueError(f"variant released needs mode abs, got {self.threshold_mode!r}")
         check_window("ema_window", self.ema_window, "alpha", self.alpha)
         check_window("haar_window", self.haar_window, "beta", self.beta)
 
@@ -100,10 +98,9 @@ class FastFace(PlateauSchedule):
         return settings
 
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
-        alpha: Any = self.alpha
-        beta: Any = self.beta
-        window: Any = self.ema_window
-        seen = state.step - self.warmup_steps  # type: ignore[operator]
+        bound: Any = self
+        alpha, beta, window = bound.alpha, bound.beta, bound.ema_window
+        seen = state.step - bound.warmup_steps
         if self.variant != "scaled":
             return self._detect_published(state, loss, seen, alpha, beta, window)
         if seen == 0:
@@ -132,8 +129,19 @@ class FastFace(PlateauSchedule):
         decided = self._decide(state._replace(scale=due), level, response, window)
         return decided._replace(scale=due, memory=(decided.scale,))
 
-    def _windows(self) -> str:
-        return f"EMA over {self.ema_window} and Haar over {self.haar_window} steps"
+
+_init = FastFace.__init__
+
+
+@functools.wraps(_init)
+def _refuse_old(self: FastFace, **settings: Any) -> None:
+    for old, variant in (("literal", "paper"), ("released", "released")):
+        if old in settings:
+            raise ValueError(f"{old} is now variant={variant!r}, got {old}={settings[old]}")
+    _init(self, **settings)
+
+
+FastFace.__init__ = _refuse_old  # type: ignore[method-assign]
 
 
 def default_window(total_steps: int) -> int:
