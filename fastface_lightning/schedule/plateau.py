@@ -310,7 +310,7 @@ def check_window(
 ) -> None:
     """A window of at least so many steps, or its rate, 1 / window; raises ValueError."""
     if window is not None:
-        check_count(name, window, least, " steps")
+        check_count(name, window, least, " step" + "s" * (least > 1))
     if rate is not None:
         rule = f"lie in (0, {1 / least:g}]"
         check_number(rate_name, rate, rule, lambda rate: 0 < rate <= 1 / least)
@@ -329,5 +329,7 @@ def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool
 
 def check_count(name: str, value: Any, least: int, unit: str = "") -> None:
     """A whole number; raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}{unit}, got {value}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number{unit}, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}{unit}, got {value}")

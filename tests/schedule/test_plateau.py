@@ -290,7 +290,7 @@ def test_refuses_a_setting_out_of_its_range(
 
 
 def test_refuses_what_one_detector_cannot_have() -> None:
-    with pytest.raises(ValueError, match=r"haar_window .* at least 2 steps, got 1"):
+    with pytest.raises(ValueError, match="haar_window must be at least 2 steps, got 1"):
         MHLR(haar_window=1)
     with pytest.raises(ValueError, match=r"released.*rel"):
         FastFace(variant="released", threshold=0.1, threshold_mode="rel")
