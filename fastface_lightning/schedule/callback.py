@@ -130,10 +130,8 @@ class FastFaceCallback(Callback):
             self._apply(trainer)
         # Not in an earlier hook: counting steps makes the loaders, which would then lose the
         # position that a checkpoint has for them.
-        sentence, length = (
-            self._progress.describe(),
-            getattr(self._progress.bound, "total_steps", 0),
-        )
+        sentence = self._progress.describe()
+        length = getattr(self._progress.bound, "total_steps", None)
         rank_zero_info(sentence)
         with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
             now = self.total_steps or total_steps_of(trainer)
