@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
-ThresholdMode = Literal["abs", "rel", "peak"]
 ARM_DROP = 0.05
 """Share of its peak that the smoothed loss must lose before a flat loss means a plateau."""
 _HUGE = 1e290
@@ -113,7 +112,7 @@ class PlateauSchedule(ABC):
 
     variant: str | None = "default"
     threshold: float | None = None
-    threshold_mode: ThresholdMode | None = None
+    threshold_mode: Literal["abs", "rel", "peak"] | None = None
     patience: int | float | None = None
     factor: float | None = None
     max_decays: int | float | None = None
@@ -133,12 +132,11 @@ class PlateauSchedule(ABC):
             object.__setattr__(self, "variant", names[0])
         if self.variant not in names:
             raise ValueError(f"variant must be {' or '.join(names)}, got {self.variant!r}")
-        if self.threshold_mode not in (None, "abs", "rel", "peak"):
-            raise ValueError(
-                f"threshold_mode must be abs, rel or peak, got {self.threshold_mode!r}"
-            )
-        if self.threshold is None and self.threshold_mode is not None:
-            raise ValueError(f"threshold_mode needs a threshold, got {self.threshold_mode!r} alone")
+        mode = self.threshold_mode
+        if mode not in (None, "abs", "rel", "peak"):
+            raise ValueError(f"threshold_mode must be abs, rel or peak, got {mode!r}")
+        if self.threshold is None and mode is not None:
+            raise ValueError(f"threshold_mode needs a threshold, got {mode!r} alone")
         settings = self._settings()
         factor, restart_factor = settings["factor"], settings["restart_factor"]
         threshold = settings.get("threshold", 0)
@@ -147,9 +145,12 @@ class PlateauSchedule(ABC):
         check_number("restart_factor", restart_factor, "be at least 1", lambda x: 1 <= x < math.inf)
         for name in _DURATIONS:
             value = settings.get(name, 0)
+            never = name == "arm_after" and value == math.inf
             share = isinstance(value, float) and 0 <= value < 1
-            if not share and (value != math.inf or name != "arm_after"):
-                check_count(name, value, 0, " steps or a share of the run below 1")
+            if not (never or share or (type(value) is int and value >= 0)):
+                raise ValueError(
+                    f"{name} must be whole steps or a share of the run below 1, got {value}"
+                )
         for name, least in (("max_decays", 0), ("restart_after", 1), ("max_nonfinite", 1)):
             if settings[name] != math.inf:
                 check_count(name, settings[name], least)
@@ -188,7 +189,7 @@ class PlateauSchedule(ABC):
         return replace(self, **settings | {"total_steps": total_steps})
 
     def _of_length(self, total_steps: int) -> dict[str, Any]:
-        """The detector's settings that depend on the run's length or on other settings."""
+        """The detector's settings that depend on the run's length."""
         return {}
 
     def init(self) -> PlateauState:
@@ -330,6 +331,6 @@ def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool
 def check_count(name: str, value: Any, least: int, unit: str = "") -> None:
     """A whole number; raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number{unit}, got {value}")
+        raise ValueError(f"{name} must be a whole number, got {value}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}{unit}, got {value}")

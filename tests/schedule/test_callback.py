@@ -694,19 +694,12 @@ class HalveEvery:
         return Count(state.step + 1, 0.5 ** ((state.step + 1) // self.steps))
 
 
-def test_a_schedule_of_ones_own_is_logged_saved_and_resumed(tmp_path: Path) -> None:
-    callback, logger = FastFaceCallback(HalveEvery()), CSVLogger(tmp_path)
-    fit(tmp_path, callback, max_steps=20, logger=logger, log_every_n_steps=1)
-    assert [made.step for made in callback.changes] == [3, 7, 11, 15, 19]
-    assert callback.changes == replay(LOSSES[:20], HalveEvery(), 20, LR)
-    assert metrics(logger)["fastface/lr_scale"][19] == 1 / 32
-
-    fit(tmp_path, FastFaceCallback(HalveEvery(4)), max_steps=10).save_checkpoint(
-        tmp_path / "a.ckpt"
-    )
-    resumed = FastFaceCallback(HalveEvery(4))
+def test_a_schedule_of_ones_own_is_saved_and_resumed(tmp_path: Path) -> None:
+    callback, resumed = FastFaceCallback(HalveEvery(4)), FastFaceCallback(HalveEvery(4))
+    fit(tmp_path, callback, max_steps=10).save_checkpoint(tmp_path / "a.ckpt")
     fit(tmp_path, resumed, max_steps=20, ckpt_path=tmp_path / "a.ckpt")
-    assert resumed.changes == callback.changes and resumed.state == callback.state
+    assert [made.step for made in resumed.changes] == [3, 7, 11, 15, 19]
+    assert resumed.changes == replay(LOSSES[:20], HalveEvery(), 20, LR)
 
 
 # Reuse -------------------------------------------------------------------------------------------

@@ -78,14 +78,6 @@ def test_never_decays_on_a_straight_fall(steps: int) -> None:
         assert replay(np.linspace(45, 5, steps).tolist(), MHLR(), steps, lr=0.1) == []
 
 
-def test_paper_is_ruined_by_a_short_run_whose_loss_rises_first() -> None:
-    # The paper's windows of 1000 steps still see the rise when half of the run is over.
-    curve = training_curve(1560, scale=20.0, rise=0.1, climb=1.0, speed=6)
-    paper = replay(curve.losses, FastFace(variant="paper"), 1560, lr=0.02)
-    assert len(paper) == 8 and paper[-1].step < last_clear_fall(curve)
-    decays_in_time(curve)
-
-
 @pytest.mark.parametrize("schedule", [FastFace(), MHLR()], ids=repr)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("steps", STEPS[:4])
