@@ -123,9 +123,8 @@ class FastFaceCallback(Callback):
             return
         self._trainer = trainer
         self._global_step = trainer.global_step
-        self._hooks = [
-            o.register_step_post_hook(self._on_optimizer_step) for o in trainer.optimizers
-        ]
+        hook = self._on_optimizer_step
+        self._hooks = [optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers]
         if self.state.step == 0:
             self._apply(trainer)
         # Not in an earlier hook: counting steps makes the loaders, which would then lose the
@@ -179,9 +178,9 @@ class FastFaceCallback(Callback):
             return  # training_step returned None: this micro-batch was skipped
         key = self.loss_key or "loss"
         if key not in outputs:
-            returned = ", ".join(map(str, outputs)) or "nothing"
+            keys = ", ".join(map(str, outputs)) or "nothing"
             raise MisconfigurationException(
-                f"training_step must return loss_key={key!r}, got {returned}"
+                f"training_step must return loss_key={key!r}, got {got}"
             )
         loss = torch.as_tensor(outputs[key], dtype=torch.float32, device=pl_module.device)
         divided_by = trainer.accumulate_grad_batches if key == "loss" else 1

@@ -99,31 +99,24 @@ class FastFace(PlateauSchedule):
 
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
         bound: Any = self
-        alpha, beta, window = bound.alpha, bound.beta, bound.ema_window
-        seen = state.step - bound.warmup_steps
-        if self.variant != "scaled":
-            return self._detect_published(state, loss, seen, alpha, beta, window)
-        if seen == 0:
-            return self._decide(state, loss, 0.0, window)
-        level = state.level + max(alpha, 1 / (seen + 1)) * (loss - state.level)
-        response = state.response + beta * (state.level - level - state.response)
-        return self._decide(state, level, response, window)
-
-    def _detect_published(
-        self, state: PlateauState, loss: float, seen: float, alpha: float, beta: float, window: int
-    ) -> PlateauState:
-        released = self.variant == "released"
-        if seen == 0:
-            return state._replace(step=state.step + 1, level=loss, nonfinite_run=0)
+        alpha, beta, window, variant = bound.alpha, bound.beta, bound.ema_window, bound.variant
         before, response = state.level, state.response
-        if seen == 1 and released:
+        seen = state.step - bound.warmup_steps
+        if variant == "scaled":
+            if seen == 0:
+                return self._decide(state, loss, 0.0, window)
+            alpha = max(alpha, 1 / (seen + 1))
+        elif seen == 0:
+            return state._replace(step=state.step + 1, level=loss, nonfinite_run=0)
+        elif seen == 1 and variant == "released":
             # E_0 = 0 in the closed recurrence is a first drop D_1 / beta in the chained averages,
             # and that is what a smoothed loss which starts here gives.
             before, response = loss + (before - loss) / beta, 0.0
         level = before + alpha * (loss - before)
         drop = before - level
-        response = drop if seen == 1 and not released else response + beta * (drop - response)
-        if not released:
+        first = seen == 1 and variant == "paper"
+        response = drop if first else response + beta * (drop - response)
+        if variant != "released":
             return self._decide(state, level, response, window)
         due = state.memory[0] if state.memory else state.scale
         decided = self._decide(state._replace(scale=due), level, response, window)

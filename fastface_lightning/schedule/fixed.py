@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-DURATIONS = (
+COUNTS = [
     "milestones",
     "patience",
     "cooldown",
@@ -19,7 +19,7 @@ DURATIONS = (
     "T_max",
     "total_iters",
     "total_steps",
-)
+]
 
 
 class FixedSchedule:
@@ -64,7 +64,7 @@ class FixedSchedule:
     def bind(self, total_steps: int) -> dict[str, Any]:
         """The scheduler's keyword arguments in a run of ``total_steps`` optimizer steps."""
         return {
-            name: _steps(name, value, total_steps) if name in DURATIONS else value
+            name: _steps(name, value, total_steps) if name in COUNTS else value
             for name, value in self.settings.items()
         }
 

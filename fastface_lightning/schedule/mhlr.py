@@ -80,9 +80,8 @@ class MHLR(PlateauSchedule):
     def init(self) -> PlateauState:
         # memory: the sum of all losses; Q of the last steps, zero before the first; its length.
         # The list is shared by successive states and only ever appended to.
-        state = super().init()
-        m: Any = self.haar_window
-        return state._replace(memory=(0, [0] * (2 * m + 2), 2 * m + 2))
+        size = 2 * (self.haar_window or 0) + 2
+        return super().init()._replace(memory=(0, [0] * size, size))
 
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
         m: Any = self.haar_window
