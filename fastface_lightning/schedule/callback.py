@@ -178,7 +178,7 @@ class FastFaceCallback(Callback):
             return  # training_step returned None: this micro-batch was skipped
         key = self.loss_key or "loss"
         if key not in outputs:
-            keys = ", ".join(map(str, outputs)) or "nothing"
+            got = ", ".join(map(str, outputs)) or "nothing"
             raise MisconfigurationException(
                 f"training_step must return loss_key={key!r}, got {got}"
             )
