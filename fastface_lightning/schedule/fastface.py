@@ -99,24 +99,26 @@ class FastFace(PlateauSchedule):
 
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
         bound: Any = self
-        alpha, beta, window, variant = bound.alpha, bound.beta, bound.ema_window, bound.variant
+        alpha, beta, window = bound.alpha, bound.beta, bound.ema_window
         before, response = state.level, state.response
         seen = state.step - bound.warmup_steps
-        if variant == "scaled":
+        if self.variant == "scaled":
             if seen == 0:
                 return self._decide(state, loss, 0.0, window)
-            alpha = max(alpha, 1 / (seen + 1))
-        elif seen == 0:
+            level = before + max(alpha, 1 / (seen + 1)) * (loss - before)
+            return self._decide(state, level, response + beta * (before - level - response), window)
+        if seen == 0:
             return state._replace(step=state.step + 1, level=loss, nonfinite_run=0)
-        elif seen == 1 and variant == "released":
+        if seen == 1 and self.variant == "released":
             # E_0 = 0 in the closed recurrence is a first drop D_1 / beta in the chained averages,
             # and that is what a smoothed loss which starts here gives.
             before, response = loss + (before - loss) / beta, 0.0
         level = before + alpha * (loss - before)
         drop = before - level
-        first = seen == 1 and variant == "paper"
-        response = drop if first else response + beta * (drop - response)
-        if variant != "released":
+        if seen == 1 and self.variant == "paper":
+            response = drop
+        response += beta * (drop - response)
+        if self.variant == "paper":
             return self._decide(state, level, response, window)
         due = state.memory[0] if state.memory else state.scale
         decided = self._decide(state._replace(scale=due), level, response, window)

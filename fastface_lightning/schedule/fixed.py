@@ -11,15 +11,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-COUNTS = [
-    "milestones",
-    "patience",
-    "cooldown",
-    "step_size",
-    "T_max",
-    "total_iters",
-    "total_steps",
-]
+COUNTS = ("milestones", "patience", "cooldown", "step_size", "T_max", "total_iters", "total_steps")
 
 
 class FixedSchedule:

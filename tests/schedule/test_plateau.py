@@ -36,7 +36,7 @@ def scales(schedule: PlateauSchedule, losses: Iterable[float], total_steps: int 
     return [state.scale for state in run(schedule, losses, total_steps)]
 
 
-# Patience, factor, cap ---------------------------------------------------------------------------
+# The rule ---------------------------------------------------------------------------------------
 
 
 def test_response_equal_to_the_threshold_is_not_flat() -> None:
@@ -49,16 +49,10 @@ def test_no_more_than_max_decays() -> None:
     assert run(Drop(max_decays=math.inf), [1.0] * 60)[-1].scale == 0.5**60
 
 
-# Restart -----------------------------------------------------------------------------------------
-
-
 def test_plateaus_are_in_a_row_only_without_a_fall_between_them() -> None:
     schedule = Drop(restart_after=3)
     losses = [9.0, 9.0, 8.0, 8.0, 8.0, 8.0]
     assert scales(schedule, losses) == [0.5, 0.25, 0.25, 0.125, 0.0625, 0.25]
-
-
-# Arming ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -67,9 +61,6 @@ def test_plateaus_are_in_a_row_only_without_a_fall_between_them() -> None:
 def test_armed_after_arm_after_steps_at_the_latest(arm_after: int | float, steps: int) -> None:
     armed = [state.armed for state in run(Drop(arm_after=arm_after), [1.0] * 100)]
     assert armed == [step >= steps for step in range(100)]
-
-
-# Threshold ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,9 +79,6 @@ def test_threshold_modes(mode: Any, threshold: float, flat: list[bool]) -> None:
     assert [state.plateau_steps > 0 for state in after[1:]] == flat
     in_units = {"abs": 1.0, "rel": 5.0, "peak": 40.0}[mode] * threshold
     assert schedule.bind(100).threshold_at(after[2]) == pytest.approx(in_units)
-
-
-# Warm-up -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("warmup_steps", [1, 0.25])
