@@ -17,7 +17,7 @@ from fastface_lightning.cli import check_numbers, program
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastface_lightning.schedule import Change, Schedule
+    from fastface_lightning.schedule import Change
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -28,6 +28,7 @@ def main(cfg: DictConfig) -> None:
     from rich.console import Console
 
     from fastface_lightning.files import write_text
+    from fastface_lightning.report.figures import plot_schedule
     from fastface_lightning.schedule import read_losses, replay
     from fastface_lightning.schedule.base import Progress
     from fastface_lightning.schedule.fixed import FixedSchedule
@@ -48,9 +49,14 @@ def main(cfg: DictConfig) -> None:
         )
     lr = cfg.lr if cfg.lr is not None else (logged[0] if logged else 1.0)
     changes, in_log = replay(losses, schedule, total_steps, lr), changes_in(logged)
+    progress, scales, metrics = Progress.start(schedule, total_steps), [], []
+    for loss in losses:
+        progress = progress.update(loss)
+        scales.append(progress.state.scale)
+        metrics.append(progress.metrics())
 
     console = Console()
-    console.print(Progress.start(schedule, total_steps).describe())
+    console.print(progress.describe())
     console.print(table_of(changes, in_log))
     result = {
         "log": str(cfg.log),
@@ -60,7 +66,17 @@ def main(cfg: DictConfig) -> None:
         "changes_in_log": [change._asdict() for change in in_log],
     }
     write_text(folder / "replay.json", json.dumps(result, indent=2) + "\n")
-    draw(folder / "replay.png", losses, logged, schedule, total_steps, changes, lr)
+    plot_schedule(
+        folder / "replay.png",
+        steps=range(len(losses)),
+        loss=losses,
+        response=[values.get("response", math.nan) for values in metrics],
+        threshold=[values.get("threshold", math.nan) for values in metrics],
+        lr=[lr * scale for scale in scales],
+        logged_lr=logged or None,
+        changes=[change.step for change in changes],
+        title=f"{type(schedule).__name__} on {len(losses):,} steps: {len(changes)} changes",
+    )
     console.print(f"replay.json and replay.png are in {folder}")
 
 
@@ -91,39 +107,6 @@ def table_of(changes: list[Change], in_log: list[Change]) -> Table:
             cells.append(f"{nearest.step:,} x {nearest.factor:.2g}")
         table.add_row(*cells)
     return table
-
-
-def draw(
-    path: Path,
-    losses: list[float],
-    logged: list[float],
-    schedule: Schedule,
-    total_steps: int,
-    changes: list[Change],
-    lr: float,
-) -> None:
-    """Draw loss, response and learning rate, at 10,000 points or so."""
-    from fastface_lightning.report.figures import plot_schedule
-    from fastface_lightning.schedule.base import Progress
-
-    every = max(1, len(losses) // 10_000)
-    progress, scales, metrics = Progress.start(schedule, total_steps), [], []
-    for step, loss in enumerate(losses):
-        progress = progress.update(loss)
-        if step % every == 0:
-            scales.append(progress.state.scale)
-            metrics.append(progress.metrics())
-    plot_schedule(
-        path,
-        steps=range(0, len(losses), every),
-        loss=losses[::every],
-        response=[values.get("response", math.nan) for values in metrics],
-        threshold=[values.get("threshold", math.nan) for values in metrics],
-        lr=[lr * scale for scale in scales],
-        logged_lr=logged[::every] or None,
-        changes=[change.step for change in changes],
-        title=f"{type(schedule).__name__} on {len(losses):,} steps: {len(changes)} changes",
-    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,38 +22,23 @@ WEBFACE12M, WEBFACE42M = (617_970, 12_720_066), (2_059_906, 42_474_557)
 SIZES = {"ms1mv3": MS1MV3, "webface12m": WEBFACE12M}
 
 
-class Row(NamedTuple):
-    """A row of results of arXiv 2404.11118; without accuracies where the paper has none."""
-
-    identities: int
-    images: int
-    margin: tuple[str, float]
-    lfw_cfp_agedb_ijbb_ijbc: tuple[str, ...] = ()
-
-
 ARCFACE, COSFACE = ("ArcFace", 0.5), ("CosFace", 0.4)
-FASTFACE = {
-    "ms1mv3_r100": Row(*MS1MV3, ARCFACE, ("99.80", "98.53", "98.12", "95.03", "96.41")),
-    "ms1mv2_r100": Row(*MS1MV2, ARCFACE),
-    "webface4m_r100": Row(
-        205_990, 4_235_242, COSFACE, ("99.65", "98.63", "97.57", "94.36", "96.18")
-    ),
-    "webface8m_r100": Row(
-        411_980, 8_465_386, COSFACE, ("99.85", "99.24", "97.90", "95.58", "97.09")
-    ),
-    "webface12m_r50": Row(*WEBFACE12M, COSFACE, ("99.80", "99.09", "97.92", "95.25", "96.85")),
-    "webface12m_r100": Row(*WEBFACE12M, COSFACE, ("99.83", "99.17", "98.02", "95.68", "97.20")),
-    "webface42m_r100": Row(*WEBFACE42M, COSFACE),
+FASTFACE = {  # identities and images, margin: the rows of arXiv 2404.11118
+    "ms1mv3_r100": (MS1MV3, ARCFACE),
+    "ms1mv2_r100": (MS1MV2, ARCFACE),
+    "webface4m_r100": ((205_990, 4_235_242), COSFACE),
+    "webface8m_r100": ((411_980, 8_465_386), COSFACE),
+    "webface12m_r50": (WEBFACE12M, COSFACE),
+    "webface12m_r100": (WEBFACE12M, COSFACE),
+    "webface42m_r100": (WEBFACE42M, COSFACE),
 }
 
 
-def test_every_recipe_opens_with_its_command_and_the_published_accuracies() -> None:
+def test_every_recipe_opens_with_its_command() -> None:
     assert {*FASTFACE, *MHLR, *BASELINES, *F2C, "attfc_ms1mv3"} == set(PAPERS)
     for paper in PAPERS:
         text = (RECIPES / "paper" / f"{paper}.yaml").read_text()
         assert f"\n#   python train.py +paper={paper} data.root=DIR\n" in text
-        for accuracy in FASTFACE[paper].lfw_cfp_agedb_ijbb_ijbc if paper in FASTFACE else ():
-            assert accuracy in text
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -98,9 +82,8 @@ def steps_of(cfg: DictConfig) -> int:
 @pytest.mark.parametrize("paper", FASTFACE)
 def test_fastface(paper: str) -> None:
     """The table of results and the rule's numbers, whatever the length of the run."""
-    cfg, row = composed(f"+paper={paper}"), FASTFACE[paper]
-    assert (cfg.data.num_identities, cfg.data.num_images) == (row.identities, row.images)
-    assert margin_of(cfg) == row.margin
+    cfg = composed(f"+paper={paper}")
+    assert ((cfg.data.num_identities, cfg.data.num_images), margin_of(cfg)) == FASTFACE[paper]
     total = steps_of(cfg)
     bound = instantiate(cfg.schedule).bind(total)
     assert bound.variant == "paper" and (bound.ema_window, bound.haar_window) == (1000, 1000)
@@ -136,13 +119,11 @@ def test_baselines(data: str) -> None:
 
 
 def assert_drops(cfg: DictConfig, after: list[int]) -> None:
-    """Tenfold ones after these epochs, to the step, however many steps an epoch has."""
-    schedule, epochs = instantiate(cfg.schedule), cfg.trainer.max_epochs
-    for epoch in (1, 7, 11_372, 45_489, 133_528, 10_000_000):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=cfg.optimizer.lr)
-        scheduler = schedule(optimizer, epochs * epoch)
-        assert sorted(scheduler.milestones.elements()) == [count * epoch for count in after]
-        assert scheduler.gamma == 0.1
+    """Tenfold ones after these epochs, to the step."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=cfg.optimizer.lr)
+    scheduler = instantiate(cfg.schedule)(optimizer, cfg.trainer.max_epochs * 45_489)
+    assert sorted(scheduler.milestones.elements()) == [count * 45_489 for count in after]
+    assert scheduler.gamma == 0.1
 
 
 @pytest.mark.parametrize("paper", F2C)
@@ -196,6 +177,13 @@ def test_a_command_wins_over_a_recipe() -> None:
     assert (cfg.data.name, cfg.schedule.variant) == ("glint360k", "scaled")
 
 
+@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("schedule", ["fastface", "mhlr", "cosine"])
+def test_another_schedule_replaces_a_recipes_own(paper: str, schedule: str) -> None:
+    told = composed(f"+paper={paper}", f"schedule={schedule}").schedule
+    assert told == composed(f"schedule={schedule}").schedule
+
+
 # ------------------------------------------------------------------------------------ training
 
 
@@ -228,27 +216,10 @@ def test_a_recipe_trains(paper: str, run: Run) -> None:
     """Two steps, of a small network, from another folder than the program's."""
     ended = run(*two_steps(paper), "model.name=iresnet_tiny")
     assert ended.code == 0, ended.err
-    assert_followed(paper, ended.folder)
-
-
-@pytest.mark.program
-@pytest.mark.usefixtures("faces")
-def test_a_recipe_trains_its_own_network(run: Run) -> None:
-    """Two steps of the ResNet-50."""
-    ended = run(*two_steps("webface12m_r50"))
-    assert ended.code == 0, ended.err
-    assert_followed("webface12m_r50", ended.folder)
-    weights = torch.load(ended.folder / "checkpoints" / "last.ckpt", weights_only=True)[
-        "state_dict"
-    ]
-    assert sum("layer3" in name and "conv1" in name for name in weights) == 14
-
-
-def assert_followed(paper: str, folder: Path) -> None:
-    config, told = OmegaConf.load(folder / "config.yaml"), composed(f"+paper={paper}")
+    config, told = OmegaConf.load(ended.folder / "config.yaml"), composed(f"+paper={paper}")
     assert config.classifier._target_ == told.classifier._target_
     assert config.schedule._target_ == told.schedule._target_
-    assert steps_done(folder) == 2
+    assert steps_done(ended.folder) == 2
 
 
 @pytest.mark.program

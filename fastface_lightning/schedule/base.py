@@ -6,23 +6,12 @@ import copy
 from typing import Any, NamedTuple, Protocol
 
 
-class State(Protocol):
-    """What a schedule remembers between two steps, as far as others look at it."""
-
-    @property
-    def step(self) -> int:
-        """Losses taken so far, optimizer steps."""
-
-    @property
-    def scale(self) -> float:
-        """Factor on every base learning rate, for the *next* optimizer step."""
-
-
 class Schedule(Protocol):
     """A frozen dataclass of settings with pure steps over a NamedTuple of primitives.
 
-    Whatever has the three methods below goes into ``FastFaceCallback``, ``FastFaceLR`` and
-    ``replay``; it need not inherit from this class. It may also have
+    Whatever has the three methods below, and states with ``step``, the losses taken so far, and
+    ``scale``, the factor on every base learning rate for the *next* optimizer step, goes into
+    ``FastFaceCallback``, ``FastFaceLR`` and ``replay``. It may also have
 
     - ``describe() -> str``: one sentence for the log, of the bound schedule; else its ``repr``;
     - ``metrics(state) -> dict[str, float]``: what the callback logs besides the scale;
@@ -58,9 +47,7 @@ class Schedule(Protocol):
     def update(self, state: Any, loss: float) -> Any:
         """State after the optimizer step whose mean loss was ``loss``; ``state`` stays as it was.
 
-        Args:
-            state: what :meth:`init` or this method returned.
-            loss: in any unit; NaN and infinite losses come too.
+        NaN and infinite losses come too.
         """
 
 
@@ -73,7 +60,7 @@ class Progress(NamedTuple):
 
     @classmethod
     def start(cls, schedule: Schedule, total_steps: int) -> Progress:
-        """Before the first step of a run of ``total_steps`` optimizer steps."""
+        """Before the first of ``total_steps`` optimizer steps."""
         bound = schedule.bind(total_steps)
         return cls(schedule, bound, bound.init())
 

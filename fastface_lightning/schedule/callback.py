@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -107,7 +108,7 @@ class FastFaceCallback(Callback):
         self._refuse_rivals(trainer)
         if not pl_module.automatic_optimization and self.loss_key is None:
             raise MisconfigurationException(
-                "under manual optimization FastFaceCallback needs loss_key, the key of the loss in "
+                "manual optimization needs FastFaceCallback(loss_key=...), the key of the loss in "
                 "what training_step returns, got None"
             )
         if self._progress is None:
@@ -122,40 +123,31 @@ class FastFaceCallback(Callback):
             return
         self._trainer = trainer
         self._global_step = trainer.global_step
-        self._hooks = [
-            o.register_step_post_hook(self._on_optimizer_step) for o in trainer.optimizers
-        ]
+        hook = self._on_optimizer_step
+        self._hooks = [optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers]
         if self.state.step == 0:
             self._apply(trainer)
         # Not in an earlier hook: counting steps makes the loaders, which would then lose the
         # position that a checkpoint has for them.
-        self._warn_of_another_length(trainer, self._progress)
-        rank_zero_info(self._progress.describe())
-
-    def _warn_of_another_length(self, trainer: Trainer, progress: Progress) -> None:
-        try:
+        sentence = self._progress.describe()
+        length = getattr(self._progress.bound, "total_steps", None)
+        rank_zero_info(sentence)
+        with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
             now = self.total_steps or total_steps_of(trainer)
-        except MisconfigurationException:  # without an end: the schedule has one already
-            return
-        length = getattr(progress.bound, "total_steps", None)
-        if length not in (None, now - self._began_at):
-            rank_zero_warn(
-                f"the run now has {now} steps; its schedule stays as it was made for {length}: "
-                f"{progress.describe()}"
-            )
+            if length and length != now - self._began_at:
+                rank_zero_warn(
+                    f"the run now has {now} steps; its schedule stays as it was made for {length}: "
+                    f"{sentence}"
+                )
 
     def _refuse_rivals(self, trainer: Trainer) -> None:
-        rivals = [type(c.scheduler).__name__ for c in trainer.lr_scheduler_configs]
-        rivals += [
-            type(c).__name__
-            for c in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(c, StochasticWeightAveraging)
-        ]
+        rivals: list[Any] = [c.scheduler for c in trainer.lr_scheduler_configs]
+        rivals += callbacks_of(trainer, StochasticWeightAveraging)
         if rivals:
+            names = ", ".join(type(rival).__name__ for rival in rivals)
             raise MisconfigurationException(
-                f"only one schedule may set the learning rate, got FastFaceCallback and "
-                f"{', '.join(rivals)}: let configure_optimizers return the optimizer alone, or "
-                f"leave the callback out"
+                f"only one schedule may set the learning rate, got FastFaceCallback and {names}: "
+                f"leave one of them out"
             )
         if not any(optimizer.param_groups for optimizer in trainer.optimizers):
             raise MisconfigurationException(
@@ -186,9 +178,9 @@ class FastFaceCallback(Callback):
             return  # training_step returned None: this micro-batch was skipped
         key = self.loss_key or "loss"
         if key not in outputs:
-            returned = ", ".join(map(str, outputs)) or "nothing"
+            got = ", ".join(map(str, outputs)) or "nothing"
             raise MisconfigurationException(
-                f"training_step must return loss_key={key!r}, got {returned}"
+                f"training_step must return loss_key={key!r}, got {got}"
             )
         loss = torch.as_tensor(outputs[key], dtype=torch.float32, device=pl_module.device)
         divided_by = trainer.accumulate_grad_batches if key == "loss" else 1
@@ -251,26 +243,24 @@ class FastFaceCallback(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._progress is not None
-        metrics = self._progress.metrics() | {"lr_scale": self.state.scale}
-        rates = dict(zip(lr_names(trainer.optimizers), self._rates(trainer), strict=True))
-        bar = {"fastface/lr": next(iter(rates.values()))}
-        if "plateau" in metrics:
-            bar["fastface/plateau"] = metrics.pop("plateau")
-        finite = {f"fastface/{name}": v for name, v in metrics.items() if math.isfinite(v)}
-        # As CPU tensors: Lightning puts a float on the device, where the progress bar waits for it.
-        pl_module.log_dict({name: torch.as_tensor(v) for name, v in (finite | rates).items()})
-        pl_module.log_dict(
-            {name: torch.as_tensor(v) for name, v in bar.items()}, prog_bar=True, logger=False
-        )
-
-    def _rates(self, trainer: Trainer) -> list[float]:
-        """Learning rate of every group; one that lives on the device is computed, not read."""
         scale = self.state.scale
-        return [
+        metrics = self._progress.metrics() | {"lr_scale": scale}
+        rates = [
+            # One that lives on the device is computed: reading it would wait.
             base_lr * scale if isinstance(group["lr"], Tensor) else group["lr"]
             for optimizer, base_lrs in zip(trainer.optimizers, self._base_lrs, strict=True)
             for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=False)
         ]
+        bar = {"fastface/lr": rates[0]}
+        if "plateau" in metrics:
+            bar["fastface/plateau"] = metrics.pop("plateau")
+        logged = {f"fastface/{name}": v for name, v in metrics.items() if math.isfinite(v)}
+        logged |= zip(lr_names(trainer.optimizers), rates, strict=True)
+        # As CPU tensors: Lightning puts a float on the device, where the progress bar waits for it.
+        pl_module.log_dict({name: torch.as_tensor(v) for name, v in logged.items()})
+        pl_module.log_dict(
+            {name: torch.as_tensor(v) for name, v in bar.items()}, prog_bar=True, logger=False
+        )
 
     # End and checkpoints -----------------------------------------------------------------------
 
@@ -315,9 +305,8 @@ class FastFaceCallback(Callback):
             return
         if checkpoint.get("lr_schedulers"):
             raise MisconfigurationException(
-                "the checkpoint must come from a run with FastFaceCallback, got one whose learning "
-                "rate another scheduler set: resume with that scheduler, or start anew from the "
-                "weights alone"
+                "the checkpoint must come from a run with FastFaceCallback, got one with another "
+                "scheduler: resume with that one, or start anew from the weights alone"
             )
         self._began_at = checkpoint["global_step"]
         rank_zero_warn(
@@ -327,20 +316,20 @@ class FastFaceCallback(Callback):
 
 
 def total_steps_of(trainer: Trainer) -> int:
-    """Optimizer steps of the whole run, as the trainer's settings imply.
-
-    Raises:
-        MisconfigurationException: the run has no end.
-    """
-    scheduled = [
-        c
-        for c in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(c, GradientAccumulationScheduler)
-    ]
-    if scheduled:
-        steps = _scheduled_steps(trainer, scheduled[0])
-    else:
+    """Optimizer steps of the whole run, as the trainer's settings imply."""
+    accumulation = callbacks_of(trainer, GradientAccumulationScheduler)
+    if not accumulation or trainer.max_epochs == -1:
         steps = trainer.estimated_stepping_batches
+    else:  # Lightning's estimate does not serve accumulation that changes by epoch
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()
+        steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+        batches = trainer.num_training_batches
+        if batches < math.inf:
+            factors = map(
+                accumulation[0].get_accumulate_grad_batches, range(trainer.max_epochs or 1)
+            )
+            steps = min(steps, sum(math.ceil(batches / factor) for factor in factors))
     if not 0 <= steps < math.inf:
         raise MisconfigurationException(
             "FastFaceCallback needs the length of the run, got a trainer without an end: set "
@@ -349,32 +338,19 @@ def total_steps_of(trainer: Trainer) -> int:
     return max(1, int(steps))
 
 
-def _scheduled_steps(trainer: Trainer, accumulation: GradientAccumulationScheduler) -> float:
-    """As Lightning's estimate, which does not serve accumulation that changes by epoch."""
-    if trainer.max_epochs == -1:
-        return trainer.max_steps if trainer.max_steps != -1 else math.inf
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()
-    batches = trainer.num_training_batches
-    if batches == math.inf:
-        return trainer.max_steps
-    steps = sum(
-        math.ceil(batches / accumulation.get_accumulate_grad_batches(epoch))
-        for epoch in range(trainer.max_epochs or 1)
-    )
-    return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
+def callbacks_of(trainer: Trainer, kind: type) -> list[Any]:
+    """The trainer's callbacks of a class."""
+    return [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
 
 
 def lr_names(optimizers: list[Optimizer]) -> list[str]:
     """A name for every parameter group, as Lightning's LearningRateMonitor has them."""
     names: list[str] = []
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
-    for i, (optimizer, kind) in enumerate(zip(optimizers, kinds, strict=True)):
+    for i, (kind, optimizer) in enumerate(zip(kinds, optimizers, strict=True)):
         number = kinds[:i].count(kind)
         name = f"lr-{kind}-{number}" if number else f"lr-{kind}"
         groups = optimizer.param_groups
-        if len(groups) == 1:
-            names.append(name)
-        else:
-            names += [f"{name}/{g.get('name', f'pg{k}')}" for k, g in enumerate(groups, 1)]
+        several = [f"{name}/{g.get('name', f'pg{k}')}" for k, g in enumerate(groups, 1)]
+        names += several if len(groups) > 1 else [name]
     return names

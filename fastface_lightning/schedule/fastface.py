@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from .plateau import PlateauSchedule, PlateauState, check_window, renamed, window_of
+from .plateau import PlateauSchedule, PlateauState, check_window, window_of
 
 _PUBLISHED = {"threshold": 5e-5, "patience": 0.05, "max_decays": 8, "arm_after": 0}
 
 
-@renamed(literal="variant='paper'", released="variant='released'")
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FastFace(PlateauSchedule):
     r"""FastFace: the loss drop, averaged twice, against a threshold.
@@ -83,9 +83,7 @@ class FastFace(PlateauSchedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant == "released" and self.threshold_mode not in (None, "abs"):
-            raise ValueError(
-                f"variant 'released' needs threshold_mode 'abs', got {self.threshold_mode!r}"
-            )
+            raise ValueError(f"variant released needs mode abs, got {self.threshold_mode!r}")
         check_window("ema_window", self.ema_window, "alpha", self.alpha)
         check_window("haar_window", self.haar_window, "beta", self.beta)
 
@@ -100,40 +98,45 @@ class FastFace(PlateauSchedule):
         return settings
 
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
-        alpha: Any = self.alpha
-        beta: Any = self.beta
-        window: Any = self.ema_window
-        seen = state.step - self.warmup_steps  # type: ignore[operator]
-        if self.variant != "scaled":
-            return self._detect_published(state, loss, seen, alpha, beta, window)
-        if seen == 0:
-            return self._decide(state, loss, 0.0, window)
-        level = state.level + max(alpha, 1 / (seen + 1)) * (loss - state.level)
-        response = state.response + beta * (state.level - level - state.response)
-        return self._decide(state, level, response, window)
-
-    def _detect_published(
-        self, state: PlateauState, loss: float, seen: float, alpha: float, beta: float, window: int
-    ) -> PlateauState:
-        released = self.variant == "released"
+        bound: Any = self
+        alpha, beta, window = bound.alpha, bound.beta, bound.ema_window
+        before, response = state.level, state.response
+        seen = state.step - bound.warmup_steps
+        if self.variant == "scaled":
+            if seen == 0:
+                return self._decide(state, loss, 0.0, window)
+            level = before + max(alpha, 1 / (seen + 1)) * (loss - before)
+            return self._decide(state, level, response + beta * (before - level - response), window)
         if seen == 0:
             return state._replace(step=state.step + 1, level=loss, nonfinite_run=0)
-        before, response = state.level, state.response
-        if seen == 1 and released:
+        if seen == 1 and self.variant == "released":
             # E_0 = 0 in the closed recurrence is a first drop D_1 / beta in the chained averages,
             # and that is what a smoothed loss which starts here gives.
             before, response = loss + (before - loss) / beta, 0.0
         level = before + alpha * (loss - before)
         drop = before - level
-        response = drop if seen == 1 and not released else response + beta * (drop - response)
-        if not released:
+        if seen == 1 and self.variant == "paper":
+            response = drop
+        response += beta * (drop - response)
+        if self.variant == "paper":
             return self._decide(state, level, response, window)
         due = state.memory[0] if state.memory else state.scale
         decided = self._decide(state._replace(scale=due), level, response, window)
         return decided._replace(scale=due, memory=(decided.scale,))
 
-    def _windows(self) -> str:
-        return f"EMA over {self.ema_window} and Haar over {self.haar_window} steps"
+
+_init = FastFace.__init__
+
+
+@functools.wraps(_init)
+def _refuse_old(self: FastFace, **settings: Any) -> None:
+    for old, variant in (("literal", "paper"), ("released", "released")):
+        if old in settings:
+            raise ValueError(f"{old} is now variant={variant!r}, got {old}={settings[old]}")
+    _init(self, **settings)
+
+
+FastFace.__init__ = _refuse_old  # type: ignore[method-assign]
 
 
 def default_window(total_steps: int) -> int:

@@ -11,15 +11,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-DURATIONS = (
-    "milestones",
-    "patience",
-    "cooldown",
-    "step_size",
-    "T_max",
-    "total_iters",
-    "total_steps",
-)
+COUNTS = ("milestones", "patience", "cooldown", "step_size", "T_max", "total_iters", "total_steps")
 
 
 class FixedSchedule:
@@ -64,7 +56,7 @@ class FixedSchedule:
     def bind(self, total_steps: int) -> dict[str, Any]:
         """The scheduler's keyword arguments in a run of ``total_steps`` optimizer steps."""
         return {
-            name: _steps(name, value, total_steps) if name in DURATIONS else value
+            name: _steps(name, value, total_steps) if name in COUNTS else value
             for name, value in self.settings.items()
         }
 

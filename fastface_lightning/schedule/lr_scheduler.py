@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -62,7 +61,7 @@ class FastFaceLR(LRScheduler):
         return self._progress.state
 
     def get_lr(self) -> list[float | Tensor]:
-        """Base learning rates times the state's scale, one a group."""
+        """Base learning rates times the scale, one a group."""
         return [base * self.state.scale for base in self.base_lrs]
 
     def step(self, loss: float | Tensor | None = None) -> None:
@@ -78,9 +77,7 @@ class FastFaceLR(LRScheduler):
             return super().step()
         if loss is None:
             raise ValueError("step(loss) takes the loss of the optimizer step just done, got None")
-        if isinstance(loss, Tensor):
-            loss = loss.detach()
-        before, value = self.state, float(loss)
+        before, value = self.state, float(loss.detach() if isinstance(loss, Tensor) else loss)
         self._progress = self._progress.update(value)
         if warning := left_out(before, self.state, value):
             warnings.warn(f"step {self.last_epoch}: {warning}", stacklevel=2)
@@ -106,7 +103,7 @@ class FastFaceLR(LRScheduler):
 
 def set_lr(group: dict[str, Any], lr: float) -> None:
     """Set a parameter group's learning rate, in place where it is a tensor (capturable ones)."""
-    if isinstance(group["lr"], torch.Tensor):
+    if isinstance(group["lr"], Tensor):
         group["lr"].fill_(lr)
     else:
         group["lr"] = lr

@@ -80,14 +80,11 @@ class MHLR(PlateauSchedule):
     def init(self) -> PlateauState:
         # memory: the sum of all losses; Q of the last steps, zero before the first; its length.
         # The list is shared by successive states and only ever appended to.
-        state = super().init()
-        m = self.haar_window
-        assert m is not None
-        return state._replace(memory=(0, [0] * (2 * m + 2), 2 * m + 2))
+        size = 2 * (self.haar_window or 0) + 2
+        return super().init()._replace(memory=(0, [0] * size, size))
 
     def _detect(self, state: PlateauState, loss: float) -> PlateauState:
-        m = self.haar_window
-        assert m is not None
+        m: Any = self.haar_window
         total, q, length = state.memory
         total += int(loss * _PER_UNIT)
         if length != len(q) or length >= 4 * m + 4:
@@ -107,14 +104,9 @@ class MHLR(PlateauSchedule):
 
     def dump(self, state: PlateauState) -> dict[str, Any]:
         """The state's fields, of its memory only what is still needed."""
-        m = self.haar_window
         total, past, length = state.memory
-        assert m is not None
-        recent = past[length - 2 * m - 2 : length]
+        recent = past[length - 2 * self.haar_window - 2 : length]  # type: ignore[operator]
         return state._replace(memory=(total, recent, len(recent)))._asdict()
-
-    def _windows(self) -> str:
-        return f"Haar over {self.haar_window} steps"
 
 
 def default_window(total_steps: int) -> int:

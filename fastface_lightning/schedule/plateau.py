@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
-ThresholdMode = Literal["abs", "rel", "peak"]
 ARM_DROP = 0.05
 """Share of its peak that the smoothed loss must lose before a flat loss means a plateau."""
 _HUGE = 1e290
@@ -114,7 +112,7 @@ class PlateauSchedule(ABC):
 
     variant: str | None = "default"
     threshold: float | None = None
-    threshold_mode: ThresholdMode | None = None
+    threshold_mode: Literal["abs", "rel", "peak"] | None = None
     patience: int | float | None = None
     factor: float | None = None
     max_decays: int | float | None = None
@@ -134,36 +132,34 @@ class PlateauSchedule(ABC):
             object.__setattr__(self, "variant", names[0])
         if self.variant not in names:
             raise ValueError(f"variant must be {' or '.join(names)}, got {self.variant!r}")
-        if self.threshold_mode not in (None, "abs", "rel", "peak"):
-            raise ValueError(
-                f"threshold_mode must be 'abs', 'rel' or 'peak', got {self.threshold_mode!r}"
-            )
-        if self.threshold is None and self.threshold_mode is not None:
-            raise ValueError(
-                f"threshold_mode needs a threshold, got {self.threshold_mode!r} and threshold=None"
-            )
+        mode = self.threshold_mode
+        if mode not in (None, "abs", "rel", "peak"):
+            raise ValueError(f"threshold_mode must be abs, rel or peak, got {mode!r}")
+        if self.threshold is None and mode is not None:
+            raise ValueError(f"threshold_mode needs a threshold, got {mode!r} alone")
         settings = self._settings()
-        for name in ("threshold", "factor", "restart_factor"):
-            check_number(name, settings.get(name))
-        if not 0 <= settings.get("threshold", 0) < math.inf:
-            raise ValueError(f"threshold must be at least 0 and finite, got {self.threshold}")
-        for name in _DURATIONS:
-            check_duration(name, settings.get(name, 0), never=name == "arm_after")
         factor, restart_factor = settings["factor"], settings["restart_factor"]
-        if not 0 < factor < 1:
-            raise ValueError(f"factor must lie in (0, 1), got {factor}")
-        if not 1 <= restart_factor < math.inf:
-            raise ValueError(f"restart_factor must be at least 1, got {restart_factor}")
-        check_count("max_decays", settings["max_decays"], least=0, no_limit=True)
-        check_count("restart_after", settings["restart_after"], least=1, no_limit=True)
+        threshold = settings.get("threshold", 0)
+        check_number("threshold", threshold, "be >= 0 and finite", lambda x: 0 <= x < math.inf)
+        check_number("factor", factor, "lie in (0, 1)", lambda x: 0 < x < 1)
+        check_number("restart_factor", restart_factor, "be at least 1", lambda x: 1 <= x < math.inf)
+        for name in _DURATIONS:
+            value = settings.get(name, 0)
+            never = name == "arm_after" and value == math.inf
+            share = isinstance(value, float) and 0 <= value < 1
+            if not (never or share or (type(value) is int and value >= 0)):
+                raise ValueError(
+                    f"{name} must be whole steps or a share of the run below 1, got {value}"
+                )
+        for name, least in (("max_decays", 0), ("restart_after", 1), ("max_nonfinite", 1)):
+            if settings[name] != math.inf:
+                check_count(name, settings[name], least)
+        check_count("total_steps", settings.get("total_steps", 1), 1)
         if factor ** (settings["restart_after"] - 1) * restart_factor > 1:
             raise ValueError(
-                f"restart_factor must not undo more than the decays before it, "
-                f"factor**(restart_after - 1) * restart_factor <= 1, got restart_factor="
-                f"{restart_factor}, factor={factor}, restart_after={settings['restart_after']}"
+                f"restart_factor must not undo more than the decays before it, got {restart_factor}"
+                f" with factor={factor}, restart_after={settings['restart_after']}"
             )
-        check_count("max_nonfinite", settings["max_nonfinite"], least=1, no_limit=True)
-        check_count("total_steps", settings.get("total_steps", 1), least=1)
 
     def _settings(self) -> dict[str, Any]:
         """Every setting as given, else the variant's; absent if it depends on the run's length."""
@@ -179,27 +175,21 @@ class PlateauSchedule(ABC):
         return f"{type(self).__name__}({', '.join(given)})"
 
     def bind(self: S, total_steps: int) -> S:
-        """Resolve every None and every share of the run for a run of ``total_steps`` steps.
+        """The schedule with plain numbers only, for a run of ``total_steps`` optimizer steps, >= 1.
 
-        Args:
-            total_steps: optimizer steps of the whole run, >= 1.
-
-        Returns:
-            The schedule with plain numbers only. Binding it again changes nothing.
-
-        Raises:
-            ValueError: ``total_steps`` below 1.
+        Binding it again changes nothing.
         """
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1 step, got {total_steps}")
+        check_count("total_steps", total_steps, 1)
         total_steps = self.total_steps or total_steps
         settings = self._of_length(total_steps) | self._settings()
-        settings |= {name: as_steps(settings[name], total_steps) for name in _DURATIONS}
+        for name in _DURATIONS:
+            if isinstance(settings[name], float) and settings[name] < 1:
+                settings[name] = int(settings[name] * total_steps)
         settings.setdefault("threshold_mode", "abs")
         return replace(self, **settings | {"total_steps": total_steps})
 
     def _of_length(self, total_steps: int) -> dict[str, Any]:
-        """The detector's settings that depend on the run's length or on other settings."""
+        """The detector's settings that depend on the run's length."""
         return {}
 
     def init(self) -> PlateauState:
@@ -208,8 +198,7 @@ class PlateauSchedule(ABC):
         Raises:
             ValueError: the schedule is not bound to a number of steps yet.
         """
-        shares = (0 < getattr(self, name) < 1 for name in _DURATIONS)
-        if None in vars(self).values() or any(shares):
+        if self.bind(1) != self:
             raise ValueError(f"init() needs a bound schedule, got {self!r}: call bind(total_steps)")
         return PlateauState(scale=1 / max(1, self.warmup_steps))  # type: ignore[type-var, operator]
 
@@ -227,7 +216,7 @@ class PlateauSchedule(ABC):
             if run > self.max_nonfinite:  # type: ignore[operator]
                 raise ValueError(
                     f"at most max_nonfinite={self.max_nonfinite} losses in a row may be NaN or "
-                    f"infinite, got {run} (the last is {loss}, after {state.step} finite ones)"
+                    f"infinite, got {run} after {state.step} finite ones"
                 )
             return state._replace(nonfinite=state.nonfinite + 1, nonfinite_run=run)
         warmup_steps: Any = self.warmup_steps
@@ -299,47 +288,17 @@ class PlateauSchedule(ABC):
         """One sentence for the log: what the (bound) schedule will do."""
         bound: Any = self
         unit = {"abs": "", "rel": " x the smoothed loss", "peak": " x the highest smoothed loss"}
-        flat = f"{bound.threshold:.3g}{unit[bound.threshold_mode]}"
-        answer = f"lr x {bound.factor:g} when flat for more than {bound.patience} steps"
-        if bound.max_decays < math.inf:
-            answer += f", at most {bound.max_decays} times"
-        if bound.restart_after < math.inf:
-            answer += f", at plateau {bound.restart_after} in a row x {bound.restart_factor:g}"
-        counts = "counts from the first step"
-        if bound.arm_after:
-            counts = "counts once the smoothed loss fell 5 %"
-        if 0 < bound.arm_after < math.inf:
-            counts += f", at the latest after {bound.arm_after} steps"
-        parts = [self._windows(), f"flat below {flat}", answer, counts]
-        if bound.warmup_steps:
-            parts.append(f"warm-up over {bound.warmup_steps} steps")
-        return f"{type(self).__name__}, {self.variant}: {'; '.join(parts)}"
-
-    @abstractmethod
-    def _windows(self) -> str:
-        """What the detector averages over, for the log."""
-
-
-C = TypeVar("C", bound=type)
-
-
-def renamed(**successors: str) -> Callable[[C], C]:
-    """Refuse keyword arguments of before, naming what stands for them now."""
-
-    def wrap(cls: C) -> C:
-        init = cls.__init__  # type: ignore[misc]
-
-        @functools.wraps(init)
-        def checked(self: Any, **settings: Any) -> None:
-            for name, successor in successors.items():
-                if name in settings:
-                    raise ValueError(f"{name} is now {successor}, got {name}={settings[name]}")
-            init(self, **settings)
-
-        cls.__init__ = checked  # type: ignore[misc]
-        return cls
-
-    return wrap
+        windows = [f"{n} {value}" for n, value in vars(self).items() if n.endswith("_window")]
+        limit = f", at most {bound.max_decays} times" if bound.max_decays < math.inf else ""
+        restart = f", at plateau {bound.restart_after} in a row x {bound.restart_factor:g}"
+        warmup = f", after a warm-up of {bound.warmup_steps} steps" if bound.warmup_steps else ""
+        return (
+            f"{type(self).__name__}, {self.variant}: {', '.join(windows)}; flat below "
+            f"{bound.threshold:.3g}{unit[bound.threshold_mode]}; lr x {bound.factor:g} when flat "
+            f"for more than {bound.patience} steps{limit}"
+            f"{restart if bound.restart_after < math.inf else ''}; counts once the smoothed loss "
+            f"fell 5 % or after {bound.arm_after} steps{warmup}"
+        )
 
 
 def window_of(window: int | None, rate: float | None) -> int | None:
@@ -352,48 +311,26 @@ def check_window(
 ) -> None:
     """A window of at least so many steps, or its rate, 1 / window; raises ValueError."""
     if window is not None:
-        check_count(name, window, least, unit=" step" + "s" * (least > 1))
-    if rate is None:
-        return
-    check_number(rate_name, rate)
-    if not 0 < rate <= 1 / least:
-        raise ValueError(f"{rate_name} must lie in (0, {1 / least:g}], got {rate}")
-    if window not in (None, window_of(None, rate)):
-        raise ValueError(
-            f"give {name} or {rate_name} = 1/{name}, not both, got {name}={window}, "
-            f"{rate_name}={rate}"
-        )
+        check_count(name, window, least, " step" + "s" * (least > 1))
+    if rate is not None:
+        rule = f"lie in (0, {1 / least:g}]"
+        check_number(rate_name, rate, rule, lambda rate: 0 < rate <= 1 / least)
+        if window not in (None, window_of(None, rate)):
+            raise ValueError(
+                f"give {name} or {rate_name} = 1/{name}, got {name}={window}, {rate_name}={rate}"
+            )
 
 
-def check_number(name: str, value: float | None) -> None:
-    """A number or None; raises ValueError naming the value."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
+    """A number for which the rule holds; raises ValueError."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not holds(value):
+        raise ValueError(f"{name} must {rule}, got {value!r}")
 
 
-def check_count(
-    name: str, value: int | float | None, least: int, unit: str = "", no_limit: bool = False
-) -> None:
-    """A whole number, or inf where there may be no limit; raises ValueError."""
-    if no_limit and value == math.inf:
-        return
+def check_count(name: str, value: Any, least: int, unit: str = "") -> None:
+    """A whole number; raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, got {value}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}{unit}, got {value}")
-
-
-def check_duration(name: str, value: int | float | None, never: bool = False) -> None:
-    """A whole number of steps, a share of the run in [0, 1), or inf where it may be never."""
-    if never and value == math.inf:
-        return
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if not whole and not (isinstance(value, float) and 0 <= value < 1):
-        raise ValueError(
-            f"{name} must be a whole number of steps or a share of the run below 1, got {value}"
-        )
-
-
-def as_steps(value: int | float, total_steps: int) -> int | float:
-    """Whole steps of a duration; a float below 1 is a share of ``total_steps``, rounded down."""
-    return int(value * total_steps) if isinstance(value, float) and value < 1 else value

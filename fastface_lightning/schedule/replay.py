@@ -41,14 +41,7 @@ def states(losses: Iterable[float], schedule: Schedule) -> Iterator[Any]:
 
 
 def change(before: Any, after: Any, step: int, lr: float) -> Change | None:
-    """The decay or restart between two states, if there is one; warm-up is none.
-
-    Args:
-        before: state before the loss of ``step``.
-        after: state after it.
-        step: 0-based optimizer step.
-        lr: base learning rate.
-    """
+    """The decay or restart between the states before and after ``step``; warm-up is none."""
     if after.scale == before.scale or getattr(after, "warming", False):
         return None
     return Change(step, after.scale / before.scale, lr * after.scale)
@@ -67,9 +60,6 @@ def replay(
 
     Returns:
         The decays and restarts in order.
-
-    Raises:
-        ValueError: an argument out of its range.
 
     Example:
         >>> from fastface_lightning import MHLR, replay
@@ -110,27 +100,29 @@ def read_losses(path: str | Path, column: str | None = None) -> Recording:
     if not path.is_file():
         raise ValueError(f"log must be an existing file, got {path}")
     is_csv = path.name.removesuffix(".gz").endswith(".csv")
+    losses: list[float] = []
+    lrs: list[float] = []
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        rows = _csv_rows(file, column) if is_csv else _log_rows(file)
         try:
-            recording = _fill(rows)
-        except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, ValueError) as error:
+            for end, loss, lr in _csv_rows(file, column) if is_csv else _log_rows(file):
+                steps = end - len(losses)
+                losses += [float(loss)] * steps
+                lrs += [float(lr)] * steps if lr else []
+        except (gzip.BadGzipFile, EOFError, ValueError) as error:
             raise ValueError(f"log must hold losses, got {path}: {error}") from error
-    if not recording.losses:
+    if not losses:
         raise ValueError(f"log must hold at least one loss, got none in {path}")
-    return recording
+    return Recording(losses, lrs if len(lrs) == len(losses) else [])
 
 
-def _log_rows(lines: Iterable[str]) -> Iterator[tuple[int, float, float | None]]:
+def _log_rows(lines: Iterable[str]) -> Iterator[tuple[int, str, str | None]]:
+    """Steps up to a row's, its loss and its learning rate."""
     for line in lines:
         if row := _LOG_LINE.search(line):
-            lr = row["lr"]
-            yield int(row["step"]), float(row["loss"]), float(lr) if lr else None
+            yield int(row["step"]), row["loss"], row["lr"]
 
 
-def _csv_rows(
-    lines: Iterable[str], column: str | None
-) -> Iterator[tuple[int, float, float | None]]:
+def _csv_rows(lines: Iterable[str], column: str | None) -> Iterator[tuple[int, str, str | None]]:
     reader = csv.DictReader(lines)
     names = reader.fieldnames or []
     wanted = (column,) if column else ("train/loss", "train_loss", "loss")
@@ -141,17 +133,4 @@ def _csv_rows(
     for number, row in enumerate(reader):
         if row[loss_column]:
             step = int(float(row["step"])) if "step" in names else number
-            lr = row[lr_column] if lr_column else None
-            yield step + 1, float(row[loss_column]), float(lr) if lr else None
-
-
-def _fill(rows: Iterable[tuple[int, float, float | None]]) -> Recording:
-    """Repeat each row's values for the steps since the row before it."""
-    losses: list[float] = []
-    lrs: list[float] = []
-    for end, loss, lr in rows:
-        steps = end - len(losses)
-        losses += [loss] * steps
-        if lr is not None:
-            lrs += [lr] * steps
-    return Recording(losses, lrs if len(lrs) == len(losses) else [])
+            yield step + 1, row[loss_column], row[lr_column] if lr_column else None

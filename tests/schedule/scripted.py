@@ -97,9 +97,6 @@ class Tape(PlateauSchedule):
             memory=(*state.memory, loss),
         )
 
-    def _windows(self) -> str:
-        return "a tape"
-
 
 def batches(number: int) -> DataLoader[Tensor]:
     return DataLoader(torch.zeros(number, 1))  # type: ignore[arg-type]

@@ -73,20 +73,9 @@ def test_never_decays_on_a_straight_fall(steps: int) -> None:
     noise = 1 + 0.1 * np.random.default_rng(0).standard_normal(steps)
     assert replay((smooth * noise).tolist(), FastFace(), steps, lr=0.1) == []
 
-
-@pytest.mark.parametrize("steps", STEPS[1:4])
-def test_mhlr_never_decays_on_a_steep_straight_fall(steps: int) -> None:
-    # H = s m / 4 is 2.5 times the threshold. (An odd window would subtract one average more than
-    # it adds: level / m, which at these lengths is far above the threshold.)
-    assert replay(np.linspace(45, 5, steps).tolist(), MHLR(), steps, lr=0.1) == []
-
-
-def test_paper_is_ruined_by_a_short_run_whose_loss_rises_first() -> None:
-    # The paper's windows of 1000 steps still see the rise when half of the run is over.
-    curve = training_curve(1560, scale=20.0, rise=0.1, climb=1.0, speed=6)
-    paper = replay(curve.losses, FastFace(variant="paper"), 1560, lr=0.02)
-    assert len(paper) == 8 and paper[-1].step < last_clear_fall(curve)
-    decays_in_time(curve)
+    # MHLR's H = s m / 4 as well, at an even window.
+    if steps > 300:
+        assert replay(np.linspace(45, 5, steps).tolist(), MHLR(), steps, lr=0.1) == []
 
 
 @pytest.mark.parametrize("schedule", [FastFace(), MHLR()], ids=repr)
@@ -101,14 +90,6 @@ def test_nothing_happens_before_the_rule_is_armed(
     rising = list(states(curve.losses[: int(0.19 * steps)], bound))
     assert not any(s.armed or s.plateau_steps for s in rising)
     assert {s.scale for s in rising} == {1.0}
-
-
-@pytest.mark.parametrize("steps", STEPS[1:4])
-def test_unarmed_mhlr_would_decay_while_the_loss_rises(steps: int) -> None:
-    # What arming is for: counting from the first step, the rise itself is taken for a plateau.
-    curve = training_curve(steps, noise=0.02, rise=0.19)
-    early = replay(curve.losses, MHLR(arm_after=0), steps, lr=0.1)
-    assert early[0].step < 0.19 * steps
 
 
 @pytest.mark.parametrize("steps", [1560, 20_000])

@@ -52,18 +52,10 @@ def drive(optimizer: Optimizer, scheduler: FastFaceLR, losses: list[Any]) -> lis
 # torch's idioms ----------------------------------------------------------------------------------
 
 
-def test_constructing_leaves_the_learning_rate_and_counts_no_step() -> None:
-    optimizer = sgd(0.1, 0.01)
-    scheduler = FastFaceLR(optimizer, total_steps=100)
-    assert rates(optimizer) == scheduler.base_lrs == scheduler.get_last_lr() == [0.1, 0.01]
-    assert scheduler.last_epoch == 0 and scheduler.state.step == 0
-    assert scheduler.schedule == FastFace().bind(100)
-    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.1, 0.01]
-
-
 def test_every_group_is_its_base_rate_times_the_scale() -> None:
     optimizer = sgd(0.1, 0.01)
     scheduler = FastFaceLR(optimizer, 100, FLAT)
+    assert rates(optimizer) == scheduler.base_lrs == scheduler.get_last_lr() == [0.1, 0.01]
     losses = [3.0] * 14
     trace = drive(optimizer, scheduler, losses)
     scales = [state.scale for state in states(losses, FLAT.bind(100))]
@@ -92,18 +84,14 @@ def test_tensor_learning_rates_are_set_in_place() -> None:
     assert scheduler.base_lrs[0] == 0.5
 
 
-@pytest.mark.parametrize(
-    "as_tensor",
-    [torch.tensor, lambda x: torch.tensor([x]), lambda x: torch.tensor(x, requires_grad=True)],
-    ids=["scalar", "one element", "in a graph"],
-)
-def test_losses_may_be_tensors(as_tensor: Any) -> None:
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_losses_may_be_tensors_in_a_graph(shape: tuple[int, ...]) -> None:
     losses = training_curve(60).losses
     plain, tensors = sgd(0.1), sgd(0.1)
     by_float = FastFaceLR(plain, 60)
     by_tensor = FastFaceLR(tensors, 60)
     drive(plain, by_float, [float(torch.tensor(loss)) for loss in losses])
-    drive(tensors, by_tensor, [as_tensor(loss) for loss in losses])
+    drive(tensors, by_tensor, [torch.full(shape, x, requires_grad=True) for x in losses])
     assert by_tensor.state == by_float.state
     assert all(not isinstance(value, torch.Tensor) for value in by_tensor.state)
 
@@ -126,12 +114,6 @@ def test_nan_warns_once_and_names_the_step() -> None:
     assert scheduler.last_epoch == 6
 
 
-def test_stepping_before_the_optimizer_warns_as_torch_does() -> None:
-    scheduler = FastFaceLR(sgd(0.1), 100)
-    with pytest.warns(UserWarning, match=r"`lr_scheduler.step\(\)` before `optimizer.step\(\)`"):
-        scheduler.step(1.0)
-
-
 # Checkpoints -------------------------------------------------------------------------------------
 
 
@@ -140,25 +122,6 @@ def through_a_file(saved: Any) -> Any:
     torch.save(saved, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def test_loading_twice_is_loading_once() -> None:
-    optimizer = sgd(0.1)
-    scheduler = FastFaceLR(optimizer, 100, FLAT)
-    drive(optimizer, scheduler, [3.0] * 8)
-    saved = through_a_file(scheduler.state_dict())
-    fresh_optimizer = sgd(0.1)
-    fresh = FastFaceLR(fresh_optimizer, 100, FLAT)
-    fresh.load_state_dict(saved)
-    fresh.load_state_dict(saved)
-    assert repr(fresh.state_dict()) == repr(scheduler.state_dict())
-    drive(optimizer, scheduler, [3.0] * 9)
-    fresh_optimizer.load_state_dict(optimizer.state_dict())
-    drive(fresh_optimizer, fresh, [3.0] * 9)
-    assert fresh.get_last_lr() == scheduler.get_last_lr()
-    # Going on has not touched what was saved.
-    fresh.load_state_dict(saved)
-    assert fresh.state.step == 8 and fresh.last_epoch == 8
 
 
 def test_a_state_dict_is_a_snapshot() -> None:
@@ -170,14 +133,11 @@ def test_a_state_dict_is_a_snapshot() -> None:
     assert repr(saved) == before
 
 
-@pytest.mark.parametrize(
-    ("given", "named"), [(FastFace(), "MHLR"), (MHLR(haar_window=3), "haar_window=2")], ids=repr
-)
-def test_checkpoint_of_another_schedule_is_refused(given: PlateauSchedule, named: str) -> None:
+def test_checkpoint_of_another_schedule_is_refused() -> None:
     saved = FastFaceLR(sgd(0.1), 100, MHLR(haar_window=2)).state_dict()
-    other = FastFaceLR(sgd(0.1), 100, given)
+    other = FastFaceLR(sgd(0.1), 100, MHLR(haar_window=3))
     before = repr(other.state_dict())
-    with pytest.raises(ValueError, match=rf"was written by another schedule \({named}\) than"):
+    with pytest.raises(ValueError, match=r"was written by another schedule \(haar_window=2\) than"):
         other.load_state_dict(saved)
     assert repr(other.state_dict()) == before
 
@@ -222,33 +182,3 @@ def test_last_epoch_resumes_from_the_groups_initial_rates() -> None:
     resumed.load_state_dict(scheduler.state_dict())
     assert resumed.base_lrs == [0.1] and resumed.last_epoch == 10
     assert drive(again, resumed, [3.0] * 5) == drive(optimizer, scheduler, [3.0] * 5)
-
-
-# A real run --------------------------------------------------------------------------------------
-
-
-def test_a_toy_problem_ends_nearer_to_its_minimum_than_without() -> None:
-    # Linear regression with noisy gradients: SGD stalls at a floor its learning rate sets, and the
-    # decays lower it.
-    def excess_loss(scheduled: bool) -> float:
-        torch.manual_seed(0)
-        generator = torch.Generator().manual_seed(1)
-        truth = torch.randn(8, 1, generator=generator)
-        model = nn.Linear(8, 1, bias=False)
-        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-        scheduler = FastFaceLR(optimizer, total_steps=1500) if scheduled else None
-        for _ in range(1500):
-            x = torch.randn(8, 8, generator=generator)
-            y = x @ truth + torch.randn(8, 1, generator=generator)
-            optimizer.zero_grad()
-            loss = (model(x) - y).square().mean()
-            loss.backward()
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step(loss.detach())
-        if scheduler is not None:
-            assert scheduler.state.decays >= 2
-            assert rates(optimizer) == [0.1 * scheduler.state.scale]
-        return (model.weight - truth.T).square().sum().item()
-
-    assert excess_loss(scheduled=True) < excess_loss(scheduled=False) / 5

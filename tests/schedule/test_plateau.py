@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fastface_lightning import MHLR, FastFace
 from fastface_lightning.schedule import PlateauSchedule, PlateauState, states
@@ -28,9 +26,6 @@ class Drop(PlateauSchedule):
         response = 0.0 if math.isnan(state.level) else state.level - loss
         return self._decide(state, loss, response, self.window)
 
-    def _windows(self) -> str:
-        return "no window"
-
 
 def run(schedule: PlateauSchedule, losses: Iterable[float], total_steps: int = 100) -> list[Any]:
     """The states after each loss."""
@@ -41,22 +36,7 @@ def scales(schedule: PlateauSchedule, losses: Iterable[float], total_steps: int 
     return [state.scale for state in run(schedule, losses, total_steps)]
 
 
-# Patience, factor, cap ---------------------------------------------------------------------------
-
-
-@given(st.integers(0, 12))
-def test_decays_at_exactly_patience_plus_one_flat_steps(patience: int) -> None:
-    after = run(Drop(patience=patience), [1.0] * (patience + 2))
-    assert [state.scale for state in after[:patience]] == [1.0] * patience
-    assert after[patience].scale == 0.5
-    # The count starts anew with the decay.
-    assert after[patience].plateau_steps == 0
-    assert after[patience + 1].plateau_steps == (1 if patience else 0)
-
-
-def test_one_step_above_the_threshold_starts_the_count_anew() -> None:
-    flat, fall = [5.0] * 3, [4.0] * 4
-    assert [s.plateau_steps for s in run(Drop(patience=3), flat + fall)] == [1, 2, 3, 0, 1, 2, 3]
+# The rule ---------------------------------------------------------------------------------------
 
 
 def test_response_equal_to_the_threshold_is_not_flat() -> None:
@@ -64,39 +44,9 @@ def test_response_equal_to_the_threshold_is_not_flat() -> None:
     assert scales(Drop(arm_after=1), [3.0, 2.5, 2.0, 1.5]) == [1.0] * 4
 
 
-def test_patience_as_a_share_of_the_run_is_rounded_down() -> None:
-    # int(tau T): 0.05 of 119 steps are 5.
-    assert Drop(patience=0.05).bind(119).patience == 5
-    assert Drop(patience=5).bind(119).patience == 5
-
-
-@given(st.floats(0.01, 0.99))
-def test_each_decay_multiplies_by_factor(factor: float) -> None:
-    assert scales(Drop(factor=factor), [1.0] * 3) == [factor, factor * factor, factor**2 * factor]
-
-
-@pytest.mark.parametrize("max_decays", [0, 1, 3])
-def test_no_more_than_max_decays(max_decays: int) -> None:
-    last = run(Drop(max_decays=max_decays), [1.0] * 10)[-1]
-    assert (last.decays, last.scale) == (max_decays, 0.5**max_decays)
-
-
-def test_infinity_is_no_limit_and_never() -> None:
+def test_no_more_than_max_decays() -> None:
+    assert scales(Drop(max_decays=2, factor=0.25), [1.0] * 4) == [0.25] + [0.0625] * 3
     assert run(Drop(max_decays=math.inf), [1.0] * 60)[-1].scale == 0.5**60
-    assert run(MHLR(restart_after=math.inf, haar_window=2), [1.0] * 90)[-1].restarts == 0
-    unarmed = run(Drop(arm_after=math.inf), [1.0] * 90)[-1]
-    assert (unarmed.armed, unarmed.scale) == (False, 1.0)
-    run(Drop(max_nonfinite=math.inf), [math.nan] * 300)
-
-
-# Restart -----------------------------------------------------------------------------------------
-
-
-def test_restart_replaces_the_fourth_decay_in_a_row() -> None:
-    schedule = Drop(restart_after=4, restart_factor=4.0)
-    assert scales(schedule, [1.0] * 8) == [0.5, 0.25, 0.125, 0.5, 0.25, 0.125, 0.0625, 0.25]
-    last = run(schedule, [1.0] * 8)[-1]
-    assert (last.decays, last.restarts, last.plateaus) == (6, 2, 0)
 
 
 def test_plateaus_are_in_a_row_only_without_a_fall_between_them() -> None:
@@ -105,45 +55,12 @@ def test_plateaus_are_in_a_row_only_without_a_fall_between_them() -> None:
     assert scales(schedule, losses) == [0.5, 0.25, 0.25, 0.125, 0.0625, 0.25]
 
 
-def test_restarts_go_on_after_the_last_decay() -> None:
-    assert scales(Drop(restart_after=3, max_decays=1), [1.0] * 6) == [0.5, 0.5, 2.0, 2.0, 2.0, 8.0]
-
-
-# Arming ------------------------------------------------------------------------------------------
-
-
-def test_flat_and_rising_losses_do_not_count_before_the_rule_is_armed() -> None:
-    rise = [10.0 + step / 10 for step in range(30)]
-    rising = run(Drop(arm_after=0.9), rise)
-    assert not any(state.armed for state in rising)
-    assert {state.scale for state in rising} == {1.0}
-
-
-def test_armed_once_the_level_has_lost_five_percent_of_its_peak() -> None:
-    # The peak is 20, so 19 arms and 19.01 does not, although both lie above the first loss.
-    after = run(Drop(arm_after=99), [10.0, 20.0, 19.01, 19.0, 19.0])
-    assert [state.armed for state in after] == [False, False, False, True, True]
-    assert [state.scale for state in after] == [1.0, 1.0, 1.0, 0.5, 0.25]
-
-
-def test_stays_armed_when_the_loss_rises_again() -> None:
-    assert [s.armed for s in run(Drop(arm_after=99), [10.0, 9.0, 30.0])] == [False, True, True]
-
-
-@pytest.mark.parametrize(("arm_after", "steps"), [(0, 0), (7, 7), (0.2, 20), (0.999, 99)], ids=str)
+@pytest.mark.parametrize(
+    ("arm_after", "steps"), [(0, 0), (7, 7), (0.2, 20), (math.inf, 100)], ids=str
+)
 def test_armed_after_arm_after_steps_at_the_latest(arm_after: int | float, steps: int) -> None:
     armed = [state.armed for state in run(Drop(arm_after=arm_after), [1.0] * 100)]
     assert armed == [step >= steps for step in range(100)]
-
-
-def test_peak_is_taken_from_half_a_window_on() -> None:
-    # One loss is no average yet: at window 4 the first two losses are not in the peak.
-    after = run(Drop(arm_after=99, window=4.0), [100.0, 50.0, 10.0, 10.0, 9.0])
-    assert [state.peak for state in after] == [-math.inf, -math.inf, 10.0, 10.0, 10.0]
-    assert [state.armed for state in after] == [False, False, False, False, True]
-
-
-# Threshold ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -164,26 +81,13 @@ def test_threshold_modes(mode: Any, threshold: float, flat: list[bool]) -> None:
     assert schedule.bind(100).threshold_at(after[2]) == pytest.approx(in_units)
 
 
-# Warm-up -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("warmup_steps", [1, 5, 0.25])
+@pytest.mark.parametrize("warmup_steps", [1, 0.25])
 def test_warmup_is_linear(warmup_steps: int | float) -> None:
     # Optimizer step t runs at (t + 1) / W: the scale before the first loss is 1 / W.
     schedule = Drop(warmup_steps=warmup_steps, patience=50).bind(20)
     width = schedule.warmup_steps
     before = [schedule.init().scale, *scales(schedule, [1.0] * 9)]
     assert before == [min(1.0, (step + 1) / width) for step in range(10)]
-
-
-def test_detector_sees_nothing_until_warmup_ends() -> None:
-    # However wild the warm-up, the states after it are those of a run that starts there.
-    schedule = Drop(warmup_steps=4, patience=2, arm_after=1)
-    rest = [3.0, 3.0, 2.9, 2.0, 2.0, 2.0, 2.0]
-    warm = run(schedule, [50.0, math.e, 1e9, -7.0, *rest])
-    assert all(math.isnan(state.level) and state.plateau_steps == 0 for state in warm[:4])
-    cold = run(replace(schedule, warmup_steps=0), rest)
-    assert [state._replace(step=state.step - 4) for state in warm[4:]] == cold
 
 
 @pytest.mark.parametrize("detector", [FastFace(), FastFace(variant="paper"), MHLR(haar_window=4)])
@@ -197,7 +101,7 @@ def test_real_detectors_see_nothing_until_warmup_ends(detector: PlateauSchedule)
 # Losses that are no number -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize(
     "schedule",
     [Drop(), Drop(warmup_steps=9), FastFace(), FastFace(variant="released"), MHLR(haar_window=2)],
@@ -225,12 +129,10 @@ def test_too_many_nonfinite_losses_in_a_row_end_the_run() -> None:
 
 SCHEDULES = [
     FastFace(),
-    FastFace(variant="paper"),
     FastFace(variant="released", patience=10),
     FastFace(alpha=0.003, haar_window=7, threshold=0.1, threshold_mode="rel"),
     FastFace(ema_window=49, warmup_steps=0.1, arm_after=3),
     MHLR(),
-    MHLR(beta=1 / 49, patience=0.2),
     MHLR(haar_window=5, max_decays=3, restart_after=math.inf),
 ]
 
@@ -239,16 +141,12 @@ SCHEDULES = [
 def test_binding_resolves_every_none_and_again_changes_nothing(schedule: PlateauSchedule) -> None:
     bound = schedule.bind(12_345)
     assert all(isinstance(value, int | float | str) for value in vars(bound).values())
-    assert bound.bind(12_345) == bound
     assert bound.bind(500) == bound
     line = bound.describe()
     assert line.startswith(type(schedule).__name__) and "\n" not in line
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-@pytest.mark.parametrize("total_steps", [1, 2, 10])
-def test_binds_to_the_shortest_runs(schedule: PlateauSchedule, total_steps: int) -> None:
-    run(schedule, [3.0] * total_steps, total_steps)
+    assert eval(repr(schedule), globals() | {"inf": math.inf}) == schedule
+    for total_steps in (1, 2, 10):
+        run(schedule, [3.0] * total_steps, total_steps)
 
 
 COMMON = {"factor": 0.5, "restart_factor": 4.0, "warmup_steps": 0, "max_nonfinite": 100}
@@ -272,40 +170,21 @@ DEFAULTS = [
         | {"threshold": 0.06, "threshold_mode": "abs", "haar_window": 150},
     ),
 ]
+GIVEN = {"patience": 7, "factor": 0.25, "max_decays": 2, "restart_after": 5, "restart_factor": 1.5,
+         "arm_after": 3, "warmup_steps": 9, "max_nonfinite": 2, "threshold": 0.01,
+         "haar_window": 12}  # fmt: skip
 
 
 @pytest.mark.parametrize(("schedule", "settings"), DEFAULTS, ids=repr)
-def test_none_is_the_variants_own_default(
+def test_none_is_the_variants_own_default_and_a_value_wins_over_it(
     schedule: PlateauSchedule, settings: dict[str, Any]
 ) -> None:
     nulls = dict.fromkeys(vars(schedule)) | {"variant": schedule.variant}  # as YAML has them
     for bound in (schedule.bind(10_000), type(schedule)(**nulls).bind(10_000)):
         assert {name: getattr(bound, name) for name in settings | COMMON} == settings | COMMON
-
-
-@pytest.mark.parametrize("schedule", [schedule for schedule, _ in DEFAULTS], ids=repr)
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("patience", 7), ("factor", 0.25), ("max_decays", math.inf), ("max_decays", 2)),
-        *(("restart_after", math.inf), ("restart_after", 5), ("restart_factor", 1.5)),
-        *(("arm_after", math.inf), ("arm_after", 3), ("warmup_steps", 9), ("max_nonfinite", 2)),
-        *(("threshold", 0.01), ("haar_window", 12)),
-    ],
-)
-def test_a_value_wins_over_the_variant(schedule: PlateauSchedule, name: str, value: Any) -> None:
-    assert getattr(replace(schedule, **{name: value}).bind(1000), name) == value
-
-
-def test_variant_none_is_the_default_one() -> None:
-    assert FastFace(variant=None) == FastFace() == FastFace(variant="scaled")
-    assert MHLR(variant=None) == MHLR() == MHLR(variant="paper")
-
-
-@pytest.mark.parametrize("total_steps", [0, 10.0, math.inf, True, None])
-def test_total_steps_must_be_a_positive_whole_number(total_steps: Any) -> None:
-    with pytest.raises(ValueError, match="total_steps"):
-        FastFace().bind(total_steps)
+    given = replace(schedule, **GIVEN).bind(1000)
+    assert {name: getattr(given, name) for name in GIVEN} == GIVEN
+    assert type(schedule)(variant=None) == type(schedule)()
 
 
 BOUND = FastFace().bind(100)
@@ -313,14 +192,7 @@ BOUND = FastFace().bind(100)
 
 @pytest.mark.parametrize(
     "schedule",
-    [
-        FastFace(),
-        MHLR(),
-        replace(BOUND, patience=0.05),
-        replace(BOUND, max_decays=None),
-        replace(BOUND, arm_after=0.2),
-        replace(BOUND, alpha=None),
-    ],
+    [MHLR(), replace(BOUND, patience=0.05), replace(BOUND, max_decays=None)],
     ids=repr,
 )
 def test_init_asks_for_bind_while_a_setting_is_open(schedule: PlateauSchedule) -> None:
@@ -332,22 +204,18 @@ def test_init_asks_for_bind_while_a_setting_is_open(schedule: PlateauSchedule) -
 
 REFUSALS: list[dict[str, Any]] = [
     {"variant": "literal"},
-    *({"threshold": value} for value in (-0.1, math.inf, math.nan, "low")),
-    *({"threshold_mode": "max", "threshold": 0.1}, {"threshold_mode": "rel"}),
-    *({"factor": value} for value in (0.0, 1.0, math.nan, True)),
-    *({"restart_factor": value} for value in (0.9, math.inf)),
+    {"threshold": math.nan},
+    {"threshold": "low"},
+    {"threshold_mode": "rel"},
+    {"factor": 1.0},
     {"restart_factor": 8.1, "restart_after": 4},
-    *({"max_decays": value} for value in (-1, 1.5, math.nan)),
-    *({"restart_after": value} for value in (0, 2.5)),
-    *({"max_nonfinite": 0}, {"total_steps": 0}),
-    *(
-        {name: value}
-        for name in ("patience", "arm_after", "warmup_steps")
-        for value in (-1, -0.5, 1.0, 7.5, math.nan, True)
-    ),
-    *({"patience": math.inf}, {"warmup_steps": math.inf}),
-    *({"haar_window": 0}, {"haar_window": 2.5}, {"beta": 0.0}, {"beta": 1.5}),
-    {"beta": 0.1, "haar_window": 11},
+    {"max_decays": 1.5},
+    {"restart_after": 0},
+    *({"patience": value} for value in (-1, 1.0, 7.5, True, math.inf)),
+    {"haar_window": 2.5},
+    {"beta": 1.5},
+    {"haar_window": 11, "beta": 0.1},
+    {"total_steps": 0},
 ]
 
 
@@ -364,36 +232,15 @@ def test_refuses_a_setting_out_of_its_range(
 def test_refuses_what_one_detector_cannot_have() -> None:
     with pytest.raises(ValueError, match="haar_window must be at least 2 steps, got 1"):
         MHLR(haar_window=1)
-    with pytest.raises(ValueError, match="beta"):
-        MHLR(beta=0.6)
-    with pytest.raises(ValueError, match="variant must be paper, got 'scaled'"):
-        MHLR(variant="scaled")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"released.*rel"):
         FastFace(variant="released", threshold=0.1, threshold_mode="rel")
-    with pytest.raises(ValueError, match=r"ema_window=10, alpha=0.3"):
-        FastFace(alpha=0.3, ema_window=10)
-
-
-@pytest.mark.parametrize(("old", "new"), [("literal", "paper"), ("released", "released")])
-@pytest.mark.parametrize("value", [True, False, None])
-def test_old_settings_are_refused_by_their_new_name(old: str, new: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{old} is now variant='{new}', got {old}={value}"):
-        FastFace(**{old: value})
-
-
-def test_repr_shows_what_was_given() -> None:
-    assert repr(FastFace()) == "FastFace()"
-    assert repr(MHLR(haar_window=4000, patience=0.1)) == "MHLR(patience=0.1, haar_window=4000)"
-    given = FastFace(variant="paper", factor=0.1)
-    assert eval(repr(given)) == given
+    with pytest.raises(ValueError, match=r"literal is now variant='paper', got literal=True"):
+        FastFace(literal=True)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="total_steps"):
+        FastFace().bind(10.0)  # type: ignore[arg-type]
 
 
 # Checkpoints -------------------------------------------------------------------------------------
-
-
-def test_checkpoint_keeps_the_settings_its_run_was_bound_to() -> None:
-    loaded = Progress.load(Progress.start(FastFace(), 1000).dump(), FastFace())
-    assert loaded == Progress(FastFace(), FastFace().bind(1000), FastFace().bind(1000).init())
 
 
 @pytest.mark.parametrize(
@@ -411,10 +258,3 @@ def test_checkpoint_of_another_schedule_is_refused_by_name(
     with pytest.raises(ValueError, match="written by another schedule") as refusal:
         Progress.load(Progress.start(wrote, 1000).dump(), given)
     assert named in str(refusal.value) and repr(given) in str(refusal.value)
-
-
-def test_checkpoint_names_a_setting_that_the_schedule_does_not_have() -> None:
-    saved = Progress.start(FastFace(), 1000).dump()
-    saved["settings"]["momentum"] = 0.9
-    with pytest.raises(ValueError, match=r"momentum=0.9"):
-        Progress.load(saved, FastFace())
