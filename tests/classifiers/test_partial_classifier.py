@@ -118,16 +118,3 @@ def test_gradients_of_two_batches_add_up() -> None:
     for half in (slice(0, 3), slice(3, 6)):
         partial(x[half], labels[half]).backward()
     torch.testing.assert_close(partial.weight.grad.to_dense(), sum(parts))
-
-
-def test_eval_counts_every_class() -> None:
-    x, labels = batch(6, 50, 4)
-    partial = PartialClassifier(50, 4, rate=0.1).double().eval()
-    full = counterpart(FullClassifier, partial).eval()
-    torch.testing.assert_close(outcome(partial, x, labels), outcome(full, x, labels))
-
-
-@pytest.mark.parametrize("rate", [0, -0.1, 1.01, float("nan")])
-def test_refuses_a_rate_outside_of_its_range(rate: float) -> None:
-    with pytest.raises(ValueError, match=f"^rate must .* got {rate}"):
-        PartialClassifier(5, rate=rate)
