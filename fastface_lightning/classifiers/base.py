@@ -70,9 +70,9 @@ class Classifier(nn.Module):
         out_of_range = (labels < 0) | (labels >= self.num_classes)
         if labels.device.type == "cuda":
             torch._assert_async(~out_of_range.any(), rule)
-        if labels.device.type == "cpu" and type(labels) is Tensor:  # a fake one has no values
-            if out_of_range.any():
-                raise ValueError(f"{rule}, got {labels[out_of_range][0]}")
+        # A fake tensor has no values.
+        if labels.device.type == "cpu" and type(labels) is Tensor and out_of_range.any():
+            raise ValueError(f"{rule}, got {labels[out_of_range][0]}")
 
 
 class CenterClassifier(Classifier, ABC):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -78,11 +79,7 @@ class MomentumClassifier(Classifier, ABC):
         if self.momentum_encoder is None:
             self.follow(probe)
             return
-        follower, followed = (
-            [value for value in module.state_dict().values() if value.is_floating_point()]
-            for module in (self.momentum_encoder, probe)
-        )
-        get_ema_multi_avg_fn(self.momentum)(follower, followed, 0)
+        get_ema_multi_avg_fn(self.momentum)(_floats(self.momentum_encoder), _floats(probe), 0)
 
     @abstractmethod
     def training_loss(self, probe: nn.Module, batch: Batch) -> Tensor:
@@ -104,7 +101,7 @@ class MomentumClassifier(Classifier, ABC):
 
     @abstractmethod
     def check_batch_size(self, batch_size: int) -> None:
-        """Refuse batches, of all ranks together, that write more identities than there are slots."""
+        """Refuse batches, of all ranks together, of more identities than there are slots."""
 
     def check_batch(self, batch: Any) -> None:
         """Refuse what is no batch of ``loaders``."""
@@ -114,6 +111,10 @@ class MomentumClassifier(Classifier, ABC):
                 f"{type(self).__name__} trains on a dict of {' and '.join(self.loaders)} "
                 f"(data.batches={self.batches}), got {got}"
             )
+
+    def _at_least_float32(self, embeddings: Tensor) -> Tensor:
+        """So that no gradient is rounded before a loss scaler has scaled it."""
+        return embeddings.to(torch.promote_types(self.queue.dtype, torch.float32))
 
     @torch.no_grad()
     def encode(self, probe: nn.Module, images: Tensor) -> Tensor:
@@ -171,12 +172,17 @@ def all_gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def _floats(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, but for counters."""
+    tensors = chain(module.parameters(), module.buffers())
+    return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+
+
 def eager_backward(loss_of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``loss_of(x)``, whose gradient is computed here and now.
 
     Its backward needs nothing but the gradient of x (N, D), so that ``loss_of`` may read tensors
-    that change before, and what it took to compute is free again. In float32 at least, so that no
-    gradient is rounded before a loss scaler has scaled it.
+    that change before, and what it took to compute is free again.
     """
     leaf = x.detach().requires_grad_()
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
