@@ -130,9 +130,7 @@ def test_other_sizes_are_built_on_request() -> None:
     ("name", "value", "key"),
     [
         ("blocks", (1, 4, 6), "blocks"),
-        ("blocks", (0, 4, 6, 2), "blocks"),
         ("scale", 0, "scale"),
-        ("img_size", 120, "img_size"),
         ("drop_rate", -0.1, "dropout"),
     ],
 )
