@@ -83,20 +83,6 @@ def test_no_copy_of_the_weights(options: dict[str, Any], dtype: torch.dtype) -> 
         assert temporaries(torch.optim.SGD) >= p.nbytes
 
 
-def test_a_closure_computes_the_gradients() -> None:
-    p = nn.Parameter(torch.ones(2))
-    optimizer = SGD([p], lr=0.1)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = (p**2).sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure).item() == 2
-    torch.testing.assert_close(p.detach(), torch.full((2,), 0.8))
-
-
 def test_a_loss_scaler_unscales_before_it_steps() -> None:
     """So gradients can be clipped in between; a step that overflowed is left out."""
     p, q = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
