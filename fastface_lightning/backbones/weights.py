@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,13 +150,7 @@ def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """What keeps ``weights`` from loading, a phrase for each kind of fault; none if they fit."""
-    faults: dict[str, list[str]] = {
-        "missing": [],
-        "unexpected": [],
-        "mis-shaped": [],
-        "mistyped": [],
-    }
-    faults["unexpected"] = [key for key in weights if key not in expected]
+    faults = defaultdict[str, list[str]](list)
     for key, wanted in expected.items():
         value = weights.get(key)
         if value is None:
@@ -165,6 +160,7 @@ def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
             faults["mis-shaped"].append(f"{key} {tuple(value.shape)} for {tuple(wanted.shape)}")
         elif value.is_floating_point() != wanted.is_floating_point():
             faults["mistyped"].append(f"{key} {value.dtype} for {wanted.dtype}")
+    faults["unexpected"] = [key for key in weights if key not in expected]
     return ", ".join(
         f"{len(keys)} {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for fault, keys in faults.items()

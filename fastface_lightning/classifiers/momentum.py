@@ -97,7 +97,7 @@ class MomentumClassifier(Classifier, ABC):
 
     @abstractmethod
     def sample_batch(self, batch_size: int) -> Batch:
-        """A batch without content, of different identities, as ``loaders`` give."""
+        """A batch as ``loaders`` give, without content."""
 
     @abstractmethod
     def check_batch_size(self, batch_size: int) -> None:

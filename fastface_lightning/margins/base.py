@@ -30,19 +30,16 @@ class Margin(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, cos_y: Tensor, norm: Tensor, label: Tensor) -> Tensor:
-        """Return the target cosine after the margin.
+        """Return the target cosine after the margin, cos_y', (N,) of the dtype of ``cos_y``.
 
         Args:
             cos_y: cosine to the centre of the own class, (N,) float in [-1, 1] up to rounding.
             norm: length of the embedding before normalisation, (N,) float, at least 0.
             label: class of the embedding, (N,) int64.
-
-        Returns:
-            cos_y', (N,) of the dtype of ``cos_y``.
         """
 
     def negatives(self, cos: Tensor, cos_y: Tensor, cos_y_prime: Tensor) -> Tensor:
-        """Return the cosines to the other classes as they enter the loss.
+        """Return the cosines to the other classes as they enter the loss, n(cos), (N, K).
 
         Elementwise, so that it may be called on any chunk of the classes. What it returns in the
         column of the own class is replaced by ``cos_y_prime``; the classifier does so in place, so
@@ -52,9 +49,6 @@ class Margin(nn.Module, ABC):
             cos: cosines to K classes, (N, K) float.
             cos_y: target cosine before the margin, (N,) float.
             cos_y_prime: target cosine after the margin, (N,) float.
-
-        Returns:
-            n(cos), (N, K).
         """
         return cos
 

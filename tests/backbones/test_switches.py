@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from fastface_lightning.backbones import build_backbone
@@ -192,43 +191,6 @@ def test_frozen_parts_stay_in_eval_whatever_mode_follows() -> None:
         assert not model.training and not model.layer2.training
     twin = copy.deepcopy(model).train()
     assert not twin.layer1.training and twin.layer2.training
-
-
-class Fit(LightningModule):
-    """The least a trainer can fit; records which parts of its backbone train at each step."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.modes: list[tuple[bool, bool]] = []
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.modes.append((self.backbone.layer1.training, self.backbone.layer2.training))
-        return self.backbone(batch).square().mean()
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        assert not self.backbone.training
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-def test_frozen_parts_stay_in_eval_while_lightning_fits_and_validates(images: Tensor) -> None:
-    module = Fit(build_backbone("iresnet_tiny", 8, freeze=["layer1"]))
-    loader = torch.utils.data.DataLoader(images.float(), batch_size=2)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        val_check_interval=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader, loader)
-    assert module.modes == [(False, True)] * 4
-    assert module.backbone.layer1[0].bn1.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("name", ["iresnet_tiny", "test_resnet"])
