@@ -90,11 +90,11 @@ class FaceBackbone(Freezable, ABC):
         return stage(x)
 
     def check_images(self, images: Tensor) -> None:
-        expected = (len(images), self.in_chans, *self.img_size)
-        if images.shape != expected or not images.is_floating_point():
+        expected = (self.in_chans, *self.img_size)
+        if images.shape[1:] != expected or not images.is_floating_point():
             raise ValueError(
-                f"images must be {expected} floats in [-1, 1], got {tuple(images.shape)} "
-                f"{images.dtype}"
+                f"images must be floats in [-1, 1], each {expected}, "
+                f"got {images.dtype} {tuple(images.shape)}"
             )
 
 
