@@ -110,7 +110,7 @@ def check_batch(images: Tensor, head: nn.Module) -> None:
     """Refuse a training batch of one image, which has no variance for a batch norm of the head."""
     # A SyncBatchNorm, which sees the images of every process, has its own check.
     norms = (m for m in head.modules() if isinstance(m, _BatchNorm) and m.training)
-    if len(images) < 2 and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
+    if images.shape[0] < 2 and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
         raise ValueError(f"a training batch must hold at least 2 images, got {len(images)}")
 
 

@@ -119,6 +119,15 @@ def test_checkpointing_recomputes_each_stage_once(model: nn.Module, images: Tens
     assert len(calls) == 2 and norm.momentum == 0.1 and norm.num_batches_tracked == 1
 
 
+@pytest.mark.slow
+def test_exports_as_one_graph(model: nn.Module, images: Tensor) -> None:
+    model.eval()
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (images,), dynamic_shapes={"images": {0: batch}})
+    more = torch.cat([images, images])
+    torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-5)
+
+
 def test_refuses_other_images(model: nn.Module, images: Tensor) -> None:
     for wrong in (images[..., :96], images[:, :1], images[0], images.byte()):
         with pytest.raises(ValueError, match=r"^images must be floats .* got torch"):
