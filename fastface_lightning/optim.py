@@ -40,9 +40,6 @@ class SGD(torch.optim.SGD):
         weight_decay: :math:`\lambda`, at least 0.
         nesterov: whether the momentum looks ahead; needs a momentum.
 
-    Raises:
-        ValueError: if an argument is outside its range.
-
     References:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013,
         in torch's form (no dampening).
@@ -66,11 +63,25 @@ class SGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if p.grad.is_sparse:
+            dense = []
+            for p in group["params"]:
+                if p.grad is not None and p.grad.is_sparse:
                     self._update_rows(p, p.grad.coalesce(), group)
-            self._update_dense([p for p in params if not p.grad.is_sparse], group)
+                elif p.grad is not None:
+                    dense.append(p)
+            if dense:
+                sgd(
+                    dense,
+                    [p.grad for p in dense],
+                    [self._buffer(p, group) for p in dense],
+                    fused=all(p.device.type in ("cpu", "cuda") for p in dense),
+                    weight_decay=group["weight_decay"],
+                    momentum=group["momentum"],
+                    lr=group["lr"],
+                    dampening=0,
+                    nesterov=group["nesterov"],
+                    maximize=False,
+                )
         return loss
 
     def _buffer(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor | None:
@@ -81,22 +92,6 @@ class SGD(torch.optim.SGD):
             state["momentum_buffer"] = torch.zeros_like(p)
         match_memory_format(state, p)
         return state["momentum_buffer"]
-
-    def _update_dense(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        if not params:
-            return
-        sgd(
-            list(params),
-            [p.grad for p in params if p.grad is not None],
-            [self._buffer(p, group) for p in params],
-            fused=all(p.device.type in ("cpu", "cuda") for p in params),
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=0,
-            nesterov=group["nesterov"],
-            maximize=False,
-        )
 
     def _update_rows(self, p: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
         """Update the rows of p (C, D) that a coalesced sparse ``grad`` of its shape holds."""

@@ -13,8 +13,6 @@ from fastface_lightning.optim import SGD
 from fastface_lightning.training.plan import MemoryMeter
 
 SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"momentum": 0.9},
     {"weight_decay": 0.1},
     {"momentum": 0.9, "weight_decay": 0.1},
     {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
@@ -66,9 +64,8 @@ def test_sparse_rows(options: dict[str, Any], seed: int, steps: int, repeated: b
 
 
 @each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_copy_of_the_weights(options: dict[str, Any], dtype: torch.dtype) -> None:
-    p = nn.Parameter(torch.ones(1000, 100, dtype=dtype))
+def test_no_copy_of_the_weights(options: dict[str, Any]) -> None:
+    p = nn.Parameter(torch.ones(1000, 100))
 
     def temporaries(kind: type) -> int:
         optimizer = kind([p], lr=0.1, **options)
@@ -79,22 +76,7 @@ def test_no_copy_of_the_weights(options: dict[str, Any], dtype: torch.dtype) -> 
         return meter.peak
 
     assert temporaries(SGD) == 0
-    if "weight_decay" in options:  # which this test would catch
-        assert temporaries(torch.optim.SGD) >= p.nbytes
-
-
-def test_a_closure_computes_the_gradients() -> None:
-    p = nn.Parameter(torch.ones(2))
-    optimizer = SGD([p], lr=0.1)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = (p**2).sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure).item() == 2
-    torch.testing.assert_close(p.detach(), torch.full((2,), 0.8))
+    assert temporaries(torch.optim.SGD) >= p.nbytes  # which this test would catch
 
 
 def test_a_loss_scaler_unscales_before_it_steps() -> None:

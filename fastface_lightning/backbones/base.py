@@ -8,8 +8,9 @@ from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
-from .checkpointing import recompute
+from .checkpointing import count_once
 from .freeze import Freezable
 
 BackboneT = TypeVar("BackboneT", bound="FaceBackbone")
@@ -35,18 +36,14 @@ class FaceBackbone(Freezable, ABC):
 
     Raises:
         ValueError: an argument out of its range, images that do not fit, or a training batch of one
-            as long as the head's batch norms train.
+            while the head's batch norms train.
     """
 
     num_features: int
     features: nn.Module
 
     def __init__(
-        self,
-        num_classes: int,
-        in_chans: int,
-        img_size: int | tuple[int, int],
-        drop_rate: float,
+        self, num_classes: int, in_chans: int, img_size: int | tuple[int, int], drop_rate: float
     ) -> None:
         super().__init__()
         height, width = to_2tuple(img_size)
@@ -88,15 +85,17 @@ class FaceBackbone(Freezable, ABC):
     def run(self, stage: nn.Module, x: Tensor) -> Tensor:
         """``stage(x)``, recomputed in backward when checkpointing is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return recompute(stage, x)
+            count_once(stage)
+            return checkpoint(stage, x, use_reentrant=False)
         return stage(x)
 
     def check_images(self, images: Tensor) -> None:
-        if images.shape[1:] != (self.in_chans, *self.img_size):
-            expected = ", ".join(map(str, (self.in_chans, *self.img_size)))
-            raise ValueError(f"images must be (N, {expected}), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}")
+        expected = (self.in_chans, *self.img_size)
+        if images.shape[1:] != expected or not images.is_floating_point():
+            raise ValueError(
+                f"images must be floats in [-1, 1], each {expected}, "
+                f"got {images.dtype} {tuple(images.shape)}"
+            )
 
 
 def check_head(embedding_size: int, dropout: float, minimum: int = 1) -> None:
@@ -108,32 +107,24 @@ def check_head(embedding_size: int, dropout: float, minimum: int = 1) -> None:
 
 
 def check_batch(images: Tensor, head: nn.Module) -> None:
-    """Refuse a training batch of one image, which has no variance for a batch norm of the head.
-
-    A SyncBatchNorm is left to its own check, since it sees the images of every process.
-    """
+    """Refuse a training batch of one image, which has no variance for a batch norm of the head."""
+    # A SyncBatchNorm, which sees the images of every process, has its own check.
     norms = (m for m in head.modules() if isinstance(m, _BatchNorm) and m.training)
-    if len(images) < 2 and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
-        raise ValueError(
-            f"a training batch must hold at least 2 images for BatchNorm, got {len(images)}"
-        )
+    if images.shape[0] < 2 and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
+        raise ValueError(f"a training batch must hold at least 2 images, got {len(images)}")
 
 
 def architecture(model: nn.Module) -> str:
-    """What a message calls a model: ``iresnet18 (IResNet)``, or its class outside of timm."""
+    """What a message calls a model: its name in timm, or its class outside of timm."""
     network: Any = getattr(model, "trunk", model)
-    name = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
-    class_name = type(network).__name__
-    return f"{name} ({class_name})" if name else class_name
+    cfg = getattr(network, "pretrained_cfg", None) or {}
+    return cfg.get("architecture") or type(network).__name__
 
 
 def create(cls: type[BackboneT], name: str, pretrained: bool, **kwargs: Any) -> BackboneT:
     """Build a registered backbone as timm does, refusing weights that nobody hosts for timm."""
     if pretrained:
-        raise ValueError(
-            f"{name} comes without pretrained weights, so pretrained must be False: "
-            f"pass checkpoint_path=FILE to timm.create_model to load your own"
-        )
+        raise ValueError(f"pretrained must be false for {name}, which has none")
     return build_model_with_cfg(cls, name, pretrained=False, **kwargs)
 
 

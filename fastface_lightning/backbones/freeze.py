@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -26,15 +26,14 @@ class Freezable(nn.Module):
             ValueError: a name the network has not; nothing is frozen then.
         """
         names = [names] if isinstance(names, str) else [str(name) for name in names]
-        parts: dict[str, nn.Module | nn.Parameter] = {
-            **dict(self.named_parameters()),
-            **dict(self.named_modules()),
-        }
+        parts = dict[str, Any](self.named_parameters()) | dict(self.named_modules())
         parts[WHOLE] = parts.pop("")
         for name in names:
             if name not in parts:
+                near = get_close_matches(name, parts, n=5) or dict(self.named_children())
                 raise ValueError(
-                    f"freeze must name parts of the backbone, got {name!r}, {_hint(name, parts)}"
+                    f"freeze must name parts of the backbone, such as {', '.join(near)}, "
+                    f"got {name!r}"
                 )
         for name in names:
             parts[name].requires_grad_(False)
@@ -49,11 +48,3 @@ class Freezable(nn.Module):
                 if (name or WHOLE) in self.frozen:
                     module.eval()
         return self
-
-
-def _hint(name: str, parts: Iterable[str]) -> str:
-    """Parts whose last word is the name, else those spelled alike, else the outermost ones."""
-    inner = [part for part in parts if name and part.endswith(f".{name}")][:5]
-    if near := inner or get_close_matches(name, parts, n=5):
-        return f"did you mean {' or '.join(near)}?"
-    return f"which has {', '.join(part for part in parts if '.' not in part)}"

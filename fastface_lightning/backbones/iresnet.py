@@ -64,9 +64,6 @@ class IResNet(FaceBackbone):
         num_classes, in_chans, img_size, drop_rate: as :class:`FaceBackbone`.
 
     Shape: float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D), float32 under autocast.
-
-    Raises:
-        ValueError: an argument out of its range, or images that do not fit.
     """
 
     def __init__(

@@ -55,12 +55,7 @@ class DepthWise(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        groups: int,
-        stride: int = 2,
-        residual: bool = False,
+        self, in_channels: int, channels: int, groups: int, stride: int = 2, residual: bool = False
     ) -> None:
         super().__init__()
         self.residual = residual
@@ -123,9 +118,6 @@ class MobileFaceNet(FaceBackbone):
             gives the 512 pooled features.
 
     Shape: float RGB (N, 3, 112, 112) in [-1, 1] to embeddings (N, D), float32 under autocast.
-
-    Raises:
-        ValueError: an argument out of its range, or images that do not fit.
     """
 
     num_features = 512

@@ -1,7 +1,6 @@
 """Any backbone by its timm name, ending in an embedding: images (N, 3, 112, 112) in, (N, D) out."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from difflib import get_close_matches
 from itertools import chain
 from typing import Any
@@ -20,7 +19,7 @@ from .base import (
     embedding_norm,
     in_full_precision,
 )
-from .checkpointing import CountOnce
+from .checkpointing import count_once
 from .freeze import Freezable
 
 
@@ -53,27 +52,20 @@ class TimmEmbedder(Freezable):
         self.trunk = trunk
         self.neck = neck
         self.grad_checkpointing = False
-        self.count_once = CountOnce()
 
     def forward(self, images: Tensor) -> Tensor:
         check_batch(images, self.neck)
-        counted = self.grad_checkpointing and not torch.compiler.is_compiling()
-        with self.count_once.forward_of(self.trunk) if counted else nullcontext():
-            features = self.trunk(images)
-        return in_full_precision(self.neck, features)
+        if self.grad_checkpointing:
+            count_once(self.trunk)
+        return in_full_precision(self.neck, self.trunk(images))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the trunk's stages in backward as timm does it, but count each batch once.
-
-        Raises:
-            ValueError: timm cannot do it for this model.
-        """
+        """Recompute the trunk's stages in backward as timm does it, but count each batch once."""
         try:
             self.trunk.set_grad_checkpointing(enable)
-        except (AssertionError, AttributeError) as error:  # how timm's models say so
+        except (AssertionError, AttributeError) as error:  # how timm says that it cannot
             raise ValueError(
-                f"grad_checkpointing must be false for {architecture(self)}, which does not "
-                f"support it, got {enable}"
+                f"grad_checkpointing must be false for {architecture(self)}"
             ) from error
         self.grad_checkpointing = enable
 
@@ -115,8 +107,8 @@ def build_backbone(
         training it takes two images or more, as batch norms do.
 
     Raises:
-        ValueError: an argument out of its range, an unknown name, a model that does not map 112x112
-            images to one vector each, or that cannot checkpoint its gradients.
+        ValueError: an argument out of its range, an unknown name or part, a model that does not map
+            112x112 images to one vector each, or that cannot checkpoint its gradients.
 
     Example:
         >>> model = build_backbone("iresnet18", embedding_size=256, freeze=["conv1", "bn1"]).eval()
@@ -164,16 +156,14 @@ def _create(
     try:
         trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
     except (AssertionError, IndexError) as error:  # how some models meet a small img_size
-        raise ValueError(
-            f"{name} cannot be built for 3x112x112 images: {_first_line(error)}"
-        ) from error
+        fault = _first_line(error)
+        raise ValueError(f"{name} cannot be built for 3x112x112 images: {fault}") from error
     num_features = _output_size(trunk, name)
     return TimmEmbedder(trunk, EmbeddingNeck(num_features, embedding_size, dropout))
 
 
 def _output_size(model: nn.Module, name: str) -> int:
-    """Length of the vector the model gives for an image, by a forward on the meta device that
-    computes nothing."""
+    """Length of the vector the model gives for an image, by a forward on the meta device."""
     state = chain(model.named_parameters(), model.named_buffers())
     shapes = {key: tensor.to("meta") for key, tensor in state}
     images = torch.zeros(2, *IMAGE_SHAPE, device="meta")
@@ -182,7 +172,8 @@ def _output_size(model: nn.Module, name: str) -> int:
         with torch.no_grad():
             output = torch.func.functional_call(model.eval(), shapes, images)
     except Exception as error:  # a model's code may fail on a strange size in any way
-        raise ValueError(f"{name} cannot take 3x112x112 images: {_first_line(error)}") from error
+        fault = _first_line(error)
+        raise ValueError(f"{name} cannot take 3x112x112 images: {fault}") from error
     finally:
         model.train(training)
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:

@@ -3,13 +3,15 @@
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..files import METADATA_KEY
@@ -19,7 +21,6 @@ WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel
 SAFETENSORS = ".safetensors"
 # The last batch norm of MobileFaceNet, of any other timm model behind a neck, and of IResNet.
 LAST_BIASES = ("features.layers.3.bias", "neck.features.bias", "features.bias")
-MAX_LISTED = 8  # keys that a message lists; of more, the first three
 
 
 def load_weights(model: nn.Module, file: str | Path) -> None:
@@ -28,9 +29,8 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     The file holds a state_dict with the model's keys and shapes, such as InsightFace's
     ``backbone.pth`` and ``model.pt``, with or without the prefix that a wrapper puts before every
     key; or a ``.safetensors`` of the same; or a Lightning checkpoint of ``train.py``, whose
-    ``backbone.`` keys are taken. Only tensors are read: no code in the file runs. They take the
-    dtype, device and memory format of the model's own. Counts of batches
-    (``num_batches_tracked``), which old files lack, may be missing.
+    ``backbone.`` keys are taken. No code in the file runs. Weights take the dtype, device and
+    memory format of the model's own. Counts of batches, which old files lack, may be missing.
 
     Args:
         model: what :func:`build_backbone` gives for the file's architecture and embedding size.
@@ -45,11 +45,8 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     """
     weights = read_weights(file)
     expected = model.state_dict()
-    differences = _differences(weights, expected)
-    if differences:
-        raise ValueError(
-            f"weights must match {architecture(model)}, got {', '.join(differences)} in {file}"
-        )
+    if differences := _differences(weights, expected):
+        raise ValueError(f"weights must match {architecture(model)}, got {differences} in {file}")
     weights = {key: value.to(expected[key].dtype) for key, value in weights.items()}
     check_finite(weights, file)
     model.load_state_dict(weights, strict=False)  # only counts of batches may be missing
@@ -66,13 +63,8 @@ def check_finite(weights: Mapping[str, Tensor], file: str | Path) -> None:
 def read_weights(file: str | Path, part: str = "backbone.") -> dict[str, Tensor]:
     """A part's state_dict in a file, on the CPU, its keys without the prefixes of wrappers.
 
-    Args:
-        file: a state_dict of a backbone, or a checkpoint of ``train.py``.
-        part: what the keys of the part begin with in a checkpoint; a file of a backbone alone has
-            nothing of another part.
-
-    Raises:
-        ValueError: no such file, or one that holds something else.
+    ``part`` is what its keys begin with in a checkpoint of ``train.py``; a file of a backbone alone
+    has nothing of another part.
     """
     content = _read(Path(file))
     is_checkpoint = isinstance(content, Mapping) and "state_dict" in content
@@ -94,18 +86,11 @@ def read_weights(file: str | Path, part: str = "backbone.") -> dict[str, Tensor]
 
 
 def read_about(file: str | Path) -> dict[str, Any]:
-    """What a file says of its weights; nothing, if it is one of bare weights.
-
-    Returns:
-        The ``run`` of a checkpoint of ``train.py``; the metadata of a ``.safetensors`` that
-        ``recipes/export.py`` has written.
-
-    Raises:
-        ValueError: no such file, or one that holds something else.
-    """
+    """What a file says of its weights: the ``run`` of a checkpoint of ``train.py``, or the metadata
+    of a ``.safetensors`` that ``recipes/export.py`` has written; nothing, of bare weights."""
     path = Path(file)
     if path.suffix == SAFETENSORS:
-        _read(path)
+        _read(path)  # refuses what is none
         with safe_open(path, framework="pt") as opened:
             return json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
     content = _read(path)
@@ -132,9 +117,9 @@ def recognise(weights: Mapping[str, Tensor]) -> str | None:
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"weights must be a file, got {path}")
-    if path.suffix == SAFETENSORS:
-        return _read_safetensors(path)
     try:
+        if path.suffix == SAFETENSORS:
+            return load_file(path)
         # Only files of the zip format, torch's since 1.6, can be mapped into memory.
         mapped = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -146,19 +131,8 @@ def _read(path: Path) -> Any:
         raise _refused(path, fault) from error
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise _refused(path, "is damaged or of another format") from error
-
-
 def _refused(file: str | Path, fault: str) -> ValueError:
-    return ValueError(
-        f"weights must be a file of tensors, a state_dict or a checkpoint of train.py, "
-        f"got {file}, which {fault}"
-    )
+    return ValueError(f"weights must be a state_dict or a checkpoint, got {file}, which {fault}")
 
 
 def _under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,28 +148,21 @@ def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What keeps ``weights`` from loading, one phrase for each kind of fault; none if they fit."""
-    shared = {key: (weights[key], expected[key]) for key in expected if key in weights}
-    absent = [key for key in expected if key not in weights]
-    faults = {
-        "missing": [key for key in absent if not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in weights if key not in expected],
-        "mis-shaped": [
-            f"{key} {tuple(value.shape)} for {tuple(wanted.shape)}"
-            for key, (value, wanted) in shared.items()
-            if value.shape != wanted.shape
-        ],
-        "mistyped": [
-            f"{key} {value.dtype} for {wanted.dtype}"
-            for key, (value, wanted) in shared.items()
-            if value.is_floating_point() != wanted.is_floating_point()
-        ],
-    }
-    return [f"{len(keys)} {fault} ({_listed(keys)})" for fault, keys in faults.items() if keys]
-
-
-def _listed(keys: Sequence[str]) -> str:
-    if len(keys) <= MAX_LISTED:
-        return ", ".join(keys)
-    return f"{', '.join(keys[:3])} and {len(keys) - 3} more"
+def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What keeps ``weights`` from loading, a phrase for each kind of fault; none if they fit."""
+    faults = defaultdict[str, list[str]](list)
+    for key, wanted in expected.items():
+        value = weights.get(key)
+        if value is None:
+            if not key.endswith("num_batches_tracked"):
+                faults["missing"].append(key)
+        elif value.shape != wanted.shape:
+            faults["mis-shaped"].append(f"{key} {tuple(value.shape)} for {tuple(wanted.shape)}")
+        elif value.is_floating_point() != wanted.is_floating_point():
+            faults["mistyped"].append(f"{key} {value.dtype} for {wanted.dtype}")
+    faults["unexpected"] = [key for key in weights if key not in expected]
+    return ", ".join(
+        f"{len(keys)} {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for fault, keys in faults.items()
+        if keys
+    )

@@ -49,9 +49,6 @@ class AttentionClassifier(MomentumClassifier):
         queue_labels: (Q,) int64, their identities; -1 at first.
         position: int64 scalar, where the next centre goes.
 
-    Raises:
-        ValueError: if an argument is outside its range.
-
     References:
         AttFC: Attention Fully-Connected Layer for Large-Scale Face Recognition with One GPU, 2025
         (arXiv 2503.06839). Its release rounds Q down to a multiple of the batch, which a queue that
@@ -102,7 +99,7 @@ class AttentionClassifier(MomentumClassifier):
         if self.queue_size < batch_size:
             raise ValueError(
                 f"queue_size must be at least the {batch_size} centres of a batch, got "
-                f"{self.queue_size}: a larger queue_size or a smaller batch"
+                f"{self.queue_size}"
             )
 
     def sample_batch(self, batch_size: int) -> Batch:
@@ -113,9 +110,8 @@ class AttentionClassifier(MomentumClassifier):
     def centers(self, queries: Tensor, features: Tensor, same: Tensor) -> Tensor:
         """The unit centres (N, D) of embeddings (N, D) and features (N, K, D) of their identities.
 
-        Args:
-            same: (N, K) whether a feature is of the identity at all: an image that could not be
-                read has been replaced by one that may not be. Such are left out, unless all are.
+        Where ``same`` (N, K) is false, an image that could not be read has been replaced by another
+        identity's: it is left out, unless all are.
         """
         cos = F.cosine_similarity(queries.to(features.dtype)[:, None], features, dim=2)
         cos = cos.masked_fill(~same & same.any(1, keepdim=True), -torch.inf)

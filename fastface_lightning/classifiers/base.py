@@ -10,7 +10,7 @@ from ..margins.base import constructor_arguments
 
 
 class Classifier(nn.Module):
-    """A margin and a scale for embeddings of C identities, checked.
+    """A margin and a scale for embeddings of C identities.
 
     Args:
         num_classes: number of identities C, at least 1.
@@ -22,7 +22,7 @@ class Classifier(nn.Module):
             0.4 is InsightFace's value for unclean data.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        ValueError: if an argument is outside its range, here and in every subclass.
 
     Attributes:
         batches: what it trains on; :class:`fastface_lightning.data.FaceDataModule` has the names.
@@ -59,29 +59,20 @@ class Classifier(nn.Module):
         return constructor_arguments(self)
 
     def _check(self, embeddings: Tensor, labels: Tensor) -> None:
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
+        n, size = len(embeddings), self.embedding_size
+        if n == 0 or embeddings.shape != (n, size):
+            raise ValueError(f"embeddings must be (N, {size}), got {tuple(embeddings.shape)}")
+        if labels.shape != (n,) or labels.dtype != torch.int64:
             raise ValueError(
-                f"embeddings must be (N, {self.embedding_size}), got {tuple(embeddings.shape)}"
+                f"labels must be int64 ({n},), got {labels.dtype} {tuple(labels.shape)}"
             )
-        if len(embeddings) == 0:
-            raise ValueError("embeddings must hold at least one row, got 0")
-        if labels.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"labels must be ({len(embeddings)},), one for each embedding, "
-                f"got {tuple(labels.shape)}"
-            )
-        if labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64, got {labels.dtype}")
+        rule = f"labels must lie in [0, {self.num_classes})"
         out_of_range = (labels < 0) | (labels >= self.num_classes)
         if labels.device.type == "cuda":
-            torch._assert_async(~out_of_range.any(), f"labels must lie in [0, {self.num_classes})")
-        if labels.device.type == "cpu" and type(labels) is Tensor:  # a fake one has no values
-            outside = labels[out_of_range]
-            if len(outside) > 0:
-                raise ValueError(
-                    f"labels of {self.num_classes} classes must lie in [0, {self.num_classes}), "
-                    f"got {outside[0]}"
-                )
+            torch._assert_async(~out_of_range.any(), rule)
+        # A fake tensor has no values.
+        if labels.device.type == "cpu" and type(labels) is Tensor and out_of_range.any():
+            raise ValueError(f"{rule}, got {labels[out_of_range][0]}")
 
 
 class CenterClassifier(Classifier, ABC):
@@ -101,7 +92,7 @@ class CenterClassifier(Classifier, ABC):
     The loss is computed in float32 (float64 for a float64 ``weight``) whatever autocast says: with
     s = 64, rounding a cosine near 1 to bfloat16 moves its logit by up to 1/8, to float16 by 1/64.
 
-    Args and Raises: as :class:`Classifier`.
+    Args: as :class:`Classifier`.
 
     References:
         Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019
@@ -122,19 +113,15 @@ class CenterClassifier(Classifier, ABC):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss of the batch.
+        """Return the mean loss of the batch: a scalar, float32 (float64 for a float64 ``weight``).
 
         Args:
             embeddings: (N, D) float, any length; a zero embedding has cosine 0 to every class.
             labels: (N,) int64 in [0, C).
 
-        Returns:
-            Scalar loss, float32 (float64 for a float64 ``weight``).
-
         Raises:
             ValueError: if shapes or dtypes do not fit or, on the CPU, a label is out of range. On a
-                GPU looking at the labels would stall every step, so there a label out of range
-                ends in an assertion of the device.
+                GPU, where looking would stall every step, that ends in an assertion of the device.
         """
         self._check(embeddings, labels)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -145,15 +132,12 @@ class CenterClassifier(Classifier, ABC):
 
     @abstractmethod
     def softmax_loss(self, x: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
-        """Return -log softmax of each target, before the mean.
+        """Return -log softmax of each target, (N,) of the dtype of ``x``.
 
         Args:
             x: unit embeddings (N, D), float32 or float64.
             norm: their lengths before, (N,).
             labels: (N,) int64, on the CPU known to lie in [0, C).
-
-        Returns:
-            (N,) of the dtype of ``x``.
         """
 
 
@@ -161,10 +145,6 @@ class Negatives(nn.Module):
     """The cosines to other classes as they enter the loss: filtered, then the margin's.
 
     A module, so that it can be called again with statistics the margin had earlier.
-
-    Args:
-        margin: whose ``negatives`` come after the filter.
-        threshold: ``interclass_filter`` of :class:`Classifier`.
     """
 
     def __init__(self, margin: Margin, threshold: float | None) -> None:

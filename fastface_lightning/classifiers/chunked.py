@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..margins import Margin
@@ -51,8 +51,8 @@ class ChunkedClassifier(CenterClassifier):
             bfloat16; they are summed and everything else is computed in float32.
 
     Raises:
-        ValueError: if an argument is outside its range, or the margin has parameters of its own
-            and ``negatives`` that may depend on them.
+        ValueError: if the margin has parameters of its own and ``negatives`` that may depend on
+            them.
 
     References:
         As :class:`CenterClassifier`. Milakov and Gimelshein, Online normalizer calculation for
@@ -91,7 +91,7 @@ class ChunkedClassifier(CenterClassifier):
         """The loss (N,) over ``centers`` (K, D), the own one of each embedding in ``rows`` (N,)."""
         if self.chunk is None:
             self.chunk = chunk_that_fits(len(x), self.embedding_size, x.device)
-        gradient = _Gradient()
+        gradient: list[Tensor] = []
         own, _ = normalize_rows(_OwnCenters.apply(centers, rows, gradient).to(x.dtype))
         cos_y = (x * own).sum(1)
         cos_y_prime = self.margin(cos_y, norm, labels)
@@ -123,21 +123,15 @@ def chunk_that_fits(batch_size: int, embedding_size: int, device: torch.device) 
     return max(SMALLEST_CHUNK, chunk)
 
 
-class _Gradient:
-    """Where the two backwards that make up the gradient of the centres meet."""
-
-    value: Tensor | None = None
-
-
 class _OwnCenters(Function):
     """The rows of ``centers`` that the batch's own classes have: (K, D), (N,) -> (N, D).
 
-    Its backward comes after that of :class:`_LogSumExpOfOthers`, which is computed from its
-    output. So it adds to the gradient that one has left, and the two never are two tensors.
+    Its backward comes after that of :class:`_LogSumExpOfOthers`, whose input is its output, and
+    adds to the gradient that one has left in a list: the two never are two tensors.
     """
 
     @staticmethod
-    def forward(ctx: Any, centers: Tensor, rows: Tensor, gradient: _Gradient) -> Tensor:
+    def forward(ctx: Any, centers: Tensor, rows: Tensor, gradient: list[Tensor]) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.gradient = gradient
         return centers[rows]
@@ -146,8 +140,7 @@ class _OwnCenters(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
-        whole, ctx.gradient.value = ctx.gradient.value, None
-        return whole.index_add_(0, rows, grad), None, None
+        return ctx.gradient.pop().index_add_(0, rows, grad), None, None
 
 
 class _LogSumExpOfOthers(Function):
@@ -169,19 +162,20 @@ class _LogSumExpOfOthers(Function):
         scale: float,
         chunk: int,
         bfloat16: bool,
-        gradient: _Gradient,
+        gradient: list[Tensor],
     ) -> Tensor:
         product = _product_bfloat16 if bfloat16 else torch.mm
         total = x.new_full((len(x),), -torch.inf)
         inverse_norm = x.new_empty(len(centers))
-        for part in _chunks(len(centers), chunk):
+        for start in range(0, len(centers), chunk):
+            part = slice(start, start + chunk)
             w = centers[part].to(x.dtype)
             norm = torch.linalg.vector_norm(w, dim=1)
             # A zero row has no direction: its cosines are 0.
             inverse_norm[part] = torch.where(norm > 0, norm, 1).reciprocal_()
             cos = product(w, x.T).mul_(inverse_norm[part, None])
             z = cos if negatives.is_identity else negatives(cos.T, cos_y, cos_y_prime).T
-            _set_own(z, rows - part.start, -torch.inf)
+            _set_own(z, rows - start, -torch.inf)
             torch.logaddexp(total, z.mul_(scale).logsumexp(0), out=total)
         ctx.save_for_backward(x, cos_y, cos_y_prime, centers, rows, inverse_norm, total)
         # The statistics of a margin may have moved on when the backward asks it again.
@@ -197,12 +191,18 @@ class _LogSumExpOfOthers(Function):
         grad_x, grad_y, grad_prime = (torch.zeros_like(t) for t in (x, cos_y, cos_y_prime))
         whole = torch.empty_like(centers) if ctx.needs_input_grad[1] else None
         with torch.autocast(x.device.type, enabled=False):
-            for part in _chunks(len(centers), ctx.chunk):
+            for start in range(0, len(centers), ctx.chunk):
+                part = slice(start, start + ctx.chunk)
                 w, inverse = centers[part].to(x.dtype), inverse_norm[part, None]
                 cos = ctx.product(w, x.T).mul_(inverse)
-                n, leaves = _negatives_again(ctx, cos, cos_y, cos_y_prime)
+                n, leaves = cos, []
+                if not ctx.negatives.is_identity:
+                    leaves = [t.detach().requires_grad_() for t in (cos, cos_y, cos_y_prime)]
+                    with torch.enable_grad():
+                        inputs = (leaves[0].T, *leaves[1:])
+                        n = functional_call(ctx.negatives, ctx.statistics, inputs).T
                 a = (ctx.scale * n).sub_(total).exp_().mul_(ctx.scale * grad)
-                _set_own(a, rows - part.start, 0)
+                _set_own(a, rows - start, 0)
                 if leaves:
                     a, by_y, by_prime = torch.autograd.grad(n, leaves, a, materialize_grads=True)
                     grad_y += by_y
@@ -215,34 +215,13 @@ class _LogSumExpOfOthers(Function):
                     block = ctx.product(a, x, out=out).addcmul_(w, along).mul_(inverse)
                     if out is None:
                         whole[part] = block
-        ctx.gradient.value = whole
+        ctx.gradient[:] = [] if whole is None else [whole]
         return grad_x, None, grad_y, grad_prime, *[None] * 7
 
 
-def _negatives_again(
-    ctx: Any, cos: Tensor, cos_y: Tensor, cos_y_prime: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The negatives (K, N) as in the forward, and the leaves of the graph that leads to them: none
-    where the negatives are the cosines themselves."""
-    if ctx.negatives.is_identity:
-        return cos, ()
-    leaves = tuple(t.detach().requires_grad_() for t in (cos, cos_y, cos_y_prime))
-    with torch.enable_grad():
-        arguments = (leaves[0].T, *leaves[1:])
-        return torch.func.functional_call(ctx.negatives, ctx.statistics, arguments).T, leaves
-
-
-def _chunks(num_classes: int, chunk: int) -> Iterator[slice]:
-    """Slices of ``chunk`` classes, the last one shorter."""
-    for start in range(0, num_classes, chunk):
-        yield slice(start, min(start + chunk, num_classes))
-
-
 def _set_own(z: Tensor, rows: Tensor, value: float) -> None:
-    """In place, set z (K, N) to ``value`` in row ``rows[i]`` of column i where there is one.
-
-    Without asking which columns have one: a GPU would have to wait for the answer.
-    """
+    """In place, set z (K, N) to ``value`` in row ``rows[i]`` of column i where there is one."""
+    # Without asking which columns have one: a GPU would have to wait for the answer.
     inside = (rows >= 0) & (rows < len(z))
     index = rows.clamp(0, len(z) - 1)[None]
     z.scatter_(0, index, torch.where(inside, value, z.gather(0, index)))

@@ -21,8 +21,6 @@ from .momentum import (
 )
 from .slots import Slots, WritePlan
 
-DEFAULT_SHARE, DEFAULT_MINIMUM = 0.1, 512
-
 
 class DynamicClassPool(MomentumClassifier):
     r"""F2C's classifier: Q slots of two features each take the place of C class centres.
@@ -61,9 +59,6 @@ class DynamicClassPool(MomentumClassifier):
         queue: (2, Q, D) the two rows of unit features; random at first.
         in_pool: share of the images of the last step, and rank, whose identity was in the pool.
 
-    Raises:
-        ValueError: if an argument is outside its range.
-
     References:
         Wang et al., An Efficient Training Approach for Very Large Scale Face Recognition, CVPR 2022
         (arXiv 2105.10375), section 3; k, the rows' turns and the rollback as in its release.
@@ -84,7 +79,7 @@ class DynamicClassPool(MomentumClassifier):
     ) -> None:
         super().__init__(num_classes, embedding_size, margin, scale, interclass_filter, momentum)
         if pool_size is None:
-            pool_size = min(num_classes, max(int(DEFAULT_SHARE * num_classes), DEFAULT_MINIMUM))
+            pool_size = min(num_classes, max(int(0.1 * num_classes), 512))
         self.pool_size = number_of_slots("pool_size", pool_size, num_classes)
         self.num_hardest = min(max(self.pool_size // 5000, 3), 10, self.pool_size)
         self.register_buffer("queue", random_unit_vectors(2, self.pool_size, embedding_size))
@@ -110,21 +105,19 @@ class DynamicClassPool(MomentumClassifier):
         if self.pool_size < identities:
             raise ValueError(
                 f"pool_size must be at least the {identities} identities that a batch may write, "
-                f"got {self.pool_size}: a larger pool_size, null for a fitting one, or a smaller "
-                f"batch"
+                f"got {self.pool_size}"
             )
 
     def sample_batch(self, batch_size: int) -> Batch:
-        labels = torch.arange(2 * batch_size) % self.num_classes
+        pairs, labels = (torch.arange(2 * batch_size) % self.num_classes).split(batch_size)
         images = torch.empty(2 * batch_size, 3, 1, 1)
-        pairs = labels[:batch_size].repeat_interleave(2)
         return {
-            "identity": (images, pairs),
-            "instance": (images[:batch_size], labels[batch_size:]),
+            "identity": (images, pairs.repeat_interleave(2)),
+            "instance": (images[:batch_size], labels),
         }
 
     def _identities_written(self, labels: Tensor) -> list[int]:
-        """The identities that all ranks write in a half, (N,) of them by this one."""
+        """The identities that all ranks write in a half."""
         written = all_gather(labels.to(self.queue.device)) if world_size() > 1 else labels
         self._check_writes(len(written))
         return labels_on_host(written, self.num_classes)
@@ -132,8 +125,7 @@ class DynamicClassPool(MomentumClassifier):
     def _half_loss(
         self, embeddings: Tensor, labels: Tensor, features: Tensor, written: list[int], commit: bool
     ) -> Tensor:
-        """Loss of embeddings (N, D) with the features (M, D) of M images written to the pool, as
-        those of the identities ``written`` of all ranks; they stay there if ``commit``."""
+        """Loss with features (M, D) in the pool, of ``written``; they stay there if ``commit``."""
         self._check(embeddings, labels)
         features = all_gather(normalize_rows(features)[0])
         plan = self.slots.plan(written)
@@ -172,9 +164,8 @@ class DynamicClassPool(MomentumClassifier):
         if inside:
             rows, own = to_device([inside, [slots[i] for i in inside]], x.device).unbind()
             both = torch.cat([cos[rows], second[rows]])
-            loss += self._softmax_loss(
-                both, *(t.repeat(2) for t in (norm[rows], labels[rows], own))
-            )
+            of_both = (values.repeat(2) for values in (norm[rows], labels[rows], own))
+            loss += self._softmax_loss(both, *of_both)
         if outside:
             rows = to_device(outside, x.device)
             both = torch.cat([cos[rows], second[rows]])
@@ -201,12 +192,7 @@ class DynamicClassPool(MomentumClassifier):
 
 
 def halves(batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images and labels x = [a, i1] and y = [b, i2] of a dual batch.
-
-    Args:
-        batch: ``identity``, two images of each identity, one pair after the other, and
-            ``instance``, any images.
-    """
+    """Images and labels x = [a, i1] and y = [b, i2]; in ``identity`` a and b take turns."""
     (pairs, pair_labels), (images, labels) = batch["identity"], batch["instance"]
     half = len(images) // 2
     first = torch.cat([pairs[0::2], images[:half]]), torch.cat([pair_labels[0::2], labels[:half]])

@@ -13,7 +13,7 @@ class FullClassifier(CenterClassifier):
     For up to some 10,000 identities, and to check the other classifiers against. At its peak it
     holds, beside ``weight`` and its gradient, about three tensors of C x D and four of N x C.
 
-    Args, Raises and References: as :class:`CenterClassifier`.
+    Args and References: as :class:`CenterClassifier`.
     """
 
     def softmax_loss(self, x: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
@@ -23,8 +23,7 @@ class FullClassifier(CenterClassifier):
         cos_y = cos[own]
         cos_y_prime = self.margin(cos_y, norm, labels)
         logits = Negatives(self.margin, self.interclass_filter)(cos, cos_y, cos_y_prime)
-        # In place, as nothing upstream needs these values in its backward (indexing does not,
-        # gather would).
+        # In place: nothing upstream needs these values in its backward (gather would).
         logits[own] = cos_y_prime
         logits *= self.scale
         return F.cross_entropy(logits, labels, reduction="none")

@@ -45,8 +45,6 @@ class MomentumClassifier(Classifier, ABC):
         loaders: names of the loaders whose batches, in a dict, make up a step's.
         momentum_encoder: the encoder, once :meth:`follow` has been called.
 
-    Raises:
-        ValueError: if an argument is outside its range.
     """
 
     loaders: tuple[str, ...]
@@ -65,11 +63,7 @@ class MomentumClassifier(Classifier, ABC):
         if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
             raise ValueError(f"momentum must be a number in [0, 1), got {momentum}")
         if any(True for _ in self.margin.parameters()):
-            raise ValueError(
-                f"{type(self).__name__} takes a margin with nothing to learn (Softmax, ArcFace, "
-                f"CosFace, Combined, ElasticFace, AdaFace, MagFace or CurricularFace), got "
-                f"{self.margin}"
-            )
+            raise ValueError(f"margin must have nothing to learn, got {self.margin}")
         self.momentum = momentum
         self.momentum_encoder: nn.Module | None = None
 
@@ -85,8 +79,7 @@ class MomentumClassifier(Classifier, ABC):
         if self.momentum_encoder is None:
             self.follow(probe)
             return
-        average = get_ema_multi_avg_fn(self.momentum)
-        average(_floats(self.momentum_encoder), _floats(probe), 0)
+        get_ema_multi_avg_fn(self.momentum)(_floats(self.momentum_encoder), _floats(probe), 0)
 
     @abstractmethod
     def training_loss(self, probe: nn.Module, batch: Batch) -> Tensor:
@@ -100,35 +93,28 @@ class MomentumClassifier(Classifier, ABC):
         Returns:
             Scalar loss, float32 (float64 for a float64 ``queue``). Its gradient has been computed
             already, so what it was computed from may change before ``backward``.
-
-        Raises:
-            ValueError: the batch has other names, or more identities than there are slots.
         """
 
     @abstractmethod
     def sample_batch(self, batch_size: int) -> Batch:
-        """A batch without content, of different identities, as ``loaders`` give."""
+        """A batch as ``loaders`` give, without content."""
 
     @abstractmethod
     def check_batch_size(self, batch_size: int) -> None:
-        """Refuse batches, of all ranks together, that write more identities than there are slots.
-
-        Raises:
-            ValueError: they do.
-        """
+        """Refuse batches, of all ranks together, of more identities than there are slots."""
 
     def check_batch(self, batch: Any) -> None:
-        """Refuse what is no batch of ``loaders``.
-
-        Raises:
-            ValueError: it is none.
-        """
+        """Refuse what is no batch of ``loaders``."""
         if not isinstance(batch, Mapping) or set(batch) != set(self.loaders):
-            got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            got = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(
-                f"{type(self).__name__} trains on a dict of {' and '.join(self.loaders)}, which a "
-                f"data module with batches={self.batches!r} gives, got {got}"
+                f"{type(self).__name__} trains on a dict of {' and '.join(self.loaders)} "
+                f"(data.batches={self.batches}), got {got}"
             )
+
+    def _at_least_float32(self, embeddings: Tensor) -> Tensor:
+        """So that no gradient is rounded before a loss scaler has scaled it."""
+        return embeddings.to(torch.promote_types(self.queue.dtype, torch.float32))
 
     @torch.no_grad()
     def encode(self, probe: nn.Module, images: Tensor) -> Tensor:
@@ -138,32 +124,21 @@ class MomentumClassifier(Classifier, ABC):
         assert self.momentum_encoder is not None
         return self.momentum_encoder(images).to(self.queue.dtype)
 
-    def _at_least_float32(self, embeddings: Tensor) -> Tensor:
-        """So that no gradient is rounded before a loss scaler has scaled it."""
-        return embeddings.to(torch.promote_types(self.queue.dtype, torch.float32))
-
 
 def number_of_slots(name: str, value: float, num_classes: int) -> int:
-    """Slots, of an int that is their number or a float in (0, 1], a share of the classes.
-
-    Raises:
-        ValueError: neither, none at all, or more than there are classes.
-    """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Slots, of an int that is their number or a float in (0, 1], a share of the classes."""
     is_share = isinstance(value, float) and 0 < value <= 1
     slots = int(value * num_classes + 1e-6) if is_share else value  # 0.29 of 100 are 29
-    if not is_number or not 1 <= slots < float("inf") or slots != int(slots):
+    if not 1 <= slots <= num_classes or slots != int(slots):
         raise ValueError(
-            f"{name} must be a number of slots, at least 1, or a share of the {num_classes} "
-            f"identities in (0, 1] that makes one, got {value}"
+            f"{name} must be 1 to {num_classes} slots, one an identity, or a share in (0, 1] that "
+            f"makes at least one, got {value}"
         )
-    if slots > num_classes:
-        raise ValueError(f"{name} must be at most the {num_classes} identities, got {value}")
     return int(slots)
 
 
 def labels_on_host(labels: Tensor, num_classes: int) -> list[int]:
-    """The labels (N,); of a fake tensor, which has no values, any, as different as can be."""
+    """The labels (N,); of a fake tensor, which has no values, any."""
     if isinstance(labels, FakeTensor):
         return [label % num_classes for label in range(len(labels))]
     return labels.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -33,9 +32,6 @@ class PartialClassifier(ChunkedClassifier):
             :class:`ChunkedClassifier`.
         rate: r, share of the classes in a step, in (0, 1]; 0.1 is the paper's.
 
-    Raises:
-        ValueError: if an argument is outside its range.
-
     References:
         An et al., Killing Two Birds with One Stone: Efficient and Robust Training of Face
         Recognition CNNs by Partial FC, 2022 (arXiv 2203.15565), section 3.2.
@@ -59,13 +55,8 @@ class PartialClassifier(ChunkedClassifier):
             raise ValueError(f"rate must lie in (0, 1], got {rate}")
         self.rate = rate
 
-    @property
-    def samples(self) -> bool:
-        """Whether a step leaves classes out, and the gradient of ``weight`` is sparse."""
-        return self.rate < 1
-
     def softmax_loss(self, x: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
-        if not (self.samples and self.training):
+        if self.rate == 1 or not self.training:
             return super().softmax_loss(x, norm, labels)
         classes = self.sample(labels)
         centers = _Rows.apply(self.weight, classes)
@@ -74,8 +65,7 @@ class PartialClassifier(ChunkedClassifier):
     def sample(self, labels: Tensor) -> Tensor:
         """The classes of a step: int64, ascending, every class of ``labels`` (N,) among them."""
         # As though N different classes were in the batch: counting them would stall a GPU.
-        positives = min(len(labels), self.num_classes)
-        size = max(math.floor(self.rate * self.num_classes), positives)
+        size = max(int(self.rate * self.num_classes), min(len(labels), self.num_classes))
         priority = torch.rand(self.num_classes, device=labels.device)
         priority[labels] = 2
         return priority.topk(size).indices.sort().values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,32 +11,20 @@ from torch import Tensor
 
 
 class WritePlan(NamedTuple):
-    """Where a batch of identities is written, each slot having two rows.
+    """Where a batch of identities is written, each slot having two rows."""
 
-    Attributes:
-        assigned: slot and next row of each identity, in the order of their last write.
-        evicted: identities that lost their slot.
-        rewritten: slots whose identity was there before one of the writes.
-        rows, slots, writes: of each place that is written, its row and slot, and which of the
-            batch's writes stays there: the last one.
-    """
-
-    assigned: dict[int, tuple[int, int]]
-    evicted: set[int]
-    rewritten: list[int]
-    rows: list[int]
-    slots: list[int]
-    writes: list[int]
+    assigned: dict[int, tuple[int, int]]  # slot and next row of each identity, oldest write first
+    evicted: set[int]  # identities that lost their slot
+    rewritten: list[int]  # slots whose identity was there before one of the writes
+    rows: list[int]  # of each place that is written, its row,
+    slots: list[int]  # its slot,
+    writes: list[int]  # and which of the batch's writes stays there: the last one
 
 
 class Slots:
     """Least-recently-written slots of identities, with O(1) work for each identity of a batch.
 
-    :meth:`plan` finds out where a batch goes and changes nothing; :meth:`commit` makes it so. A
-    write that is to be undone is planned and never committed.
-
-    Args:
-        size: number of slots, at least 1.
+    :meth:`plan` finds out where a batch goes and changes nothing; :meth:`commit` makes it so.
     """
 
     def __init__(self, size: int) -> None:
@@ -74,7 +62,7 @@ class Slots:
         return WritePlan(assigned, evicted, list(rewritten), rows, slots, list(last.values()))
 
     def commit(self, plan: WritePlan) -> None:
-        """Carry out the plan that the last call of :meth:`plan` made."""
+        """Carry out the last plan."""
         for identity in plan.evicted:
             del self._assigned[identity]
         for identity, place in plan.assigned.items():
@@ -83,16 +71,13 @@ class Slots:
 
     def find(self, identities: Iterable[int], plan: WritePlan) -> list[int]:
         """Slot of each identity once the plan is carried out; -1 where there is none."""
-
-        def slot(identity: int) -> int:
-            if identity in plan.assigned:
-                return plan.assigned[identity][0]
-            return -1 if identity in plan.evicted else self._assigned.get(identity, (-1, 0))[0]
-
-        return [slot(identity) for identity in identities]
+        nowhere = (-1, 0)
+        evicted = dict.fromkeys(plan.evicted, nowhere)
+        after = ChainMap(plan.assigned, evicted, self._assigned)
+        return [after.get(identity, nowhere)[0] for identity in identities]
 
     def to_tensor(self) -> Tensor:
-        """Identity, slot and next row, int64 (3, size), the oldest write first; -1 where free."""
+        """Identities, slots and next rows, int64 (3, size), oldest write first; -1 where free."""
         columns = [(identity, *place) for identity, place in self._assigned.items()]
         columns += [(-1, -1, -1)] * (self.size - len(columns))
         return torch.tensor(columns).T.contiguous()

@@ -5,9 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .angle import angle
-from .base import Margin
-from .running import update
+from .base import Margin, angle, update
 
 EPS = 1e-3
 
@@ -38,9 +36,6 @@ class AdaFace(Margin):
         m: margin, radians on the angle and cosine units, in [0, 1).
         h: z of a norm one deviation above the mean, at least 0; 0 is CosFace.
         alpha: weight of the newest batch in the running statistics, in (0, 1].
-
-    Raises:
-        ValueError: if an argument is outside its range.
 
     References:
         Kim et al., AdaFace: Quality Adaptive Margin for Face Recognition, 2022

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .angle import angle
-from .base import Margin
+from .base import Margin, angle
 
 
 class ArcFace(Margin):
@@ -26,9 +25,6 @@ class ArcFace(Margin):
         m: margin, radians, in [0, pi).
         straight_through: take the derivative above as 1, which is what InsightFace's code trains
             with (its margin runs without gradient); the value is the same.
-
-    Raises:
-        ValueError: if ``m`` is outside its range.
 
     References:
         Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019

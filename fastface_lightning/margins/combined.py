@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .angle import angle
-from .base import Margin
+from .base import Margin, angle
 
 
 class Combined(Margin):
@@ -24,9 +23,6 @@ class Combined(Margin):
         m1: factor on the angle, positive and finite.
         m2: margin on the angle, radians, in [0, pi).
         m3: margin on the cosine, cosine units, in [0, 2).
-
-    Raises:
-        ValueError: if a margin is outside its range.
 
     References:
         Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019

@@ -13,9 +13,6 @@ class CosFace(Margin):
     Args:
         m: margin, cosine units, in [0, 2).
 
-    Raises:
-        ValueError: if ``m`` is outside its range.
-
     References:
         Wang et al., CosFace: Large Margin Cosine Loss for Deep Face Recognition, 2018
         (arXiv 1801.09414), eq. 4.

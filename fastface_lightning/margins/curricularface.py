@@ -5,9 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .angle import angle
-from .base import Margin
-from .running import update
+from .base import Margin, angle, update
 
 
 class CurricularFace(Margin):
@@ -32,9 +30,6 @@ class CurricularFace(Margin):
         m: margin, radians, in [0, pi); with 0 the target is untouched and negatives above it are
             still reweighted.
         alpha: weight of the newest batch in t, in (0, 1].
-
-    Raises:
-        ValueError: if an argument is outside its range.
 
     References:
         Huang et al., CurricularFace: Adaptive Curriculum Learning Loss for Deep Face Recognition,

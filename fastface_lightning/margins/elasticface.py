@@ -6,8 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .angle import angle
-from .base import Margin
+from .base import Margin, angle
 
 
 class ElasticFace(Margin):
@@ -27,9 +26,6 @@ class ElasticFace(Margin):
         m: mean of the margin: radians in [0, pi) for ``arc``, cosine units in [0, 2) for ``cos``.
         std: standard deviation of the margin, in the units of ``m``, at least 0.
         kind: ``arc`` adds the margin to the angle, ``cos`` subtracts it from the cosine.
-
-    Raises:
-        ValueError: if an argument is outside its range.
 
     References:
         Boutros et al., ElasticFace: Elastic Margin Loss for Deep Face Recognition, 2022

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .angle import angle
-from .base import Margin
+from .base import Margin, angle
 
 
 class MagFace(Margin):
@@ -33,9 +32,6 @@ class MagFace(Margin):
         l_m: smallest margin, radians, in [0, pi).
         u_m: largest margin, radians, in [``l_m``, pi).
         lambda_g: weight of the penalty, in units of the loss times the norm, at least 0.
-
-    Raises:
-        ValueError: if an argument is outside its range.
 
     References:
         Meng et al., MagFace: A Universal Representation for Face Recognition and Quality

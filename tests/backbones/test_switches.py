@@ -6,10 +6,9 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from fastface_lightning.backbones import MobileFaceNet, build_backbone
+from fastface_lightning.backbones import build_backbone
 
 State = dict[str, Tensor]
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
@@ -48,9 +47,6 @@ def test_a_traced_network_trains_and_embeds_as_it_does_otherwise(images: Tensor)
     traced.eval()
     for n in (1, 3):
         torch.testing.assert_close(traced(images[:n]), plain(images[:n]), rtol=1e-9, atol=1e-12)
-    traced.train()
-    with pytest.raises(ValueError, match="at least 2 images for BatchNorm, got 1"):
-        traced(images[:1])
 
 
 @pytest.mark.slow
@@ -65,15 +61,6 @@ def test_compile_gives_the_same_embeddings_gradients_and_keys(images: Tensor) ->
     assert list(compiled.state_dict()) == list(plain.state_dict())
 
 
-@pytest.mark.slow
-def test_a_traced_mobilefacenet_trains_as_it_does_otherwise(images: Tensor) -> None:
-    torch.manual_seed(0)
-    plain = MobileFaceNet((1, 1, 1, 1), scale=1, num_classes=8).double()
-    traced = copy.deepcopy(plain)
-    traced.compile(backend="aot_eager_decomp_partition")
-    assert_same_step(plain, traced, images)
-
-
 def test_compile_compiles_the_network_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(model))
@@ -83,14 +70,7 @@ def test_compile_compiles_the_network_in_place(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("test_resnet", "test_vit"),
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("levit_128s", "mobilenetv3_small_100")
-        ),
-    ],
+    "name", ["test_resnet", "test_vit", pytest.param("levit_128s", marks=pytest.mark.slow)]
 )
 def test_checkpointing_a_timm_trunk_changes_no_gradient_and_no_statistic(
     name: str, images: Tensor
@@ -159,7 +139,7 @@ def test_compiled_checkpointing_counts_once(name: str, images: Tensor) -> None:
 
 
 def test_a_model_that_cannot_checkpoint_says_so() -> None:
-    with pytest.raises(ValueError, match=r"^grad_checkpointing must be false for pit_ti_224 "):
+    with pytest.raises(ValueError, match=r"^grad_checkpointing must be false for pit_ti_224"):
         build_backbone("pit_ti_224", 8, grad_checkpointing=True)
 
 
@@ -213,43 +193,6 @@ def test_frozen_parts_stay_in_eval_whatever_mode_follows() -> None:
     assert not twin.layer1.training and twin.layer2.training
 
 
-class Fit(LightningModule):
-    """The least a trainer can fit; records which parts of its backbone train at each step."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.modes: list[tuple[bool, bool]] = []
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.modes.append((self.backbone.layer1.training, self.backbone.layer2.training))
-        return self.backbone(batch).square().mean()
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        assert not self.backbone.training
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-def test_frozen_parts_stay_in_eval_while_lightning_fits_and_validates(images: Tensor) -> None:
-    module = Fit(build_backbone("iresnet_tiny", 8, freeze=["layer1"]))
-    loader = torch.utils.data.DataLoader(images.float(), batch_size=2)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        val_check_interval=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader, loader)
-    assert module.modes == [(False, True)] * 4
-    assert module.backbone.layer1[0].bn1.num_batches_tracked == 0
-
-
 @pytest.mark.parametrize("name", ["iresnet_tiny", "test_resnet"])
 def test_a_whole_backbone_can_be_frozen(name: str, images: Tensor) -> None:
     """Also with one image, for which a batch norm that trains would be no use."""
@@ -262,13 +205,6 @@ def test_a_whole_backbone_can_be_frozen(name: str, images: Tensor) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_nothing_is_frozen_by_default() -> None:
-    model = build_backbone("iresnet_tiny", 8)
-    assert all(module.training for module in model.modules())
-    fixed = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
-    assert fixed == ["features.weight"]
-
-
 def test_freezing_adds_up_and_a_replaced_head_trains_again() -> None:
     model = build_backbone("iresnet_tiny", 8, freeze=["layer1"])
     model.freeze(["fc", "features"])
@@ -279,16 +215,10 @@ def test_freezing_adds_up_and_a_replaced_head_trains_again() -> None:
 
 @pytest.mark.parametrize(
     ("name", "part", "hint"),
-    [
-        ("iresnet_tiny", "layer9", "layer"),
-        ("iresnet_tiny", "stem", "conv1, bn1, prelu, layer1"),
-        ("iresnet_tiny", "", "conv1"),
-        ("test_resnet", "layer1", r"trunk\.layer1\?$"),
-        ("test_resnet", "xyz", "trunk, neck, all$"),
-    ],
+    [("iresnet_tiny", "", "conv1, bn1, prelu, layer1"), ("test_resnet", "layer1", "trunk.layer1")],
 )
 def test_an_unknown_part_is_met_with_known_ones(name: str, part: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=f"^freeze must .* got '{part}', .*{hint}"):
+    with pytest.raises(ValueError, match=f"^freeze must .*{hint}.* got '{part}'"):
         build_backbone(name, 8, freeze=[part])
 
 
@@ -304,7 +234,7 @@ def test_a_training_batch_of_one_is_refused_before_anything_changes(
 ) -> None:
     model = build_backbone(name, 8).double()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="at least 2 images for BatchNorm, got 1"):
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
         model(images[:1])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.eval()(images[:1]).shape == (1, 8)
@@ -317,10 +247,3 @@ def test_one_image_trains_where_the_norms_of_the_head_do_not(images: Tensor) -> 
     bare = build_backbone("iresnet_tiny", 8).double()
     bare.reset_classifier(0)
     assert bare.train()(images[:1]).shape == (1, bare.head_hidden_size)
-
-
-def test_one_image_a_process_is_for_sync_batch_norm_to_judge(images: Tensor) -> None:
-    """Its batch is that of all processes; alone, it refuses one image in torch's words."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(build_backbone("iresnet_tiny", 8)).double()
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        model(images[:1])

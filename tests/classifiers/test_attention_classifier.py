@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastface_lightning.classifiers import AttentionClassifier
-from fastface_lightning.margins import ArcFace, CosFace, ElasticFace, Margin
+from fastface_lightning.margins import ArcFace, ElasticFace, Margin
 
 B = 6
 
@@ -102,12 +102,7 @@ def test_a_thousand_steps_as_the_transcription() -> None:
 
 @pytest.mark.parametrize("margin", [m for m in MARGINS if not isinstance(m, ElasticFace)], ids=repr)
 def test_every_margin_as_the_transcription(margin: Margin) -> None:
-    check_steps(copy.deepcopy(margin), 8)
-
-
-@pytest.mark.parametrize("keys", [1, 3])
-def test_other_numbers_of_keys(keys: int) -> None:
-    check_steps(CosFace(), 6, keys)
+    check_steps(copy.deepcopy(margin), 8, keys=3)
 
 
 def test_a_key_of_another_identity_is_left_out() -> None:
@@ -117,13 +112,6 @@ def test_a_key_of_another_identity_is_left_out() -> None:
     torch.testing.assert_close(centers[1], F.normalize(features[1, 0], dim=0))
     whole = build().centers(queries, features, torch.ones_like(same))
     assert torch.equal(centers[[0, 2]], whole[[0, 2]])  # of none that fits, all
-
-
-def test_the_gradient_passes_through_the_query_alone() -> None:
-    attfc, probe = build(), network()
-    attfc.training_loss(probe, make_batch(torch.Generator().manual_seed(0))).backward()
-    assert all(p.grad is not None for p in probe.parameters())
-    assert all(p.grad is None for p in attfc.parameters()) and not attfc.queue.requires_grad
 
 
 def test_a_saved_queue_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
@@ -158,26 +146,12 @@ def test_two_ranks_hold_the_same_queue(tmp_path: Path) -> None:
     on_two_ranks(check, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"queue_size": 41},
-        {"queue_size": 0.01},  # of 40, none
-        {"keys": 0},
-        {"keys": 2.5},
-        {"keys": "two"},
-        {"momentum": -0.1},
-    ],
-    ids=str,
-)
-def test_bad_arguments(settings: dict[str, object]) -> None:
-    (name,) = settings
+@pytest.mark.parametrize(("name", "value"), [("queue_size", 41), ("keys", 0), ("keys", 2.5)])
+def test_bad_arguments(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be"):
-        build(**settings)
+        build(**{name: value})
 
 
-def test_bad_batches() -> None:
+def test_a_queue_smaller_than_a_batch() -> None:
     with pytest.raises(ValueError, match=r"^queue_size must be at least the 6 .* got 5"):
         build(queue_size=5).training_loss(network(), make_batch(torch.Generator()))
-    with pytest.raises(ValueError, match="trains on a dict of identity"):
-        build().training_loss(network(), (torch.zeros(2, PIXELS), torch.zeros(2)))

@@ -1,6 +1,7 @@
 """The dynamic class pool against a plain transcription of the paper's release, and its promises."""
 
 import copy
+import math
 import random
 from collections import OrderedDict
 from pathlib import Path
@@ -149,16 +150,6 @@ def test_every_margin_as_the_transcription(margin: Margin) -> None:
     check_steps(copy.deepcopy(margin), 8)
 
 
-def test_a_random_margin_is_drawn_for_each_row() -> None:
-    pool, probe = build(margin=ElasticFace()), network()
-    batch = make_batch(torch.Generator().manual_seed(0))
-    torch.manual_seed(5)
-    first = copy.deepcopy(pool).training_loss(probe, batch)
-    torch.manual_seed(5)
-    assert torch.equal(first, copy.deepcopy(pool).training_loss(probe, batch))
-    assert not torch.equal(first, pool.training_loss(probe, batch))
-
-
 @given(seed=st.integers(0, 99), before=st.integers(1, 6), after=st.integers(1, 6))
 @settings(max_examples=8, deadline=None)
 def test_a_saved_pool_goes_on_as_if_it_had_not_been(seed: int, before: int, after: int) -> None:
@@ -176,14 +167,6 @@ def test_a_saved_pool_goes_on_as_if_it_had_not_been(seed: int, before: int, afte
         assert torch.equal(mine, its)
 
 
-def test_a_checkpoint_is_plain_tensors(tmp_path: Path) -> None:
-    pool = build()
-    pool.follow(network())
-    torch.save(pool.state_dict(), tmp_path / "pool.pt")
-    loaded = torch.load(tmp_path / "pool.pt", weights_only=True)
-    assert all(isinstance(value, Tensor) for value in loaded.values())
-
-
 def test_the_gallery_net_follows_parameters_and_batch_statistics() -> None:
     probe, pool = network(), build(momentum=0.9)
     pool.follow(probe)
@@ -198,13 +181,6 @@ def test_the_gallery_net_follows_parameters_and_batch_statistics() -> None:
             moved = 0.9 * before.state_dict()[name] + 0.1 * probe.state_dict()[name]
             torch.testing.assert_close(value, moved)
     assert not any(p.requires_grad for p in pool.parameters())
-
-
-def test_no_gradient_reaches_gallery_net_or_pool() -> None:
-    probe, pool = network(), build()
-    pool.training_loss(probe, make_batch(torch.Generator().manual_seed(0))).backward()
-    assert all(p.grad is not None for p in probe.parameters())
-    assert all(p.grad is None for p in pool.parameters()) and not pool.queue.requires_grad
 
 
 def test_the_loss_is_float32_under_autocast() -> None:
@@ -235,18 +211,6 @@ def test_a_scaled_gradient_of_half_precision_embeddings_is_not_lost() -> None:
     torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-2 * grads[1].abs().max().item())
 
 
-def test_labels_of_any_tensor_class_are_read() -> None:
-    class Labels(Tensor):
-        pass
-
-    batch = make_batch(torch.Generator().manual_seed(0))
-    other = {name: (images, labels.as_subclass(Labels)) for name, (images, labels) in batch.items()}
-    pools, probe = [build(), build()], network()
-    losses = [pool.training_loss(probe, b) for pool, b in zip(pools, (batch, other), strict=True)]
-    assert losses[0].item() == losses[1].item()
-    assert torch.equal(pools[0].slots.to_tensor(), pools[1].slots.to_tensor())
-
-
 def test_the_filter_holds_outside_the_pool_too() -> None:
     """A stranger much like somebody in the pool, perhaps the same person, is left alone."""
     ids, strangers = torch.tensor([0, 0]), torch.tensor([50, 51])
@@ -262,15 +226,6 @@ def test_the_filter_holds_outside_the_pool_too() -> None:
         towards.append(x.grad[:, 0])
     assert (towards[0] > 0.02).all()  # away from the person in the pool
     assert (towards[1] < towards[0] / 2).all()
-
-
-def test_the_share_in_the_pool_is_that_of_both_halves() -> None:
-    pool = build().float()
-    ids = torch.arange(4).repeat_interleave(2)
-    x = torch.randn(8, SIZE, requires_grad=True)
-    batch = {"identity": (x, ids), "instance": (x, torch.tensor([30, 31, 32, 33, 0, 1, 2, 3]))}
-    pool.training_loss(nn.Identity(), batch)
-    assert pool.in_pool == pytest.approx((4 / 8 + 8 / 8) / 2)
 
 
 @pytest.mark.slow
@@ -292,63 +247,27 @@ def test_two_ranks_write_the_same_pool(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("identities", "pool_size", "slots"),
-    [
-        (6000, None, 600),
-        (2000, None, 512),
-        (100, None, 100),
-        (6000, 700, 700),
-        (6000, 0.01, 60),
-        (100, 0.29, 29),
-        (6000, 1.0, 6000),
-        (6000, 1, 1),
-    ],
+    [(6000, None, 600), (2000, None, 512), (100, None, 100), (100, 0.29, 29), (60, 1.0, 60)],
 )
 def test_number_of_slots(identities: int, pool_size: float | None, slots: int) -> None:
     pool = DynamicClassPool(identities, SIZE, pool_size=pool_size)
     assert pool.pool_size == slots and pool.queue.shape == (2, slots, SIZE)
 
 
-@pytest.mark.parametrize(("slots", "k"), [(2, 2), (5000, 3), (20_000, 4), (90_000, 10)])
-def test_number_of_hardest(slots: int, k: int) -> None:
-    assert DynamicClassPool(100_000, 2, pool_size=slots).num_hardest == k
-
-
-class Learned(CosFace):
-    def __init__(self) -> None:
-        super().__init__()
-        self.by = nn.Parameter(torch.zeros(1))
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        *(("pool_size", value) for value in (61, 0, 0.01, 2.5, -0.5, True)),
-        *(("pool_size", float(value)) for value in ("inf", "nan")),
-        *(("momentum", value) for value in (1.0, "no")),
-        ("margin", Learned()),
-    ],
+    [*(("pool_size", value) for value in (61, 0, 0.01, 2.5, math.nan)), ("momentum", 1.0)],
 )
-def test_bad_arguments(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match="a margin with nothing" if name == "margin" else name):
+def test_bad_arguments(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must"):
         build(**{name: value})
 
 
-def test_a_pool_smaller_than_the_identities_of_a_batch() -> None:
-    pool = build(pool_size=8)
+def test_bad_batches() -> None:
+    pool, batch = build(pool_size=8), make_batch(torch.Generator().manual_seed(0))
     before = pool.queue.clone()
     with pytest.raises(ValueError, match=r"^pool_size must be at least the 10 .* got 8"):
-        pool.training_loss(network(), make_batch(torch.Generator().manual_seed(0)))
-    assert torch.equal(pool.queue, before)
-
-
-@pytest.mark.parametrize("names", [None, ("identity",), ("identity", "instance", "more")])
-def test_batches_of_other_loaders(names: tuple[str, ...] | None) -> None:
-    part = (torch.zeros(2, PIXELS), torch.zeros(2))
+        pool.training_loss(network(), batch)
     with pytest.raises(ValueError, match="trains on a dict of instance and identity"):
-        build().training_loss(network(), dict.fromkeys(names, part) if names else part)
-
-
-def test_labels_out_of_range() -> None:
-    part = (torch.zeros(2, PIXELS, dtype=torch.float64), torch.tensor([60, 60]))
-    with pytest.raises(ValueError, match=r"must lie in \[0, 60\), got 60"):
-        build().training_loss(network(), dict.fromkeys(("identity", "instance"), part))
+        pool.training_loss(network(), {"identity": batch["identity"]})
+    assert torch.equal(pool.queue, before)

@@ -1,7 +1,6 @@
 """FullClassifier against the loss written as loops in float64, and against hostile input."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from fastface_lightning.classifiers import FullClassifier
 from fastface_lightning.margins import (
     AdaFace,
     ArcFace,
-    CosFace,
     CurricularFace,
     ElasticFace,
     Margin,
@@ -122,59 +120,23 @@ def test_float32_whatever_autocast_says(dtype: torch.dtype) -> None:
     assert classifier.bfloat16()(x, labels).dtype == torch.float32  # half-precision centres too
 
 
-@margins
-def test_zero_embedding_gives_no_nan(margin: Margin) -> None:
+@pytest.mark.parametrize("margin", MARGINS, ids=repr)
+def test_zero_embeddings_and_those_on_or_opposite_a_centre_give_no_nan(margin: Margin) -> None:
+    """float32 cosines of 1 and -1 are where the exact ArcFace gradient would be infinite."""
     torch.manual_seed(0)
-    classifier = FullClassifier(5, 4, margin)
-    x = torch.cat([torch.zeros(1, 4), torch.randn(1, 4)]).requires_grad_()
-    loss = classifier(x, torch.tensor([0, 3]))
+    classifier = FullClassifier(20, 512, margin)
+    w = classifier.weight.detach()
+    x = torch.cat([w, -w, torch.zeros_like(w)]).requires_grad_()
+    loss = classifier(x, torch.arange(20).repeat(3))
     loss.backward()
     assert loss.isfinite()
     for tensor in (x, classifier.weight):
         assert tensor.grad is not None and tensor.grad.isfinite().all()
-    assert x.grad is not None and x.grad[0].norm() < 2 * classifier.scale
-
-
-def test_embedding_on_its_centre_or_opposite_gives_no_nan() -> None:
-    """float32 cosines of 1 and -1 are where the exact ArcFace gradient would be infinite."""
-    torch.manual_seed(0)
-    classifier = FullClassifier(20, 512, ArcFace())
-    x = torch.cat([classifier.weight.detach(), -classifier.weight.detach()]).requires_grad_()
-    loss = classifier(x, torch.arange(20).repeat(2))
-    loss.backward()
-    assert loss.isfinite() and x.grad is not None and x.grad.isfinite().all()
-
-
-def test_weight_shape_and_start() -> None:
-    torch.manual_seed(0)
-    classifier = FullClassifier(300, 64)
-    assert classifier.weight.shape == (300, 64)
-    assert classifier.weight.mean().item() == pytest.approx(0, abs=3e-4)
-    assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.03)
-
-
-def test_defaults() -> None:
-    first, second = FullClassifier(3), FullClassifier(3)
-    assert isinstance(first.margin, CosFace) and first.margin is not second.margin
-    assert (first.embedding_size, first.scale) == (512, 64.0)
-
-
-def test_repr_names_sizes_scale_and_margin() -> None:
-    text = repr(FullClassifier(7, 8, ArcFace(0.3), scale=30.0))
-    assert "num_classes=7, embedding_size=8, scale=30.0" in text
-    assert "ArcFace(m=0.3" in text
+    assert x.grad is not None and x.grad[40:].norm(dim=1).max() < 2 * classifier.scale
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_classes", 0),
-        ("embedding_size", 0),
-        ("scale", 0),
-        ("scale", math.nan),
-        ("margin", 0.4),
-        ("interclass_filter", 1.5),
-    ],
+    ("name", "value"), [("num_classes", 0), ("scale", math.nan), ("margin", 0.4)]
 )
 def test_refuses_bad_arguments(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{name} must .* got {value}"):
@@ -182,19 +144,18 @@ def test_refuses_bad_arguments(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("embeddings", "labels", "value"),
+    ("embeddings", "labels", "fault"),
     [
-        (torch.ones(2, 4), torch.tensor([0, 5]), "5"),
-        (torch.ones(2, 4), torch.tensor([-1, 0]), "-1"),
-        (torch.ones(2, 4), torch.tensor([0]), "(1,)"),
-        (torch.ones(2, 4), torch.zeros(2), "torch.float32"),
-        (torch.ones(2, 3), torch.tensor([0, 1]), "(2, 3)"),
-        (torch.ones(4), torch.tensor([0]), "(4,)"),
-        (torch.ones(0, 4), torch.tensor([]).long(), "0"),
+        (torch.ones(2, 4), torch.tensor([0, 5]), "got 5"),
+        (torch.ones(2, 4), torch.tensor([-1, 0]), "got -1"),
+        (torch.ones(2, 4), torch.tensor([0]), "labels must be"),
+        (torch.ones(2, 4), torch.zeros(2), "labels must be"),
+        (torch.ones(2, 3), torch.tensor([0, 1]), "embeddings must be"),
+        (torch.ones(0, 4), torch.tensor([]).long(), "embeddings must be"),
     ],
 )
-def test_refuses_bad_batches(embeddings: Tensor, labels: Tensor, value: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"got {value}")):
+def test_refuses_bad_batches(embeddings: Tensor, labels: Tensor, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
         FullClassifier(5, 4)(embeddings, labels)
 
 

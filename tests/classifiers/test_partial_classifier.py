@@ -101,33 +101,3 @@ def test_only_sampled_rows_move_and_decay() -> None:
     held = optimizer.state[partial.weight]["momentum_buffer"]
     torch.testing.assert_close(held, momentum)
     assert not held.all(1).all()  # some class was never drawn: neither its row nor its momentum
-
-
-def test_gradients_of_two_batches_add_up() -> None:
-    x, labels = batch(6, 50, 4)
-    partial = PartialClassifier(50, 4, rate=0.3).double()
-    torch.manual_seed(5)
-    parts = []
-    for half in (slice(0, 3), slice(3, 6)):
-        partial.weight.grad = None
-        partial(x[half], labels[half]).backward()
-        assert partial.weight.grad is not None
-        parts.append(partial.weight.grad.to_dense())
-    partial.weight.grad = None
-    torch.manual_seed(5)
-    for half in (slice(0, 3), slice(3, 6)):
-        partial(x[half], labels[half]).backward()
-    torch.testing.assert_close(partial.weight.grad.to_dense(), sum(parts))
-
-
-def test_eval_counts_every_class() -> None:
-    x, labels = batch(6, 50, 4)
-    partial = PartialClassifier(50, 4, rate=0.1).double().eval()
-    full = counterpart(FullClassifier, partial).eval()
-    torch.testing.assert_close(outcome(partial, x, labels), outcome(full, x, labels))
-
-
-@pytest.mark.parametrize("rate", [0, -0.1, 1.01, float("nan")])
-def test_refuses_a_rate_outside_of_its_range(rate: float) -> None:
-    with pytest.raises(ValueError, match=f"^rate must .* got {rate}"):
-        PartialClassifier(5, rate=rate)

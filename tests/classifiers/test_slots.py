@@ -69,13 +69,3 @@ def test_as_an_ordered_dict(case: tuple[int, list[tuple[list[int], bool]]]) -> N
         assert state.T.tolist() == columns + [[-1, -1, -1]] * (size - len(columns))
         slots = Slots(size)
         slots.load(state)
-
-
-def test_an_identity_evicted_by_its_own_batch_comes_back_as_a_new_one() -> None:
-    slots = Slots(2)
-    slots.commit(slots.plan([7, 8]))
-    plan = slots.plan([9, 7])  # 9 takes the slot of 7, 7 that of 8
-    assert plan.evicted == {7, 8} and plan.rewritten == []
-    assert (plan.rows, plan.slots) == ([0, 0], [0, 1])
-    slots.commit(plan)
-    assert slots.to_tensor().tolist() == [[9, 7], [0, 1], [1, 1]]
