@@ -100,6 +100,11 @@ def sweep_job(task: Task, config: DictConfig) -> Any:
         if is_first_rank():
             failure.write_text(line + "\n", encoding="utf-8")
         raise
+    finally:
+        if is_first_rank():  # a sweep that is killed leaves what its jobs achieved so far
+            from .report.sweep import record_jobs
+
+            record_jobs(Path(HydraConfig.get().sweep.dir))
 
 
 def is_first_rank() -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -18,8 +17,7 @@ from ..data import FaceDataset
 from ..evaluation import ROC
 from ..files import write_text
 from ..report.curves import thin_curve
-from ..report.figures import plot_schedule
-from ..report.page import read_metrics, write_report
+from ..report.page import write_report
 from ..schedule.callback import FastFaceCallback
 from ..schedule.replay import Change
 from .checkpoints import LastAndBest
@@ -139,8 +137,6 @@ class RunRecord(Callback):
         results = self._results(trainer)
         if trainer.is_global_zero:
             write_text(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
-            if (self.folder / "metrics.csv").is_file():
-                plot_run(self.folder, [change["step"] for change in results["lr_changes"]])
             write_report(self.folder)
         return results
 
@@ -210,28 +206,3 @@ class RunRecord(Callback):
 def _callback(trainer: Trainer, wanted: type[C]) -> C | None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, wanted)), None)
-
-
-def plot_run(folder: Path, changes: list[int]) -> None:
-    """Draw ``schedule.png`` from the ``metrics.csv`` of a run folder."""
-    metrics = read_metrics((folder / "metrics.csv").read_bytes())
-    if "train/loss" not in metrics:
-        return
-    steps, loss = metrics["train/loss"]
-
-    def series(name: str | None) -> Any:
-        """A column at the steps of the loss, or before: some are logged in rows of their own."""
-        if name not in metrics:
-            return None
-        at, values = metrics[name]
-        return values[np.searchsorted(at, steps, side="right").clip(1) - 1]
-
-    plot_schedule(
-        folder / "schedule.png",
-        steps=steps,
-        loss=loss,
-        response=series("fastface/response"),
-        threshold=series("fastface/threshold"),
-        lr=series(next((name for name in metrics if name.startswith("lr-")), None)),
-        changes=changes,
-    )

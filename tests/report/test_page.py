@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from PIL import Image
 
-from fastface_lightning.report.figures import MAX_POINTS, draw_loss, draw_response, readable, thin
+from fastface_lightning.report.figures import MAX_POINTS, readable, schedule_figure, thin
 from fastface_lightning.report.page import write_report
 
 HOSTILE = '<script>alert("1")</script>&$_{'
@@ -366,16 +365,15 @@ def test_thinning_keeps_gaps() -> None:
 def test_the_smoothed_loss_is_the_mean_of_the_finite_losses_around() -> None:
     loss = np.random.default_rng(0).normal(size=250)
     loss[40] = np.nan
-    axis = Figure().subplots()
-    draw_loss(axis, np.arange(250), loss)
-    smoothed = axis.lines[1].get_ydata()
+    figure = schedule_figure((np.arange(250), loss), None, None, {}, [])
+    smoothed = figure.axes[0].lines[1].get_ydata()
     expected = [np.nanmean(loss[max(i - 2, 0) : i + 3]) for i in range(250)]
     np.testing.assert_allclose(smoothed, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 100])
 def test_the_threshold_is_always_in_sight(scale: float) -> None:
-    axis = Figure().subplots()
-    draw_response(axis, [0, 1, 2], [0.0, scale, -scale], [float("nan"), 0.5, 0.5])
-    low, high = axis.get_ylim()
+    response, loss = ([0, 1, 2], [0.0, scale, -scale]), ([0, 1, 2], [3.0, 2.0, 1.0])
+    figure = schedule_figure(loss, response, [float("nan"), 0.5, 0.5], {}, [])
+    low, high = figure.axes[1].get_ylim()
     assert low < 0.5 < high and high - low < 20 * 0.5 + 1e-9
