@@ -49,10 +49,7 @@ PAPER_FLOPS_PER_SECOND = 44.2e12
 def plan_run(cfg: DictConfig, folder: Path) -> None:
     """Print what a run will hold and compute, with every classifier, and write ``plan.json``.
 
-    Args:
-        cfg: the run's config, of one device; ``plan`` is true for a plan of this one, or the
-            memory of another GPU in GiB.
-        folder: the run folder.
+    ``cfg.plan`` is true for a plan of this device, or the memory of another GPU in GiB.
 
     Raises:
         ValueError: ``plan`` is no such number, or the run has several devices or no end.
@@ -69,8 +66,8 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     device = torch.device("cuda" if uses_cuda(cfg) or cfg.plan is not True else "cpu")
     capacity = memory_of(device) if cfg.plan is True else int(cfg.plan * 2**30)
     reserve = CUDA_RESERVE if device.type == "cuda" else 0
-    batch, make_optimizer = cfg.data.batch_size, instantiate(cfg.optimizer)
-    size = cfg.model.embedding_size
+    batch, size = cfg.data.batch_size, cfg.model.embedding_size
+    make_optimizer = instantiate(cfg.optimizer)
     name = HydraConfig.get().runtime.choices["classifier"]
     configs = _classifier_configs(cfg, name)
     parts = {}
@@ -120,17 +117,13 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
 def _batches(cfg: DictConfig, num_images: int) -> int:
     """Batches of the whole run, by its epochs or its optimizer steps, whichever end first."""
     epochs, steps = cfg.trainer.max_epochs, cfg.trainer.max_steps
-    ends = []
-    if epochs is not None and epochs >= 0:
-        ends.append(num_images // cfg.data.batch_size * epochs)
-    if steps >= 0:
-        ends.append(steps * cfg.trainer.accumulate_grad_batches)
-    if not ends:
+    by_epochs = math.inf if epochs in (None, -1) else num_images // cfg.data.batch_size * epochs
+    by_steps = math.inf if steps < 0 else steps * cfg.trainer.accumulate_grad_batches
+    if min(by_epochs, by_steps) == math.inf:
         raise ValueError(
-            f"a plan needs the length of the run, trainer.max_epochs or trainer.max_steps, "
-            f"got {epochs} and {steps}"
+            f"a plan needs trainer.max_epochs or trainer.max_steps, got {epochs} and {steps}"
         )
-    return min(ends)
+    return int(min(by_epochs, by_steps))
 
 
 def _data_size(cfg: DictConfig) -> tuple[int, int]:
@@ -183,12 +176,8 @@ FUSED = ("aten::_fused_sgd_", "aten::_fused_adam_", "aten::_fused_adamw_")
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Bytes of all tensors made within the context that are alive, and the most there ever were.
-
-    Attributes:
-        live: bytes now.
-        peak: most bytes since it was last set.
-    """
+    """Counts the bytes of all tensors made within the context that are alive: ``live`` now, and
+    ``peak`` at most since it was last set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,23 +212,16 @@ def plan_backbone(
     batch_size: int,
     precision: str,
 ) -> PartPlan:
-    """One training step of a backbone on fake tensors.
-
-    Args:
-        build: makes the backbone.
-        make_optimizer: takes its parameters.
-        batch_size: images N of a step, 112x112 RGB.
-        precision: the trainer's, ``32-true``, ``bf16-mixed`` or ``16-mixed``.
-    """
+    """One training step of a backbone on fake tensors: N images 112x112 RGB, at the trainer's
+    ``precision``, ``32-true``, ``bf16-mixed`` or ``16-mixed``."""
     if precision not in AUTOCAST:
         raise ValueError(f"a plan's precision must be of {', '.join(AUTOCAST)}, got {precision}")
     dtype = AUTOCAST[precision]
     net = build().train()  # with data: some of timm's constructors look at numbers
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, MemoryMeter() as meter:
         _make_fake(net, mode)
-        counter = FlopCounterMode(display=False)
         start = meter.live
-        with counter:
+        with FlopCounterMode(display=False) as counter:
             images = torch.empty(batch_size, 3, 112, 112, dtype=torch.uint8)
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 x = net(normalise(flip_some(images)))
