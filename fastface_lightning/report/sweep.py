@@ -59,33 +59,28 @@ def record_jobs(sweep: Path) -> list[Row]:
     for overrides in sorted(
         sweep.glob("*/**/.hydra/overrides.yaml"), key=lambda path: (len(str(path)), path)
     ):
-        row = job_row(overrides.parents[1], sweep)
+        folder, record = overrides.parents[1], {}
+        failure = folder / "failure.txt"
+        error = failure.read_text(encoding="utf-8").strip() if failure.is_file() else None
+        for name in ("replay.json", "results.json"):
+            if error is None and (folder / name).is_file():
+                record = json.loads((folder / name).read_text(encoding="utf-8"))
+        accuracies = [each["accuracy"] for each in record.get("verification", {}).values()]
+        row = {
+            "folder": folder.relative_to(sweep).as_posix(),
+            "overrides": list(OmegaConf.load(overrides)),
+            "result": sum(accuracies) / len(accuracies) if accuracies else None,
+            "steps": record.get("steps", record.get("total_steps")),
+            "changes": record.get("lr_changes", record.get("changes")),
+            "final_loss": record.get("final_loss"),
+            "wall_seconds": record.get("wall_seconds"),
+            "error": error,
+        }
         before = earlier.get(row["folder"], row)
         achieved = not before["error"] and before["overrides"] == row["overrides"]
         rows.append(before if row["error"] and achieved else row)
     write_text(file, json.dumps(rows, indent=2) + "\n")
     return rows
-
-
-def job_row(folder: Path, sweep: Path) -> Row:
-    """One row of :func:`record_jobs`, from what Hydra, the program and its failure left."""
-    failure = folder / "failure.txt"
-    error = failure.read_text(encoding="utf-8").strip() if failure.is_file() else None
-    record: dict[str, Any] = {}
-    for name in ("replay.json", "results.json"):
-        if error is None and (folder / name).is_file():
-            record = json.loads((folder / name).read_text(encoding="utf-8"))
-    accuracies = [each["accuracy"] for each in record.get("verification", {}).values()]
-    return {
-        "folder": folder.relative_to(sweep).as_posix(),
-        "overrides": list(OmegaConf.load(folder / ".hydra" / "overrides.yaml")),
-        "result": sum(accuracies) / len(accuracies) if accuracies else None,
-        "steps": record.get("steps", record.get("total_steps")),
-        "changes": record.get("lr_changes", record.get("changes")),
-        "final_loss": record.get("final_loss"),
-        "wall_seconds": record.get("wall_seconds"),
-        "error": error,
-    }
 
 
 def settings(row: Row) -> dict[str, str]:

@@ -147,10 +147,8 @@ class FaceModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if self._lost:
-            log.warning(
-                "%d verification pairs have embeddings that are not finite, and count as mistaken",
-                self._lost,
-            )
+            text = "%d verification pairs have embeddings that are not finite: counted as mistaken"
+            log.warning(text, self._lost)
         self.curves = {}
         accuracies = []
         metric: Any
@@ -254,8 +252,8 @@ class FaceModule(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if clip and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise MisconfigurationException(
-                "a fused optimizer under a loss scaler cannot clip its gradients: use bf16-mixed, "
-                "optimizer.fused=false or trainer.gradient_clip_val=0"
+                "a fused optimizer under a loss scaler cannot clip its gradients: optimizer.fused "
+                "must be false, or trainer.gradient_clip_val 0"
             )
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.backbone.parameters(), gradient_clip_val)
@@ -271,10 +269,10 @@ class FaceModule(LightningModule):
         # Lightning would fill one scheduler with another's state, or with none, and say nothing.
         saved, now = self._resumed_from, self._scheduler_names()
         if saved is not None and saved != now:
+            written, have = (", ".join(names) or "no torch scheduler" for names in (saved, now))
             raise MisconfigurationException(
                 f"the checkpoint must come from the same schedule, got one written with "
-                f"{', '.join(saved) or 'no torch scheduler'} for a run with "
-                f"{', '.join(now) or 'none'}"
+                f"{written} for a run with {have}"
             )
 
     def on_train_start(self) -> None:
