@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
@@ -78,7 +78,11 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
 
                     report_sweep(sweeps[0])
             if error is not None:
-                stop(error)
+                text = sentence(error)
+                if text is None:  # a fault of the program
+                    raise error
+                print(f"error: {text}", file=sys.stderr)
+                sys.exit(2)
 
         return main
 
@@ -100,6 +104,11 @@ def sweep_job(task: Task, config: DictConfig) -> Any:
         if is_first_rank():
             failure.write_text(line + "\n", encoding="utf-8")
         raise
+    finally:
+        if is_first_rank():  # a sweep that is killed leaves what its jobs achieved so far
+            from .report.sweep import record_jobs
+
+            record_jobs(Path(HydraConfig.get().sweep.dir))
 
 
 def is_first_rank() -> bool:
@@ -126,24 +135,11 @@ def find_recipes(config_path: Path) -> None:
 
 
 def check_numbers(config: DictConfig, *keys: str) -> None:
-    """Refuse words where a program itself needs a number.
-
-    Raises:
-        ValueError: one of ``keys`` is set to something else.
-    """
+    """Refuse words where a program itself needs a number."""
     for key in keys:
         value = OmegaConf.select(config, key)
         if value is not None and not isinstance(value, (int, float)):
             raise ValueError(f"{key} must be a number, got {value!r}")
-
-
-def stop(error: Exception) -> NoReturn:
-    """End the program for bad input; any other error is a fault of the program and is raised."""
-    text = sentence(error)
-    if text is None:
-        raise error
-    print(f"error: {text}", file=sys.stderr)
-    sys.exit(2)
 
 
 def sentence(error: BaseException) -> str | None:

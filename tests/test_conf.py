@@ -140,10 +140,3 @@ def test_every_target_exists() -> None:
 def test_every_option_composes(group: str) -> None:
     for option in OPTIONS[group]:
         assert group in composed(f"{group}={option}")
-
-
-def test_every_config_says_what_it_is() -> None:
-    """The first line (after the package) is a comment."""
-    for file in CONF.rglob("*.yaml"):
-        lines = [line for line in file.read_text().splitlines() if "@package" not in line]
-        assert lines[0].startswith("# "), file

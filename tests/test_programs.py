@@ -65,17 +65,6 @@ def test_bad_input_gets_one_sentence(run: Run, arguments: list[str], message: st
     assert ended.err.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("fastface_lightning.data.FaceDataModule.setup", broken)
-    with pytest.raises(RuntimeError, match="a bug"):
-        run(*SMALL)
-
-
 def test_replay_of_a_csv(run: Run, tmp_path: Path) -> None:
     log = tmp_path / "loss.csv"
     log.write_text("loss\n" + "\n".join(str(5 - min(t, 400) / 100) for t in range(2000)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,53 +13,114 @@ from ..files import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_POINTS = 1500
+Curve = tuple[ArrayLike, ArrayLike]  # (N,) optimizer steps and a value at each
 
 
 def plot_schedule(
     path: str | Path,
     steps: ArrayLike,
     loss: ArrayLike,
-    response: ArrayLike | None = None,
-    threshold: ArrayLike | None = None,
-    lr: ArrayLike | None = None,
+    response: ArrayLike,
+    threshold: ArrayLike,
+    lr: ArrayLike,
     logged_lr: ArrayLike | None = None,
     changes: Sequence[int] = (),
     title: str = "",
 ) -> None:
-    """Draw loss, response with its threshold, and learning rate over the optimizer steps.
+    """Draw :func:`schedule_figure` of values at the same ``steps`` into an image file.
 
     Args:
         path: image file to write.
-        steps: optimizer step of each point.
-        loss: training loss at each point.
-        response: the detector's response; None leaves the panel out.
-        threshold: below which a response counts as flat.
-        lr: learning rate, on a logarithmic axis; None leaves the panel out.
-        logged_lr: learning rate of a recorded run, to compare.
-        changes: steps at which the learning rate changed, marked in every panel.
+        steps: (N,) optimizer step of each value.
+        loss, response, threshold, lr: (N,) each.
+        logged_lr: (N,) learning rate of a recorded run, to compare.
+        changes: steps at which the learning rate changed.
         title: of the figure.
     """
+    lrs = {"lr": (steps, lr)}
+    logged = None if logged_lr is None else (steps, logged_lr)
+    figure = schedule_figure((steps, loss), (steps, response), threshold, lrs, changes, logged)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=180)
+
+
+def schedule_figure(
+    loss: Curve,
+    response: Curve | None,
+    threshold: ArrayLike | None,
+    lrs: Mapping[str, Curve],
+    changes: Sequence[int],
+    logged_lr: Curve | None = None,
+) -> Figure:
+    """Loss, response with its threshold, and learning rate, a panel each over the optimizer steps.
+
+    Args:
+        loss: of training; over it is drawn the mean of a fiftieth of the run.
+        response: the detector's; None leaves the panel out.
+        threshold: at the steps of the response, below which it counts as flat, on gray ground.
+        lrs: learning rates by name, on a logarithmic axis; empty leaves the panel out.
+        changes: steps at which the learning rate changed, marked in every panel.
+        logged_lr: learning rate of a recorded run, to compare.
+    """
+    panels = 1 + (response is not None) + bool(lrs)
+    figure, axes = new_figure(1.2 + 1.6 * panels, panels)
+    steps, losses = loss
+    axes[0].plot(*thin(*loss), color="0.75", linewidth=0.8, label="loss", **_dots(losses))
+    smooth = _smooth(np.asarray(losses, float))
+    axes[0].plot(*thin(steps, smooth), color="tab:blue", linewidth=1.4, label="smoothed")
+    axes[0].set_ylabel("loss")
+    legend_above(axes[0])
+    if logged_lr is not None:
+        wide: Any = {"color": "0.8", "linewidth": 5, "label": "in the log"}
+        axes[-1].step(*thin(*logged_lr), where="post", **wide)
+    for number, (name, (steps, lr)) in enumerate(lrs.items()):
+        style: Any = {"color": f"C{number + 2}", **_dots(lr)}
+        axes[-1].step(*thin(steps, lr), where="post", label=name, **style)
+        if (np.asarray(lr) > 0).any():
+            axes[-1].set_yscale("log")
+        axes[-1].set_ylabel("learning rate")
+    if len(lrs) + (logged_lr is not None) > 1:
+        legend_above(axes[-1])
+    mark_changes(axes, changes)
+    if response is not None:
+        _draw_response(axes, *response, threshold)
+    return figure
+
+
+def _draw_response(
+    axes: Sequence[Axes], steps: ArrayLike, response: ArrayLike, threshold: ArrayLike | None
+) -> None:
+    """The response in the second panel; in all of them gray ground where it is flat."""
+    values = np.asarray(response, float)
+    limits = np.full(len(values), np.nan) if threshold is None else np.asarray(threshold, float)
+    style: Any = {"color": "tab:orange", "linewidth": 1, **_dots(values)}
+    axes[1].plot(*thin(steps, values), label="response", **style)
+    axes[1].plot(*thin(steps, limits), color="black", linestyle="--", label="threshold")
+    axes[1].set_ylabel("response")
+    legend_above(axes[1])
+    finite = limits[np.isfinite(limits)]
+    if len(finite):  # in sight, be the first peak of the response far above it or all below
+        limit, seen = float(finite.max()), values[np.isfinite(values)]
+        low = min(float(np.percentile(seen, 1)) if len(seen) else 0.0, 0.0)
+        high = float(seen.max(initial=1.2 * limit))
+        axes[1].set_ylim(max(low, -8 * limit), min(high, 12 * limit) or 1.0)
+    steps = np.asarray(steps)
+    places = np.linspace(steps[0], steps[-1], 1000)  # a finer stretch is not seen
+    flat = (values < limits)[np.searchsorted(steps, places, side="right") - 1]
+    for axis in axes:
+        ground: Any = {"transform": axis.get_xaxis_transform(), "color": "0.5", "linewidth": 0}
+        axis.fill_between(places, 0, 1, where=flat, alpha=0.13, **ground)
+
+
+def new_figure(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure as wide as the page, of some panels over one x axis."""
     from matplotlib.figure import Figure
 
-    panels = 1 + (response is not None) + (lr is not None)
-    figure = Figure(figsize=(9, 2.4 * panels + 0.6), layout="constrained")
-    axes = iter(np.atleast_1d(figure.subplots(panels, 1, sharex=True)))
-    draw_loss(next(axes), steps, loss)
-    if response is not None:
-        draw_response(next(axes), steps, response, threshold)
-    if lr is not None:
-        axis = next(axes)
-        if logged_lr is not None:
-            wide = {"color": "0.8", "linewidth": 5, "label": "in the log"}
-            axis.step(*thin(steps, logged_lr), where="post", **wide)
-        draw_lr(axis, steps, lr)
-        if logged_lr is not None:
-            legend_above(axis)
-    mark_changes(figure.axes, changes)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    figure = Figure(figsize=(6.2, height), layout="constrained")
+    return figure, [*np.atleast_1d(figure.subplots(panels, 1, sharex=True))]
 
 
 def readable(text: str, limit: int = 100) -> str:
@@ -79,41 +140,6 @@ def readable(text: str, limit: int = 100) -> str:
         for char in text[:limit]
     )
     return "".join(shown).replace("$", r"\$") + ("…" if len(text) > limit else "")
-
-
-def draw_loss(axis: Axes, steps: ArrayLike, loss: ArrayLike) -> None:
-    """The loss, and over it the mean of a fiftieth of the run."""
-    axis.plot(*thin(steps, loss), color="0.75", linewidth=0.8, label="loss", **_dots(loss))
-    smooth = _smooth(np.asarray(loss, float))
-    axis.plot(*thin(steps, smooth), color="tab:blue", linewidth=1.4, label="smoothed")
-    axis.set_ylabel("loss")
-    legend_above(axis)
-
-
-def draw_response(
-    axis: Axes, steps: ArrayLike, response: ArrayLike, threshold: ArrayLike | None
-) -> None:
-    """What the detector saw, and below what it counts as flat."""
-    values = np.asarray(response, float)
-    axis.plot(
-        *thin(steps, values), color="tab:orange", linewidth=1, label="response", **_dots(values)
-    )
-    if threshold is not None:
-        limits = np.asarray(threshold, float)
-        axis.plot(*thin(steps, limits), color="black", linestyle="--", label="threshold")
-        if np.isfinite(limits).any():
-            axis.set_ylim(*_around(values, limits))
-    axis.set_ylabel("response")
-    legend_above(axis)
-
-
-def draw_lr(axis: Axes, steps: ArrayLike, lr: ArrayLike, label: str = "lr", **style: Any) -> None:
-    """The learning rate, on a logarithmic axis where it is ever above 0."""
-    style = {"color": "tab:green", **_dots(lr), **style}
-    axis.step(*thin(steps, lr), where="post", label=label, **style)
-    if (np.asarray(lr) > 0).any():
-        axis.set_yscale("log")
-    axis.set_ylabel("learning rate")
 
 
 def legend_above(axis: Axes) -> None:
@@ -163,15 +189,6 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _around(response: NDArray[np.float64], threshold: NDArray[np.float64]) -> tuple[float, float]:
-    """Limits that show the threshold, be the response's first peak far above it or all below."""
-    finite = response[np.isfinite(response)]
-    limit = float(threshold[np.isfinite(threshold)].max())
-    low = min(float(np.percentile(finite, 1)) if len(finite) else 0.0, 0.0)
-    high = float(finite.max(initial=1.2 * limit))
-    return max(low, -8 * limit), min(high, 12 * limit) or 1.0
-
-
 def print_summary(results: dict[str, Any], folder: str | Path) -> None:
     """Print a run's ``results.json`` as a table."""
     from rich.console import Console
@@ -206,7 +223,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, chosen = Console(), plan["classifier"]
+    console, chosen, heads = Console(), plan["classifier"], plan["heads"]
     title = (
         f"Plan: {plan['model']}, {plan['num_classes']:,} identities, batch {plan['batch_size']}, "
         f"{plan['precision']}, on {plan['device']}"
@@ -222,15 +239,15 @@ def print_plan(plan: dict[str, Any]) -> None:
         "logits, working memory": "work",
         "optimizer's temporaries": "update",
     }.items():
-        held.add_row(row, _size(plan["backbone"][key]), _size(plan["heads"][chosen][key]))
+        held.add_row(row, _size(plan["backbone"][key]), _size(heads[chosen][key]))
     fits = Table(box=None, padding=(0, 2))
     fits.add_column("with")
     fits.add_column("peak", justify="right")
     fits.add_column(f"of {_size(plan['capacity'])}")
-    for name, head in plan["heads"].items():
+    for name, head in heads.items():
         label = f"classifier={name}" + (f", chunk {head['chunk']:,}" if head["chunk"] else "")
-        encoded = f" + {head['encoded']:,}" if head["encoded"] else ""
-        label += f", {head['images']:,}{encoded} images"
+        label += f", {head['images']:,} images"
+        label += f", {head['encoded']:,} in the second encoder" if head["encoded"] else ""
         fits.add_row(label, _size(head["peak"]), "fits" if head["fits"] else "does not fit")
     console.print(held, fits)
     petaflop = plan["flops"] / 1e15
@@ -239,27 +256,15 @@ def print_plan(plan: dict[str, Any]) -> None:
     if plan["reserve"]:
         text += (
             f": at least {plan['hours']:.3g} hours, at the speed of the paper's RTX 4090 and where "
-            f"the data come as fast. Peaks include "
-            f"{_size(plan['reserve'])} for the GPU's own libraries"
+            f"the data come as fast. Peaks include {_size(plan['reserve'])} for the GPU's libraries"
         )
     console.print(text + ".", soft_wrap=True)
-    if any(head["encoded"] for head in plan["heads"].values()):
+    if not heads[chosen]["fits"]:
+        fit = " or ".join(f"classifier={name}" for name, head in heads.items() if head["fits"])
+        remedy = fit or "a smaller data.batch_size or model.grad_checkpointing=true"
         console.print(
-            "  a + b images: in a step a go through the network, and b through its second encoder.",
-            soft_wrap=True,
+            f"  This run does not fit; {remedy} {'would' if fit else 'might'} fit.", soft_wrap=True
         )
-    if not plan["heads"][chosen]["fits"]:
-        console.print(f"  {_advice(plan['heads'])}", soft_wrap=True)
-
-
-def _advice(heads: dict[str, Any]) -> str:
-    fit = [f"classifier={name}" for name, head in heads.items() if head["fits"]]
-    if fit:
-        return f"This run does not fit; {' or '.join(fit)} would fit."
-    return (
-        "No classifier fits: a smaller data.batch_size and model.grad_checkpointing=true leave "
-        "less to hold; then plan again."
-    )
 
 
 def _size(count: int) -> str:

@@ -46,11 +46,7 @@ def plot_faces(
             type or shape.
     """
     faces = pixels_of(images)
-    if not len(faces) == len(labels) == len(names):
-        raise ValueError(
-            "images, labels and names must be equally many,"
-            f" got {len(faces)}, {len(labels)} and {len(names)}"
-        )
+    check_counts("images, labels and names", images, labels, names)
     points = np.asarray(points, float)
     rows: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
@@ -126,11 +122,7 @@ def plot_pairs(
         ValueError: unequal numbers of pairs, truths and captions, or an image of another type.
     """
     faces = pixels_of([face for pair in pairs for face in np.asarray(pair)])
-    if not len(pairs) == len(same) == len(captions):
-        raise ValueError(
-            "pairs, truths and captions must be equally many,"
-            f" got {len(pairs)}, {len(same)} and {len(captions)}"
-        )
+    check_counts("image pairs, truths and captions", pairs, same, captions)
     axis, pair_width = blank(), 2 * CELL + 16
     y = write(axis, readable(title, 300), MARGIN, MARGIN, 4 * pair_width, 18, "black")
     for truth, heading in ((True, "One person"), (False, "Two people")):
@@ -146,12 +138,15 @@ def plot_pairs(
     save(axis, path, 2 * MARGIN + 4 * pair_width - 14, y + MARGIN)
 
 
-def pixels_of(images: Sequence[ArrayLike]) -> NDArray[np.uint8]:
-    """(N, S, S, 3) of N images (3, S, S) uint8.
+def check_counts(what: str, *values: Sequence[Any]) -> None:
+    """Refuse sequences of different lengths."""
+    counts = [len(each) for each in values]
+    if len(set(counts)) > 1:
+        raise ValueError(f"{what} must be equally many, got {', '.join(map(str, counts))}")
 
-    Raises:
-        ValueError: there is none, or one of another type or shape.
-    """
+
+def pixels_of(images: Sequence[ArrayLike]) -> NDArray[np.uint8]:
+    """(N, S, S, 3) of N images (3, S, S) uint8."""
     if not len(images):
         raise ValueError("an image grid must show at least 1 image, got 0")
     arrays = [np.asarray(image) for image in images]

@@ -21,12 +21,12 @@ from PIL import Image
 
 from ..files import printable, write_text
 from .curves import legend_label, plot_roc
-from .figures import draw_loss, draw_lr, draw_response, legend_above, mark_changes, thin
+from .figures import legend_above, mark_changes, new_figure, schedule_figure, thin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps and values
 NO_CURVE: Curve = (np.empty(0), np.empty(0))
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text that can be searched, in the page's own font
@@ -43,9 +43,9 @@ STYLE: dict[Any, Any] = {
 class Run(NamedTuple):
     """What a run folder holds; what is missing is empty."""
 
-    folder: Path
+    title: str
+    ended: str  # when the run last wrote down something of its own
     settings: str  # config.yaml as it is
-    config: dict[str, Any]
     overrides: list[str]
     metrics: dict[str, Curve]  # of each column, the steps and values of its cells
     results: dict[str, Any]
@@ -55,18 +55,20 @@ class Run(NamedTuple):
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into a run folder, whole or not at all.
+    """Write ``report.html``, whole or not at all, and ``schedule.png`` into a run folder.
 
     Args:
         folder: of a run of ``train.py``, ended or killed. What is missing or cannot be read is left
             out, and the page says so.
 
     Returns:
-        The file, which opens without a network and can be sent alone.
+        The page, which opens without a network and can be sent alone.
 
     Raises:
         ValueError: the folder holds neither ``config.yaml`` nor ``metrics.csv``.
     """
+    import matplotlib
+
     run = read_run(folder)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -76,29 +78,23 @@ def write_report(folder: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["duration"] = duration
-    page = environment.get_template("page.html.jinja").render(
-        run=run,
-        title=title_of(run),
-        ended=ended(run),
-        figures={draw.__name__: svg(draw, run) for draw in FIGURES},
-        environment=environment_of(run),
-    )
+    with matplotlib.rc_context(STYLE):
+        figures = {draw.__name__: draw(run) for draw in (schedule, verification, roc, throughput)}
+        if figures["schedule"] is not None:
+            figures["schedule"].savefig(folder / "schedule.png", dpi=180)
+        shown = {name: svg(each, name) if each else "" for name, each in figures.items()}
+    page = environment.get_template("page.html.jinja").render(run=run, figures=shown)
     report = folder / "report.html"
     write_text(report, printable(page))
     return report
 
 
-# Reading ------------------------------------------------------------------------------------------
-
-
 def read_run(folder: Path) -> Run:
-    """Read what there is.
-
-    Raises:
-        ValueError: neither ``config.yaml`` nor ``metrics.csv`` is there.
-    """
-    if not any((folder / name).is_file() for name in ("config.yaml", "metrics.csv")):
+    """Read what there is."""
+    files = [folder / name for name in ("config.yaml", "metrics.csv", "results.json")]
+    if not any(file.is_file() for file in files[:2]):
         raise ValueError(f"a run folder must hold config.yaml or metrics.csv, got {folder}")
+    last = max(file.stat().st_mtime for file in files if file.is_file())
     notes: list[str] = []
 
     def read(name: str, parse: Callable[[bytes], Any], empty: Any) -> Any:
@@ -118,18 +114,32 @@ def read_run(folder: Path) -> Run:
     lost = np.count_nonzero(np.isnan(losses))
     if lost:
         notes.append(f"{lost:,} of {len(losses):,} logged losses are not finite.")
+    config = read("config.yaml", lambda data: dict(_yaml(data)), {})
+    overrides = read("overrides.yaml", lambda data: [str(each) for each in _yaml(data)], [])
+    results = read("results.json", lambda data: dict(json.loads(data)), {})
     return Run(
-        folder,
+        title_of(config, overrides) or f"Run {folder.resolve().name}",
+        f"{datetime.fromtimestamp(last).astimezone():%Y-%m-%d %H:%M %Z}",
         settings=read("config.yaml", lambda data: data.decode(errors="replace"), ""),
-        config=read("config.yaml", lambda data: dict(_yaml(data)), {}),
-        overrides=read("overrides.yaml", lambda data: [str(each) for each in _yaml(data)], []),
+        overrides=overrides,
         metrics=metrics,
-        results=results_so_far(metrics)
-        | read("results.json", lambda data: dict(json.loads(data)), {}),
+        results=results_so_far(metrics) | results,
         roc=read("roc.json", _roc, {}),
         samples=read("samples.png", _data_uri, ""),
         notes=notes,
     )
+
+
+def title_of(config: dict[str, Any], overrides: list[str]) -> str:
+    """Model, data and schedule, as the command names them, else by their names or classes."""
+    chosen = dict(text.partition("=")[::2] for text in overrides)
+    parts = []
+    for group in ("model", "data", "schedule"):
+        settings = config.get(group)
+        settings = settings if isinstance(settings, dict) else {}
+        class_name = str(settings.get("_target_", "")).rpartition(".")[2]
+        parts.append(str(chosen.get(group) or settings.get("name") or class_name))
+    return "{} on {}, schedule {}".format(*parts) if all(parts) else ""
 
 
 def _yaml(data: bytes) -> Any:
@@ -164,11 +174,10 @@ def results_so_far(metrics: dict[str, Curve]) -> dict[str, Any]:
     results: dict[str, Any] = {"verification": {}, "best": None}
     for name, (steps, accuracy) in accuracies(metrics).items():
         _, std = metrics.get(f"verify/{name}/std", (None, [None]))
-        untrained = accuracy[0] if steps[0] == 0 else None
         results["verification"][name] = {
             "accuracy": accuracy[-1],
             "std": std[-1],
-            "untrained_accuracy": untrained,
+            "untrained_accuracy": accuracy[0] if steps[0] == 0 else None,
         }
     steps, mean = metrics.get("verify/accuracy", NO_CURVE)
     if np.isfinite(mean).any():
@@ -183,12 +192,11 @@ def accuracies(metrics: dict[str, Curve]) -> dict[str, Curve]:
     return {match[1]: metrics[name] for name in metrics if (match := pattern.fullmatch(name))}
 
 
-def _roc(data: bytes) -> dict[str, Curve]:
-    curves = {}
-    for name, curve in json.loads(data).items():
-        far, tar = np.array([curve["far"], curve["tar"]], float)
-        curves[name] = far, tar
-    return curves
+def _roc(data: bytes) -> dict[str, Any]:
+    return {
+        name: np.array([curve["far"], curve["tar"]], float)
+        for name, curve in json.loads(data).items()
+    }
 
 
 def _data_uri(data: bytes) -> str:
@@ -199,32 +207,6 @@ def _data_uri(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
 
 
-# Words and numbers --------------------------------------------------------------------------------
-
-
-def title_of(run: Run) -> str:
-    """Model, data and schedule, as the command names them, else by their names or classes."""
-    chosen = dict(text.partition("=")[::2] for text in run.overrides)
-
-    def part(group: str) -> str:
-        settings = run.config.get(group)
-        settings = settings if isinstance(settings, dict) else {}
-        class_name = str(settings.get("_target_", "")).rpartition(".")[2]
-        return str(chosen.get(group) or settings.get("name") or class_name)
-
-    model, data, schedule = part("model"), part("data"), part("schedule")
-    if not (model and data and schedule):
-        return f"Run {run.folder.resolve().name}"
-    return f"{model} on {data}, schedule {schedule}"
-
-
-def ended(run: Run) -> str:
-    """When the run last wrote down something of its own."""
-    files = [run.folder / name for name in ("config.yaml", "metrics.csv", "results.json")]
-    last = max(file.stat().st_mtime for file in files if file.is_file())
-    return f"{datetime.fromtimestamp(last).astimezone():%Y-%m-%d %H:%M %Z}"
-
-
 def duration(seconds: float) -> str:
     """Two units, as people say it."""
     minutes, rest = divmod(round(seconds), 60)
@@ -233,41 +215,19 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def environment_of(run: Run) -> dict[str, str]:
-    """Where the run ran, and on what."""
-    device = {key: run.results[key] for key in ("device", "precision") if key in run.results}
-    return device | (run.results.get("environment") or {})
-
-
-# Figures ------------------------------------------------------------------------------------------
-
-
 def schedule(run: Run) -> Figure | None:
     """Loss, the detector's response and learning rate, with what was taken for plateaus."""
     if "train/loss" not in run.metrics:
         return None
-    lrs = {name: curve for name, curve in run.metrics.items() if name.startswith("lr-")}
-    steps, responses = run.metrics.get("fastface/response", NO_CURVE)
-    panels = 1 + bool(len(steps)) + bool(lrs)
-    figure, axes = _figure(1.2 + 1.6 * panels, panels)
-    draw_loss(axes[0], *run.metrics["train/loss"])
-    for number, (name, curve) in enumerate(lrs.items()):
-        draw_lr(axes[-1], *curve, label=name.removeprefix("lr-"), color=f"C{number + 2}")
-    if len(lrs) > 1:
-        legend_above(axes[-1])
-    mark_changes(list(axes), [change["step"] for change in run.results.get("lr_changes", [])])
-    if not len(steps):
-        return figure
-    # At the first steps there may be no threshold yet.
+    steps, response = run.metrics.get("fastface/response", NO_CURVE)
     of_step = dict(zip(*run.metrics.get("fastface/threshold", NO_CURVE), strict=True))
-    thresholds = np.array([of_step.get(step, np.nan) for step in steps])
-    draw_response(axes[1], steps, responses, thresholds)
-    places = np.linspace(steps[0], steps[-1], 1000)  # a finer stretch is not seen
-    flat = (responses < thresholds)[np.searchsorted(steps, places, side="right") - 1]
-    for axis in axes:
-        ground = {"transform": axis.get_xaxis_transform(), "color": "0.5", "linewidth": 0}
-        axis.fill_between(places, 0, 1, where=flat, alpha=0.13, **ground)
-    return figure
+    return schedule_figure(
+        run.metrics["train/loss"],
+        (steps, response) if len(steps) else None,
+        np.array([of_step.get(step, np.nan) for step in steps]),  # at the first there may be none
+        {name[3:]: curve for name, curve in run.metrics.items() if name.startswith("lr-")},
+        [change["step"] for change in run.results.get("lr_changes", [])],
+    )
 
 
 def verification(run: Run) -> Figure | None:
@@ -277,7 +237,7 @@ def verification(run: Run) -> Figure | None:
     sets, best = accuracies(run.metrics), run.results["best"]
     if not sets:
         return None
-    figure, (axis,) = _figure(2.9)
+    figure, (axis,) = new_figure(2.9)
     late = []  # what the second half of each set's curve spans
     for name, (steps, accuracy) in sets.items():
         (line,) = axis.plot(steps, accuracy, marker="o", markersize=3.5, label=legend_label(name))
@@ -289,7 +249,7 @@ def verification(run: Run) -> Figure | None:
     if len(sets) > 1 and "verify/accuracy" in run.metrics:
         axis.plot(*run.metrics["verify/accuracy"], color="black", linestyle="--", label="mean")
     if best:
-        star = {"marker": "*", "markersize": 13, "markerfacecolor": "gold", "color": "black"}
+        star: Any = {"marker": "*", "markersize": 13, "markerfacecolor": "gold", "color": "black"}
         axis.plot(best["step"], best["accuracy"], linestyle="", label="best", **star)
     if np.isfinite(late).any():  # where the untrained network was would flatten all that follows
         bottom, top = np.nanmin(late), np.nanmax(late)
@@ -305,7 +265,7 @@ def roc(run: Run) -> Figure | None:
     """True acceptances over false ones, of each set."""
     if not run.roc:
         return None
-    figure, (axis,) = _figure(3.4)
+    figure, (axis,) = new_figure(3.4)
     plot_roc(axis, run.roc)
     return figure
 
@@ -314,11 +274,16 @@ def throughput(run: Run) -> Figure | None:
     """Images a second over the run, and their mean."""
     if "train/images_per_second" not in run.metrics:
         return None
-    figure, (axis,) = _figure(2.4)
+    figure, (axis,) = new_figure(2.4)
     steps, speed = thin(*run.metrics["train/images_per_second"])
     axis.plot(steps, speed, marker="." if len(steps) <= 50 else "", label="images/s")
     if "images_per_second" in run.results:
-        mean = {"color": "black", "linestyle": "--", "linewidth": 1, "label": "mean of the run"}
+        mean: Any = {
+            "color": "black",
+            "linestyle": "--",
+            "linewidth": 1,
+            "label": "mean of the run",
+        }
         axis.axhline(run.results["images_per_second"], **mean)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("images/s")
@@ -327,27 +292,13 @@ def throughput(run: Run) -> Figure | None:
     return figure
 
 
-FIGURES = (schedule, verification, roc, throughput)
-
-
-def svg(draw: Callable[[Run], Figure | None], run: Run) -> Markup:
-    """Draw a figure as it stands inside a page; empty where there is nothing to draw."""
+def svg(figure: Figure, name: str) -> Markup:
+    """A figure as it stands inside a page."""
     import matplotlib
 
-    # Salted by its name, no figure of a page has an id of another.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}):
-        figure = draw(run)
-        if figure is None:
-            return Markup()
-        drawn = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(drawn, format="svg", metadata=nothing, transparent=True)
-    text = drawn.getvalue()
-    return Markup(re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :]))
-
-
-def _figure(height: float, panels: int = 1) -> tuple[Figure, NDArray[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2, height), layout="constrained")
-    return figure, np.atleast_1d(figure.subplots(panels, 1, sharex=True))
+    matplotlib.rcParams["svg.hashsalt"] = name  # so no figure of a page has an id of another
+    text = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(text, format="svg", metadata=nothing, transparent=True)
+    _, start, rest = text.getvalue().partition("<svg")
+    return Markup(re.sub(r'<g id="[^"]*"', "<g", start + rest))

@@ -40,13 +40,8 @@ def build_classifier(
 
 
 def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceModule:
-    """The network, its classifier and its optimizer; the data comes in the classifier's batches.
-
-    Args:
-        cfg: the run's config.
-        data: set up.
-        schedule: what ``cfg.schedule`` makes; a FixedSchedule comes with the optimizer.
-    """
+    """The network, its classifier and its optimizer; the data, set up, comes in the classifier's
+    batches. A FixedSchedule, of what ``cfg.schedule`` may make, comes with the optimizer."""
     module = FaceModule(
         instantiate(cfg.model),
         build_classifier(cfg, data.num_classes),

@@ -101,7 +101,15 @@ class FaceModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if isinstance(self.classifier, MomentumClassifier):
-            loss = self._momentum_loss(self.classifier, batch)
+            self.classifier.check_batch(batch)
+            if self._followed_step != self.trainer.global_step:  # once, whatever accumulates
+                self._followed_step = self.trainer.global_step
+                self.classifier.update_momentum_encoder(self.backbone)
+            inputs = {
+                name: (normalise(self.augment(images)), labels)
+                for name, (images, labels) in batch.items()
+            }
+            loss = self.classifier.training_loss(self.backbone, inputs)
         elif isinstance(batch, dict):
             raise ValueError(
                 f"{type(self.classifier).__name__} trains on images and labels, got a dict of "
@@ -119,81 +127,59 @@ class FaceModule(LightningModule):
             self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
         return loss
 
-    def _momentum_loss(
-        self, classifier: MomentumClassifier, batch: dict[str, tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        classifier.check_batch(batch)
-        if self._followed_step != self.trainer.global_step:  # once, however many batches it takes
-            self._followed_step = self.trainer.global_step
-            classifier.update_momentum_encoder(self.backbone)
-        inputs = {
-            name: (normalise(self.augment(images)), labels)
-            for name, (images, labels) in batch.items()
-        }
-        return classifier.training_loss(self.backbone, inputs)
-
     def validation_step(
         self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         a, b, same, index = batch
-        metric, roc = self.metrics[dataloader_idx], self.rocs[dataloader_idx]
-        assert isinstance(metric, VerificationAccuracy) and isinstance(roc, ROCCurve)
-        a, b = self._embed_pairs(a, b, same)
-        metric.update(a, b, same, index)
-        roc.update((a * b).sum(1), same, index)
-
-    def _embed_pairs(self, a: Tensor, b: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit embeddings of pairs of images; as those of a pair that is mistaken, where they are
-        not finite: a deep network gives such before its batch norms have seen any image, and no run
-        should end for it."""
         a, b = self.embed(a), self.embed(b)
+        # What is not finite becomes a mistaken pair: a deep network gives such before its batch
+        # norms have seen any image, and no run should end for it.
         lost = ~(a.isfinite().all(1) & b.isfinite().all(1))
         self._lost += lost.sum()
         unit = F.one_hot(torch.zeros_like(same, dtype=torch.int64), a.shape[1]).to(a)
         opposite = torch.where(same[:, None], -unit, unit)  # as unlike, or as alike, as can be
-        return a.where(~lost[:, None], unit), b.where(~lost[:, None], opposite)
+        a, b = a.where(~lost[:, None], unit), b.where(~lost[:, None], opposite)
+        self.metrics[dataloader_idx].update(a, b, same, index)  # type: ignore[operator]
+        self.rocs[dataloader_idx].update((a * b).sum(1), same, index)  # type: ignore[operator]
 
     def on_validation_epoch_start(self) -> None:
         self._lost = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
         if self._lost:
-            log.warning(
-                "%d verification pairs have embeddings that are not finite, and count as mistaken",
-                self._lost,
-            )
+            text = "%d verification pairs have embeddings that are not finite: counted as mistaken"
+            log.warning(text, self._lost)
+        self.curves = {}
         accuracies = []
-        for name, metric in zip(self.verify_names, self.metrics, strict=True):
-            assert isinstance(metric, VerificationAccuracy)
+        metric: Any
+        roc: Any
+        for name, metric, roc in zip(self.verify_names, self.metrics, self.rocs, strict=True):
             accuracies.append(metric.compute())
-            assert metric.result is not None
             # Every rank has the same result; sync_dist only tells Lightning so.
             self.log(f"verify/{name}/accuracy", accuracies[-1], prog_bar=True, sync_dist=True)
             self.log(f"verify/{name}/std", metric.result.std, sync_dist=True)
+            with suppress(ValueError):  # pairs of one kind; what else may be wrong has been raised
+                self.curves[name] = roc.compute()
             metric.reset()
-        self._take_curves()
+            roc.reset()
         if accuracies:
             self.log("verify/accuracy", torch.stack(accuracies).mean(), sync_dist=True)
 
-    def _take_curves(self) -> None:
-        self.curves = {}
-        for name, roc in zip(self.verify_names, self.rocs, strict=True):
-            assert isinstance(roc, ROCCurve)
-            with suppress(ValueError):  # pairs of one kind; what else may be wrong has been raised
-                self.curves[name] = roc.compute()
-            roc.reset()
-
     def configure_optimizers(self) -> Any:
-        optimizer = self.build_optimizer()
-        samples = getattr(self.classifier, "samples", False)
-        check_sparse(samples, optimizer, self.trainer.world_size)
+        optimizer, world_size = self.build_optimizer(), self.trainer.world_size
+        if getattr(self.classifier, "samples", False):
+            check_sparse(optimizer)
+            if world_size > 1:
+                raise MisconfigurationException(
+                    f"a partial classifier below rate 1 trains in one process, since each would "
+                    f"sample its own classes, got {world_size}: use the chunked classifier"
+                )
         if self.scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if not 0 < steps < float("inf"):
             raise MisconfigurationException(
-                "a torch schedule needs the length of the run, got a trainer without an end: set "
-                "max_steps or max_epochs"
+                "a torch schedule needs a run of max_steps or max_epochs, got one without an end"
             )
         scheduler = self.scheduler(optimizer, int(steps))
         # A scheduler that looks at the loss must see the same one on every rank.
@@ -266,8 +252,8 @@ class FaceModule(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if clip and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise MisconfigurationException(
-                "a fused optimizer under a loss scaler cannot clip its gradients: use bf16-mixed, "
-                "optimizer.fused=false or trainer.gradient_clip_val=0"
+                "a fused optimizer under a loss scaler cannot clip its gradients: optimizer.fused "
+                "must be false, or trainer.gradient_clip_val 0"
             )
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.backbone.parameters(), gradient_clip_val)
@@ -283,10 +269,10 @@ class FaceModule(LightningModule):
         # Lightning would fill one scheduler with another's state, or with none, and say nothing.
         saved, now = self._resumed_from, self._scheduler_names()
         if saved is not None and saved != now:
+            written, have = (", ".join(names) or "no torch scheduler" for names in (saved, now))
             raise MisconfigurationException(
                 f"the checkpoint must come from the same schedule, got one written with "
-                f"{', '.join(saved) or 'no torch scheduler'} for a run with "
-                f"{', '.join(now) or 'none'}"
+                f"{written} for a run with {have}"
             )
 
     def on_train_start(self) -> None:
@@ -307,26 +293,12 @@ class FaceModule(LightningModule):
         return [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs]
 
 
-def updates_sparse_rows(optimizer: Optimizer) -> bool:
-    """Whether an optimizer updates, of a sparse gradient, the rows that it names and no others."""
-    return isinstance(optimizer, SGD)
-
-
-def check_sparse(samples: bool, optimizer: Optimizer, world_size: int = 1) -> None:
-    """A classifier that samples needs row-sparse updates, and one process.
-
-    Raises:
-        MisconfigurationException: it has not.
-    """
-    if samples and not updates_sparse_rows(optimizer):
+def check_sparse(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that updates, of a sparse gradient, other rows than it names."""
+    if not isinstance(optimizer, SGD):
         raise MisconfigurationException(
             f"a partial classifier needs an optimizer that updates the sampled rows alone, "
             f"fastface_lightning.optim.SGD (optimizer=sgd), got {type(optimizer).__name__}"
-        )
-    if samples and world_size > 1:
-        raise MisconfigurationException(
-            f"a partial classifier below rate 1 trains in one process, since each would draw its "
-            f"own classes, got {world_size}: use the chunked classifier"
         )
 
 

@@ -27,12 +27,12 @@ from ..classifiers import MomentumClassifier, chunk_that_fits
 from ..data import FaceDataModule
 from ..data.augment import flip_some
 from ..files import write_text
-from ..optim import BLOCK
+from ..optim import BLOCK, SGD
 from ..report.figures import print_plan
 from .build import build_classifier
 from .devices import uses_cuda
 from .environment import device_name, memory_of
-from .module import check_sparse, updates_sparse_rows
+from .module import check_sparse
 
 log = logging.getLogger(__name__)
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -49,10 +49,7 @@ PAPER_FLOPS_PER_SECOND = 44.2e12
 def plan_run(cfg: DictConfig, folder: Path) -> None:
     """Print what a run will hold and compute, with every classifier, and write ``plan.json``.
 
-    Args:
-        cfg: the run's config, of one device; ``plan`` is true for a plan of this one, or the
-            memory of another GPU in GiB.
-        folder: the run folder.
+    ``cfg.plan`` is true for a plan of this device, or the memory of another GPU in GiB.
 
     Raises:
         ValueError: ``plan`` is no such number, or the run has several devices or no end.
@@ -69,8 +66,8 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     device = torch.device("cuda" if uses_cuda(cfg) or cfg.plan is not True else "cpu")
     capacity = memory_of(device) if cfg.plan is True else int(cfg.plan * 2**30)
     reserve = CUDA_RESERVE if device.type == "cuda" else 0
-    batch, make_optimizer = cfg.data.batch_size, instantiate(cfg.optimizer)
-    size = cfg.model.embedding_size
+    batch, size = cfg.data.batch_size, cfg.model.embedding_size
+    make_optimizer = instantiate(cfg.optimizer)
     name = HydraConfig.get().runtime.choices["classifier"]
     configs = _classifier_configs(cfg, name)
     parts = {}
@@ -120,17 +117,13 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
 def _batches(cfg: DictConfig, num_images: int) -> int:
     """Batches of the whole run, by its epochs or its optimizer steps, whichever end first."""
     epochs, steps = cfg.trainer.max_epochs, cfg.trainer.max_steps
-    ends = []
-    if epochs is not None and epochs >= 0:
-        ends.append(num_images // cfg.data.batch_size * epochs)
-    if steps >= 0:
-        ends.append(steps * cfg.trainer.accumulate_grad_batches)
-    if not ends:
+    by_epochs = math.inf if epochs in (None, -1) else num_images // cfg.data.batch_size * epochs
+    by_steps = math.inf if steps < 0 else steps * cfg.trainer.accumulate_grad_batches
+    if min(by_epochs, by_steps) == math.inf:
         raise ValueError(
-            f"a plan needs the length of the run, trainer.max_epochs or trainer.max_steps, "
-            f"got {epochs} and {steps}"
+            f"a plan needs trainer.max_epochs or trainer.max_steps, got {epochs} and {steps}"
         )
-    return min(ends)
+    return int(min(by_epochs, by_steps))
 
 
 def _data_size(cfg: DictConfig) -> tuple[int, int]:
@@ -149,7 +142,8 @@ def _classifier_configs(cfg: DictConfig, name: str) -> dict[str, Any]:
     """The run's own classifier first, then the others that its optimizer can train."""
     configs: dict[str, Any] = {name: cfg.classifier}
     optimizer = instantiate(cfg.optimizer)([nn.Parameter(torch.zeros(1))])
-    check_sparse(cfg.classifier.get("rate", 1) < 1, optimizer)
+    if cfg.classifier.get("rate", 1) < 1:
+        check_sparse(optimizer)
     if cfg.classifier.get("chunk"):
         configs[f"{name} classifier.chunk=null"] = OmegaConf.merge(cfg.classifier, {"chunk": None})
     sources = HydraConfig.get().runtime.config_sources
@@ -157,36 +151,23 @@ def _classifier_configs(cfg: DictConfig, name: str) -> dict[str, Any]:
     for file in sorted((conf / "classifier").glob("*.yaml")):
         other = OmegaConf.load(file)
         other.scale = cfg.classifier.scale
-        if updates_sparse_rows(optimizer) or "rate" not in other:
+        if isinstance(optimizer, SGD) or "rate" not in other:
             configs.setdefault(file.stem, other)
     return configs
 
 
 class PartPlan(NamedTuple):
-    """Bytes that one part of a run holds, and what it computes in a step.
+    """Bytes that one part of a run holds, and what it computes in a step."""
 
-    Attributes:
-        weights: parameters and buffers.
-        gradients: of the parameters; of a sparse one its rows and their numbers.
-        states: the optimizer's.
-        activations: what a step's forward leaves for its backward, images included; 0 for a
-            classifier, whose backward follows at once.
-        work: above all of these, at the part's own peak in forward and backward.
-        update: above weights, gradients and states, at the peak of the optimizer's step.
-        flops: floating-point operations of a step, counting products and convolutions.
-        images: that the trained network sees in a step.
-        encoded: images that a momentum encoder sees in a step.
-    """
-
-    weights: int
-    gradients: int
-    states: int
-    activations: int
-    work: int
-    update: int
-    flops: int
-    images: int
-    encoded: int = 0
+    weights: int  # parameters and buffers
+    gradients: int  # of the parameters; of a sparse one its rows and their numbers
+    states: int  # the optimizer's
+    activations: int  # left by forward for backward; a classifier's backward follows at once
+    work: int  # above all of these, at the part's own peak in forward and backward
+    update: int  # above weights, gradients and states, at the peak of the optimizer's step
+    flops: int  # floating-point operations of a step, of products and convolutions
+    images: int  # that the trained network sees in a step
+    encoded: int = 0  # that a momentum encoder sees in a step
 
 
 # Updates in place that make nothing. They have no rule for fake tensors, and would be run on real
@@ -195,12 +176,8 @@ FUSED = ("aten::_fused_sgd_", "aten::_fused_adam_", "aten::_fused_adamw_")
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Bytes of all tensors made within the context that are alive, and the most there ever were.
-
-    Attributes:
-        live: bytes now.
-        peak: most bytes since it was last set.
-    """
+    """Counts the bytes of all tensors made within the context that are alive: ``live`` now, and
+    ``peak`` at most since it was last set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,16 +192,14 @@ class MemoryMeter(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                self._count(leaf.untyped_storage())
+                storage = leaf.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known:
+                    self._known.add(key)
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._drop, key, size)
         return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._known:
-            self._known.add(key)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._drop, key, storage.nbytes())
 
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -237,21 +212,16 @@ def plan_backbone(
     batch_size: int,
     precision: str,
 ) -> PartPlan:
-    """One training step of a backbone on fake tensors.
-
-    Args:
-        build: makes the backbone.
-        make_optimizer: takes its parameters.
-        batch_size: images N of a step, 112x112 RGB.
-        precision: the trainer's, ``32-true``, ``bf16-mixed`` or ``16-mixed``.
-    """
-    dtype = _autocast_dtype(precision)
+    """One training step of a backbone on fake tensors: N images 112x112 RGB, at the trainer's
+    ``precision``, ``32-true``, ``bf16-mixed`` or ``16-mixed``."""
+    if precision not in AUTOCAST:
+        raise ValueError(f"a plan's precision must be of {', '.join(AUTOCAST)}, got {precision}")
+    dtype = AUTOCAST[precision]
     net = build().train()  # with data: some of timm's constructors look at numbers
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, MemoryMeter() as meter:
         _make_fake(net, mode)
-        counter = FlopCounterMode(display=False)
         start = meter.live
-        with counter:
+        with FlopCounterMode(display=False) as counter:
             images = torch.empty(batch_size, 3, 112, 112, dtype=torch.uint8)
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 x = net(normalise(flip_some(images)))
@@ -332,27 +302,15 @@ def _plan_momentum(head: MomentumClassifier, meter: MemoryMeter, batch_size: int
     with FlopCounterMode(display=False) as counter:
         head.training_loss(network, batch).backward()
     encoder: Any = head.momentum_encoder
-    return PartPlan(
-        weights=_bytes(*head.buffers()),
-        gradients=0,
-        states=0,
-        activations=0,
-        work=meter.peak - start,
-        update=0,
-        flops=counter.get_total_flops(),
-        images=network.images,
-        encoded=encoder.images,
-    )
+    weights, flops = _bytes(*head.buffers()), counter.get_total_flops()
+    work = meter.peak - start
+    return PartPlan(weights, 0, 0, 0, work, 0, flops, network.images, encoder.images)
 
 
 def combined(backbone: PartPlan, classifier: PartPlan) -> tuple[PartPlan, PartPlan]:
-    """Both parts as they are in one run.
-
-    Returns:
-        The backbone for the images that the classifier needs in a step, and the classifier with its
-        momentum encoder, whose forward is a third of a step. (That keeps nothing, and is over
-        before the backbone's activations are there, which take more.)
-    """
+    """The backbone for the images that the classifier needs in a step, and the classifier with its
+    momentum encoder, whose forward is a third of a step. (That keeps nothing, and is over before
+    the backbone's activations are there, which take more.)"""
     share = classifier.images / backbone.images
     sized = {key: int(share * getattr(backbone, key)) for key in ("activations", "work", "flops")}
     encoder = backbone.weights if classifier.encoded else 0
@@ -367,12 +325,8 @@ def peak(backbone: PartPlan, classifier: PartPlan, accumulate: int = 1) -> int:
 
     That is when the classifier works, with the backbone's gradients of the step before (Lightning
     drops them between forward and backward); when the backbone's backward turns activations into
-    gradients; or when the optimizer steps.
-
-    Args:
-        backbone, classifier: the parts.
-        accumulate: batches whose gradients are added up; then those of both parts are there all the
-            time, and the newest of the classifier a second time.
+    gradients; or when the optimizer steps. With ``accumulate`` batches whose gradients are added up
+    those of both parts are there all the time, and the newest of the classifier a second time.
     """
     both = (backbone, classifier)
     held = sum(part.weights + part.states for part in both)
@@ -382,14 +336,6 @@ def peak(backbone: PartPlan, classifier: PartPlan, accumulate: int = 1) -> int:
         work = gradients + max(part.work for part in both)
     step = backbone.activations + classifier.gradients + work
     return held + max(step, gradients + max(part.update for part in both))
-
-
-def _autocast_dtype(precision: str) -> torch.dtype | None:
-    if precision not in AUTOCAST:
-        raise ValueError(
-            f"a plan's precision must be one of {', '.join(AUTOCAST)}, got {precision}"
-        )
-    return AUTOCAST[precision]
 
 
 def _bytes(*tensors: Tensor) -> int:

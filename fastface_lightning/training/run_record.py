@@ -9,17 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ..data import FaceDataset
-from ..evaluation import ROC
 from ..files import write_text
 from ..report.curves import thin_curve
-from ..report.figures import plot_schedule
-from ..report.page import read_metrics, write_report
+from ..report.page import write_report
 from ..schedule.callback import FastFaceCallback
 from ..schedule.replay import Change
 from .checkpoints import LastAndBest
@@ -41,22 +38,19 @@ class RunRecord(Callback):
         config: what the run was composed of, plain data.
 
     Attributes:
-        untrained: verification accuracy of each set before training, by its name.
-        accuracy: the same at the last verification.
-        std: its standard deviation over the folds.
+        verification: by the name of each set ``accuracy`` at the last verification, its ``std``
+            over the folds and ``untrained_accuracy``, None where that is not known.
         verified_step: optimizer steps done at the last verification.
         images: trained on so far, by all ranks.
         train_seconds: of training with data loading, without verification.
     """
 
-    _KEPT = ("untrained", "accuracy", "std", "verified_step", "images", "train_seconds", "_lr")
+    _KEPT = ("verification", "verified_step", "images", "train_seconds", "_lr")
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder, self.config = folder, config
         self.commit = commit()
-        self.untrained: dict[str, float] = {}
-        self.accuracy: dict[str, float] = {}
-        self.std: dict[str, float] = {}
+        self.verification: dict[str, dict[str, float | None]] = {}
         self.verified_step: int | None = None
         self.images = 0
         self.train_seconds = 0.0
@@ -94,39 +88,36 @@ class RunRecord(Callback):
             pl_module.log("train/images_per_second", speed)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for key, value in trainer.callback_metrics.items():
-            group, _, rest = key.partition("/")
-            name, _, figure = rest.rpartition("/")
-            if group == "verify" and name:
-                (self.accuracy if figure == "accuracy" else self.std)[name] = value.item()
+        module: Any = pl_module
+        for name in module.verify_names:
+            verified = self.verification.setdefault(name, {"untrained_accuracy": None})
+            for key in ("accuracy", "std"):
+                verified[key] = trainer.callback_metrics[f"verify/{name}/{key}"].item()
+            if not trainer.global_step and not trainer.sanity_checking:
+                verified["untrained_accuracy"] = verified["accuracy"]
         self.verified_step = trainer.global_step
-        if not trainer.global_step and not trainer.sanity_checking:
-            self.untrained = dict(self.accuracy)
         if trainer.is_global_zero:
-            self._write_roc(pl_module.curves)  # type: ignore[arg-type]
+            points = {}  # some 500 of each curve
+            for name, roc in module.curves.items():
+                taken = thin_curve(roc.far.numpy())
+                points[name] = {"far": roc.far[taken].tolist(), "tar": roc.tar[taken].tolist()}
+            write_text(self.folder / "roc.json", json.dumps(points) + "\n")
         self._last = time.perf_counter()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         verified = self.verified_step == trainer.global_step  # else the figures are of others
+        accuracies = {name: each["accuracy"] for name, each in self.verification.items()}
         checkpoint["run"] = {
             "config": self.config,
             "commit": self.commit,
             "steps": trainer.global_step,
-            "verification": dict(self.accuracy) if verified else {},
+            "verification": accuracies if verified else {},
         }
 
-    def _write_roc(self, curves: Mapping[str, ROC]) -> None:
-        """The last verification's ROC curves, at some 500 points each, as ``roc.json``."""
-        points = {}
-        for name, roc in curves.items():
-            taken = thin_curve(roc.far.numpy())
-            points[name] = {"far": roc.far[taken].tolist(), "tar": roc.tar[taken].tolist()}
-        write_text(self.folder / "roc.json", json.dumps(points) + "\n")
-
     def write(self, trainer: Trainer) -> dict[str, Any]:
-        """Write ``results.json``, ``report.html`` and, from a ``metrics.csv``, ``schedule.png``.
+        """Write ``results.json``, and the report from it and what else is in the folder.
 
         Args:
             trainer: whose ``fit`` has ended.
@@ -136,63 +127,45 @@ class RunRecord(Callback):
             ``images_per_second`` counts training with data loading, not verification; time and
             images are those of all parts of a resumed run.
         """
-        results = self._results(trainer)
-        if trainer.is_global_zero:
-            write_text(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
-            if (self.folder / "metrics.csv").is_file():
-                plot_run(self.folder, [change["step"] for change in results["lr_changes"]])
-            write_report(self.folder)
-        return results
-
-    def _results(self, trainer: Trainer) -> dict[str, Any]:
         device = trainer.strategy.root_device
         losses = [loss.item() for loss in self._losses]
         checkpoints = _callback(trainer, LastAndBest)
-        return {
+        schedule = _callback(trainer, FastFaceCallback)
+        changes = self._lr_changes if schedule is None else schedule.changes
+        if schedule is None and 10 * len(changes) >= trainer.global_step:
+            changes = []  # it always changes
+        results = {
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "final_loss": sum(losses) / len(losses) if losses else None,
-            "verification": {
-                name: {
-                    "accuracy": accuracy,
-                    "std": self.std[name],
-                    "untrained_accuracy": self.untrained.get(name),
-                }
-                for name, accuracy in self.accuracy.items()
-            },
+            "verification": self.verification,
             "best": None if checkpoints is None else checkpoints.best,
-            "lr_changes": [change._asdict() for change in self._changes(trainer)],
+            "lr_changes": [change._asdict() for change in changes],
             "final_lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "images": self.images,
             "bad_images": self._bad_images(),
             "images_per_second": self.images / max(self.train_seconds, 1e-9),
-            "wall_seconds": self._wall_seconds(),
+            "wall_seconds": time.perf_counter() - self._started,
             "peak_memory_bytes": peak_memory(device),
             "device": device_name(device),
             "precision": str(trainer.precision),
             "environment": environment(self.commit),
         }
-
-    def _changes(self, trainer: Trainer) -> list[Change]:
-        """Steps at which the learning rate changed; none for a schedule that always changes it."""
-        callback = _callback(trainer, FastFaceCallback)
-        if callback is not None:
-            return callback.changes
-        return self._lr_changes if 10 * len(self._lr_changes) < trainer.global_step else []
+        if trainer.is_global_zero:
+            write_text(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
+            write_report(self.folder)
+        return results
 
     def _bad_images(self) -> list[str]:
         """Training images that this process could not read, in all parts of the run."""
         now = [] if self._train_set is None else self._train_set.bad_images()
         return self._earlier_bad + [name for name in now if name not in self._earlier_bad]
 
-    def _wall_seconds(self) -> float:
-        return time.perf_counter() - self._started
-
     def state_dict(self) -> dict[str, Any]:
         return {
             **{name: getattr(self, name) for name in self._KEPT},
             "bad_images": self._bad_images(),
-            "wall_seconds": self._wall_seconds(),
+            "wall_seconds": time.perf_counter() - self._started,
             "losses": [loss.item() for loss in self._losses],
             "lr_changes": [list(change) for change in self._lr_changes],
         }
@@ -210,28 +183,3 @@ class RunRecord(Callback):
 def _callback(trainer: Trainer, wanted: type[C]) -> C | None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, wanted)), None)
-
-
-def plot_run(folder: Path, changes: list[int]) -> None:
-    """Draw ``schedule.png`` from the ``metrics.csv`` of a run folder."""
-    metrics = read_metrics((folder / "metrics.csv").read_bytes())
-    if "train/loss" not in metrics:
-        return
-    steps, loss = metrics["train/loss"]
-
-    def series(name: str | None) -> Any:
-        """A column at the steps of the loss, or before: some are logged in rows of their own."""
-        if name not in metrics:
-            return None
-        at, values = metrics[name]
-        return values[np.searchsorted(at, steps, side="right").clip(1) - 1]
-
-    plot_schedule(
-        folder / "schedule.png",
-        steps=steps,
-        loss=loss,
-        response=series("fastface/response"),
-        threshold=series("fastface/threshold"),
-        lr=series(next((name for name in metrics if name.startswith("lr-")), None)),
-        changes=changes,
-    )

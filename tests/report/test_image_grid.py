@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastface_lightning.data import ARCFACE_POINTS, IdentityFolder
-from fastface_lightning.data.datasets.sample import sample_of
+from fastface_lightning.data import ARCFACE_POINTS
 from fastface_lightning.report.figures import readable
 from fastface_lightning.report.image_grid import plot_faces, plot_pairs
 
@@ -32,7 +31,7 @@ def blocks(picture: NDArray[np.uint8], face: Face) -> list[tuple[int, int]]:
     return [(y, x) for y, x in np.argwhere(starts).tolist() if windows[y, x : x + 112].all()]
 
 
-def drawn(file: Path, *arguments: object) -> NDArray[np.uint8]:
+def picture_of(file: Path, *arguments: object) -> NDArray[np.uint8]:
     plot_faces(file, *arguments)  # type: ignore[arg-type]
     return np.asarray(Image.open(file).convert("RGB"))
 
@@ -42,7 +41,7 @@ def test_every_face_is_in_the_row_of_its_label(tmp_path: Path) -> None:
     labels = [7, 3, 7, 7, 3, 5, 7, 7, 7, 7]
     faces = flat_faces(len(labels))
     names = [f"person {k}" for k in labels]
-    picture = drawn(tmp_path / "a.png", faces, labels, names, "LFW", ARCFACE_POINTS)
+    picture = picture_of(tmp_path / "a.png", faces, labels, names, "LFW", ARCFACE_POINTS)
     places = [blocks(picture, face) for face in faces]
     assert [len(found) for found in places] == [2, 2, 1, 1, 1, 2, 1, 1, 1, 1]
     rows = {k: [max(at) for at, of in zip(places, labels, strict=True) if of == k] for k in labels}
@@ -61,7 +60,7 @@ def test_every_face_is_in_the_row_of_its_label(tmp_path: Path) -> None:
 def test_circles_on_the_mean_face_are_around_the_points(tmp_path: Path, size: int) -> None:
     values = (10, 20, 90)
     plain = [np.full((3, size, size), v, np.uint8) for v in values]
-    picture = drawn(tmp_path / "a.png", plain, [0, 0, 1], ["a"] * 3, "LFW", ARCFACE_POINTS)
+    picture = picture_of(tmp_path / "a.png", plain, [0, 0, 1], ["a"] * 3, "LFW", ARCFACE_POINTS)
     mean = (picture == 40).all(-1)
     ys, xs = np.flatnonzero(mean.sum(1) > 250), np.flatnonzero(mean.sum(0) > 250)
     top, left = ys.min(), xs.min()
@@ -78,8 +77,7 @@ def test_circles_on_the_mean_face_are_around_the_points(tmp_path: Path, size: in
 
 HOSTILE = [
     "",
-    "\x00",
-    "two\nlines\r\n\u2028",
+    "two\nlines\r\n\u2028\x00",
     "os \udce9\udcff",
     "W" * 3_000,
     "z" + "\u0301" * 500,
@@ -95,7 +93,7 @@ HOSTILE = [
 def test_no_name_breaks_a_picture_or_hides_a_face(tmp_path: Path, name: str) -> None:
     faces = flat_faces(4)
     labels = [0, 0, 1, 2**31]
-    picture = drawn(tmp_path / "a.png", faces, labels, [name] * 4, name, ARCFACE_POINTS)
+    picture = picture_of(tmp_path / "a.png", faces, labels, [name] * 4, name, ARCFACE_POINTS)
     assert [len(blocks(picture, face)) for face in faces] == [2, 1, 2, 2]
     plot_pairs(tmp_path / "b.png", [np.stack(faces[:2])], [True], [name], name)
 
@@ -114,15 +112,6 @@ def test_readable_escapes_as_python_does_and_abridges() -> None:
     assert readable("李") == r"\u674e"
     assert readable("x" * 101) == "x" * 100 + "…"
     assert readable("a$b$") == r"a\$b\$"  # as matplotlib takes a dollar for itself
-
-
-def test_a_row_lists_every_name_in_it(tmp_path: Path) -> None:
-    faces = flat_faces(2)
-    pictures = [
-        drawn(tmp_path / "a.png", faces, [0, 0], names, "LFW", ARCFACE_POINTS)
-        for names in (["Ann, Bob"] * 2, ["Ann", "Bob"], ["Ann", "Ann"])
-    ]
-    assert np.array_equal(*pictures[:2]) and not np.array_equal(*pictures[1:])
 
 
 def test_pairs_of_one_person_stand_above_those_of_two(tmp_path: Path) -> None:
@@ -145,13 +134,10 @@ BLANK = np.zeros((3, 8, 8), np.uint8)
     ("images", "labels", "names"),
     [
         ([], [], []),
-        ([BLANK], [0, 1], ["a"]),
         ([BLANK], [0], []),
         ([BLANK, BLANK[:, :7, :7]], [0, 1], ["a", "b"]),
         ([BLANK.astype(float)], [0], ["a"]),
         ([BLANK.transpose(1, 2, 0)], [0], ["a"]),
-        ([BLANK[:, :, :0]], [0], ["a"]),
-        ([BLANK[:, :, :5]], [0], ["a"]),
     ],
 )
 def test_what_cannot_be_shown_is_refused(
@@ -160,10 +146,3 @@ def test_what_cannot_be_shown_is_refused(
     with pytest.raises(ValueError, match="image"):
         plot_faces(tmp_path / "a.png", images, labels, names, "", ARCFACE_POINTS)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_lfw_is_shown(shared_data: Path, tmp_path: Path) -> None:
-    sample = sample_of(IdentityFolder(shared_data / "lfw112" / "images"))
-    picture = drawn(tmp_path / "lfw.png", *sample, ARCFACE_POINTS)
-    assert len(sample.images) > 20 and picture.shape[0] > 1000 > picture.shape[1] > 900

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from PIL import Image
 
-from fastface_lightning.report.figures import MAX_POINTS, draw_loss, draw_response, readable, thin
+from fastface_lightning.report.figures import MAX_POINTS, readable, schedule_figure, thin
 from fastface_lightning.report.page import write_report
 
 HOSTILE = '<script>alert("1")</script>&$_{'
@@ -145,10 +144,6 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def shown_tiles(page: Page) -> list[tuple[str, str, str]]:
-    return list(zip(page.of("dt"), page.of("dd"), page.of("small"), strict=False))
-
-
 def test_a_whole_run_has_every_part(run: Path) -> None:
     file = write_report(run)
     page = Page(file)
@@ -159,7 +154,7 @@ def test_a_whole_run_has_every_part(run: Path) -> None:
     assert "note" not in {value for _, name, value in page.attributes if name == "class"}
     assert page.of("code") == ["data=ms1mv3", "optimizer.lr=0.02"]
     assert page.of("pre") == [(run / "config.yaml").read_text().strip()]
-    assert shown_tiles(page) == [
+    assert list(zip(page.of("dt"), page.of("dd"), page.of("small"), strict=False)) == [
         ("accuracy, lfw", "90.00%", "± 1.23%, untrained 55.00%"),
         ("accuracy, cfp_fp", "82.00%", "± 2.00%"),
         ("best step", "100", "accuracy 87.00%"),
@@ -190,8 +185,9 @@ def test_the_page_needs_no_other_file(run: Path) -> None:
     assert referred and {a or b for a, b in referred} <= set(ids)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_name_is_never_markup(run: Path) -> None:
-    """Whoever named an identity, a set, a setting or a file."""
+    """Whoever named an identity, a set, a setting or a file, and every name of a set is shown."""
     (run / "config.yaml").write_text(f"model:\n  name: '{HOSTILE}'\n# {HOSTILE}\n")
     (run / "overrides.yaml").write_text(f"- 'data={HOSTILE}'\n- 'schedule={HOSTILE}'\n")
     write_metrics(run, [{**row, f"verify/{HOSTILE}/accuracy": 0.5} for row in rows()])
@@ -203,26 +199,16 @@ def test_a_name_is_never_markup(run: Path) -> None:
         environment={HOSTILE: HOSTILE},
     )
     (run / "results.json").write_text(json.dumps(changed))
-    (run / "roc.json").write_text(json.dumps({HOSTILE: {"far": [0, 1], "tar": [0, 1]}}))
+    names = [HOSTILE, "_hidden", "日本", "a\udcffb", "\x00"]
+    curve = {"far": [0, 0.5, 1], "tar": [0, 0.5, 1]}
+    (run / "roc.json").write_text(json.dumps(dict.fromkeys(names, curve)))
     page = Page(write_report(run))
     assert not page.tags["script"]
     assert page.of("h2") == HEADINGS
     # Title twice, settings, a tile and its note, two legends, a list and the environment.
     assert page.text.count('alert("1")') >= 11
     assert page.of("text").count(HOSTILE) == 2
-
-
-@pytest.mark.filterwarnings("error")
-def test_any_name_of_a_set_is_drawn(run: Path) -> None:
-    names = ["_hidden", "日本", "a\udcffb", "\x00", "$_{$", ""]
-    curve = {"far": [0, 0.5, 1], "tar": [0, 0.5, 1]}
-    (run / "roc.json").write_text(json.dumps(dict.fromkeys(names, curve)))
-    verified = {name: {"accuracy": 0.9, "std": 0.1} for name in names}
-    (run / "results.json").write_text(json.dumps(results(verification=verified, bad_images=names)))
-    page = Page(write_report(run))
-    assert page.tags["svg"] == 4
-    shown = {readable(name).replace(r"\$", "$") for name in names if name}
-    assert shown <= set(page.of("text"))
+    assert {readable(name).replace(r"\$", "$") for name in names} <= set(page.of("text"))
 
 
 PARTS = {
@@ -255,77 +241,6 @@ def test_damaged_files_are_left_out(run: Path, content: bytes) -> None:
         assert f"{name} cannot be read" in page.text
 
 
-@pytest.mark.parametrize(
-    ("kept", "title"),
-    [("config.yaml", "iresnet50 on RecordData, schedule FastFace"), ("metrics.csv", "Run run")],
-)
-def test_one_of_two_files_will_do(run: Path, kept: str, title: str) -> None:
-    for file in run.glob("*.*"):
-        if file.name != kept:
-            file.unlink()
-    page = Page(write_report(run))
-    assert page.of("h2") == HEADINGS
-    assert page.of("h1") == [title]
-
-
-def test_a_folder_of_no_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="config"):
-        write_report(tmp_path)
-    assert not (tmp_path / "report.html").exists()
-
-
-def test_a_killed_run_is_told_from_its_metrics(run: Path) -> None:
-    (run / "results.json").unlink()
-    page = Page(write_report(run))
-    assert shown_tiles(page) == [
-        ("accuracy, lfw", "90.00%", "± 1.00%, untrained 55.00%"),
-        ("accuracy, cfp_fp", "82.00%", "± 2.00%, untrained 51.00%"),
-        ("best step", "99", "accuracy 87.00%"),
-        ("last logged loss", "5.025", "at step 199"),
-    ]
-    assert page.tags["svg"] == 4
-
-
-def test_a_run_that_was_not_verified_says_so(run: Path) -> None:
-    (run / "results.json").write_text(
-        json.dumps(results(verification={}, best=None, final_loss=None, lr_changes=[]))
-    )
-    (run / "roc.json").write_text("{}")
-    write_metrics(run, [row for row in rows() if "train/loss" in row])
-    page = Page(write_report(run))
-    assert "The run was not verified" in page.text
-    assert "best step" not in page.text and "accuracy," not in page.of("dt")
-
-
-def test_losses_that_are_not_finite_are_counted(run: Path) -> None:
-    changed = rows()
-    lost = [row for row in changed if "train/loss" in row][3:6]
-    for row, value in zip(lost, ("nan", "inf", "-inf"), strict=True):
-        row["train/loss"] = value
-    write_metrics(run, changed)
-    page = Page(write_report(run))
-    assert "3 of 20 logged losses are not finite." in page.text
-    assert page.tags["svg"] == 4
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("value", ["nan", "0", "1e30", "-3", "1.2e"])
-def test_a_run_of_nothing_but_one_value_is_drawn(run: Path, value: str) -> None:
-    """A torn number, 1.2e, is none."""
-    write_metrics(run, [{k: value if k != "step" else v for k, v in row.items()} for row in rows()])
-    (run / "results.json").write_text(json.dumps(results(final_loss=float("nan"))))
-    assert Page(write_report(run)).tags["svg"] == 4
-
-
-@pytest.mark.filterwarnings("error")
-def test_one_row_is_enough(run: Path) -> None:
-    write_metrics(run, [{**rows()[0], **rows()[1]}])
-    page = Page(write_report(run))
-    assert page.tags["svg"] == 4
-
-
 def test_rates_logged_apart_from_the_loss_are_drawn(run: Path) -> None:
     """So does Lightning's monitor, a row of its own each, with a column for each group."""
     changed = [{k: v for k, v in row.items() if not k.startswith("lr-")} for row in rows()]
@@ -335,47 +250,64 @@ def test_rates_logged_apart_from_the_loss_are_drawn(run: Path) -> None:
     assert {"SGD/pg1", "SGD/pg2", "learning rate"} <= set(page.of("text"))
 
 
-@pytest.mark.slow
-def test_a_long_run_makes_no_long_page(run: Path) -> None:
-    (run / "samples.png").unlink()
-    steps = range(20_000)
-    names = ("train/loss", "fastface/response", "fastface/threshold", "train/images_per_second")
-    noise = np.random.default_rng(0).normal(size=(len(steps), len(names)))
-    write_metrics(run, [{"step": s, **dict(zip(names, noise[s], strict=True))} for s in steps])
-    assert write_report(run).stat().st_size < 500_000
+def test_a_killed_run_is_told_from_its_metrics(run: Path) -> None:
+    (run / "results.json").unlink()
+    (run / "overrides.yaml").unlink()
+    changed = rows()
+    lost = [row for row in changed if "train/loss" in row][3:6]
+    for row, value in zip(lost, ("nan", "inf", "1.2e"), strict=True):  # the last one is torn
+        row["train/loss"] = value
+    write_metrics(run, changed)
+    page = Page(write_report(run))
+    assert page.of("h1") == ["iresnet50 on RecordData, schedule FastFace"]
+    assert "3 of 20 logged losses are not finite." in page.text
+    assert list(zip(page.of("dt"), page.of("dd"), page.of("small"), strict=True)) == [
+        ("accuracy, lfw", "90.00%", "± 1.00%, untrained 55.00%"),
+        ("accuracy, cfp_fp", "82.00%", "± 2.00%, untrained 51.00%"),
+        ("best step", "99", "accuracy 87.00%"),
+        ("last logged loss", "5.025", "at step 199"),
+    ]
+    assert page.tags["svg"] == 4
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", ["nan", "0", "1e30"])
+def test_metrics_alone_will_do_whatever_they_are(run: Path, value: str) -> None:
+    """One row, and many of one value."""
+    for file in run.glob("*.*"):
+        file.unlink()
+    for kept in (rows()[:2], rows()):
+        write_metrics(run, [{k: value if k != "step" else v for k, v in r.items()} for r in kept])
+        page = Page(write_report(run))
+        assert page.of("h1") == ["Run run"] and page.tags["svg"] == 3
+    (run / "metrics.csv").unlink()
+    with pytest.raises(ValueError, match=r"config\.yaml or metrics\.csv"):
+        write_report(run)
 
 
 @given(st.integers(0, 5 * MAX_POINTS), st.integers(0, 2**32 - 1))
-def test_thinning_keeps_order_and_extremes(count: int, seed: int) -> None:
+def test_thinning_keeps_order_extremes_and_gaps(count: int, seed: int) -> None:
     y = np.random.default_rng(seed).random(count)
     kept, values = thin(range(count), y)
     assert len(kept) <= MAX_POINTS
     assert (values == y[kept.astype(int)]).all() and (np.diff(kept) > 0).all()
     if count:
         assert values.min() == y.min() and values.max() == y.max()
-    assert count > MAX_POINTS or len(kept) == count
-
-
-def test_thinning_keeps_gaps() -> None:
-    y = np.ones(100_000)
-    y[777] = np.nan
-    _, values = thin(np.arange(len(y)), y)
-    assert np.isnan(values).sum() == 1
+        y[seed % count] = np.nan
+        assert np.isnan(thin(range(count), y)[1]).sum() == 1
 
 
 def test_the_smoothed_loss_is_the_mean_of_the_finite_losses_around() -> None:
     loss = np.random.default_rng(0).normal(size=250)
     loss[40] = np.nan
-    axis = Figure().subplots()
-    draw_loss(axis, np.arange(250), loss)
-    smoothed = axis.lines[1].get_ydata()
+    figure = schedule_figure((np.arange(250), loss), None, None, {}, [])
     expected = [np.nanmean(loss[max(i - 2, 0) : i + 3]) for i in range(250)]
-    np.testing.assert_allclose(smoothed, expected, atol=1e-12)
+    np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 100])
 def test_the_threshold_is_always_in_sight(scale: float) -> None:
-    axis = Figure().subplots()
-    draw_response(axis, [0, 1, 2], [0.0, scale, -scale], [float("nan"), 0.5, 0.5])
-    low, high = axis.get_ylim()
+    response, loss = ([0, 1, 2], [0.0, scale, -scale]), ([0, 1, 2], [3.0, 2.0, 1.0])
+    figure = schedule_figure(loss, response, [float("nan"), 0.5, 0.5], {}, [])
+    low, high = figure.axes[1].get_ylim()
     assert low < 0.5 < high and high - low < 20 * 0.5 + 1e-9

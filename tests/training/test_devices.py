@@ -31,16 +31,13 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Any:
     return resolved
 
 
-def test_a_processor(resolved: Any) -> None:
+def test_a_processor_and_a_gpu(resolved: Any) -> None:
     assert resolved(cuda=False, bf16=False) == (("32-true", False, True, False), {})
     assert resolved(cuda=True, bf16=True, accelerator="cpu")[0][0] == "32-true"
-
-
-def test_a_gpu_with_bf16(resolved: Any) -> None:
     assert resolved(cuda=True, bf16=True) == (("bf16-mixed", True, True, True), {})
 
 
-def test_a_gpu_without_has_the_papers_float16_and_loss_scaler(resolved: Any) -> None:
+def test_a_gpu_without_bf16_has_the_papers_float16_and_loss_scaler(resolved: Any) -> None:
     found, plugins = resolved(cuda=True, bf16=False)
     assert found == ("16-mixed", True, False, True)  # fused, its gradients could not be clipped
     assert plugins["precision"] is None

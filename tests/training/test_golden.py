@@ -39,7 +39,7 @@ class Losses(Callback):
 
 @pytest.fixture
 def double() -> Iterator[None]:
-    """Weights are drawn and trained in float64: fifty steps make a rounding of 1e-7 a loss's 1e0,
+    """Weights begin and are trained in float64: fifty steps make a rounding of 1e-7 a loss's 1e0,
     and one of 1e-16, which is where processors differ, nothing that shows."""
     torch.set_default_dtype(torch.float64)
     yield

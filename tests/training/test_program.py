@@ -19,10 +19,6 @@ pytestmark = pytest.mark.program
 QUIET = "trainer.enable_progress_bar=false"
 
 
-def small(*more: str) -> list[str]:
-    return [*SMALL, *more]
-
-
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as lines:
         return list(csv.DictReader(lines))
@@ -56,7 +52,9 @@ def test_verifies_every_so_many_steps_and_keeps_the_best(run: Run, tmp_path: Pat
     encoded = [encode_jpeg(draw_face(1, i // 2, i).transpose(1, 2, 0)) for i in range(40)]
     write_verification_bin(tmp_path / "lfw.bin", encoded, same)
     ended = run(
-        *small("trainer.max_epochs=2", "trainer.accumulate_grad_batches=2"),
+        *SMALL,
+        "trainer.max_epochs=2",
+        "trainer.accumulate_grad_batches=2",
         *("data.batch_size=4", f"data.verify=[{tmp_path}/lfw.bin]", "verify.every_n_steps=3"),
     )
     best = results_of(ended)["best"]
@@ -80,7 +78,7 @@ def test_resume_goes_on_with_its_settings_its_metrics_and_its_schedule(run: Run)
     """`hydra.run.dir=RUN resume=auto` alone; what it adds goes over that. Rows before the
     checkpoint stay, and steps, images and time add up."""
     steps = ["trainer.log_every_n_steps=1", "checkpoint.every_n_steps=2", "trainer.max_epochs=2"]
-    first = run(*small("resume=auto", "trainer.max_steps=5", "optimizer.lr=0.05", *steps))
+    first = run(*SMALL, "resume=auto", "trainer.max_steps=5", "optimizer.lr=0.05", *steps)
     assert first.code == 0 and saved(first)["global_step"] == 5  # nothing to go on from
     with (first.folder / "metrics.csv").open("a", newline="") as file:  # a row past the checkpoint
         row = {"step": "7", "train/loss": "1.0", "epoch": "0"}
@@ -97,12 +95,12 @@ def test_resume_goes_on_with_its_settings_its_metrics_and_its_schedule(run: Run)
     for key in ("steps", "images", "final_loss", "verification", "lr_changes", "final_lr"):
         assert again[key] == results[key]
     file = second.folder / "checkpoints" / "last.ckpt"
-    third = run(*small(f"resume={file}", "trainer.max_steps=9"), folder="other")
+    third = run(*SMALL, f"resume={file}", "trainer.max_steps=9", folder="other")
     assert results_of(third)["steps"] == 9
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(run: Run) -> None:
-    first = run(*small("schedule=cosine", "trainer.max_steps=1"))
+    first = run(*SMALL, "schedule=cosine", "trainer.max_steps=1")
     settings = (first.folder / "overrides.yaml").read_text()
     ended = run("resume=auto", "schedule=multistep", "trainer.max_steps=2")
     assert ended.code == 2 and "CosineAnnealingLR for a run with MultiStepLR" in ended.err
@@ -126,22 +124,13 @@ def test_bad_files_are_named_and_skipped(run: Run, faces: Path) -> None:
     assert stopped.code == 2 and "max_bad" in stopped.err and str(victim) in stopped.err
 
 
-def test_lfw_view_1(run: Run, shared_data: Path) -> None:
-    ended = run(
-        *("data=lfw", f"data.root={shared_data / 'lfw112'}", "data.num_workers=0", QUIET),
-        *("data.batch_size=8", "trainer.max_steps=2", "trainer.limit_val_batches=2"),
-    )
-    assert ended.code == 0, ended.err
-    assert "Betsy_Coffin" in ended.out + ended.err
-
-
 def test_fine_tuning_on_other_identities(run: Run) -> None:
     """Frozen stages stay to the bit, new centres come, and each part has its learning rate."""
-    first = run(*small("trainer.max_steps=2"))
+    first = run(*SMALL, "trainer.max_steps=2")
     file = first.folder / "checkpoints" / "last.ckpt"
     more = ["data.num_identities=11", "trainer.max_steps=2", "trainer.log_every_n_steps=1"]
     more += ["classifier.reinit=true", "classifier.lr=0.1", "model.freeze=[conv1,bn1,layer1]"]
-    ended = run(*small(*more, f"weights={file}"), folder="fine")
+    ended = run(*SMALL, *more, f"weights={file}", folder="fine")
     assert ended.code == 0, ended.err
     before, after = saved(first)["state_dict"], saved(ended)["state_dict"]
     assert after["classifier.weight"].shape == (11, 128)
@@ -154,19 +143,6 @@ def test_fine_tuning_on_other_identities(run: Run) -> None:
     assert found == pytest.approx([0.02, 0.1], rel=1e-6)
     file.unlink()  # the run goes on without the file that it started from
     assert run("resume=auto", "trainer.max_steps=3", folder="fine").code == 0
-
-
-def test_a_margin_with_a_memory_resumes(run: Run) -> None:
-    """One step after a checkpoint that holds 50, the statistic is still near 50."""
-    first = run(*small("classifier=full", "margin=adaface", "trainer.max_steps=2"))
-    checkpoint, key = saved(first), "classifier.margin.std"
-    assert 0 < abs(checkpoint["state_dict"][key] - 100) < 5
-    checkpoint["state_dict"][key].fill_(50.0)
-    torch.save(checkpoint, first.folder / "checkpoints" / "last.ckpt")
-    second = run("resume=auto", "trainer.max_steps=3")
-    assert second.code == 0, second.err
-    held = saved(second)["state_dict"][key]
-    assert 49 < held < 51 and held != 50
 
 
 # ------------------------------------------------------------------------------------- plans
@@ -212,33 +188,15 @@ def test_plan_of_a_chunk_that_is_too_large(run: Run) -> None:
     assert "classifier=chunked classifier.chunk=null or classifier=" in said
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
-def test_plan_of_timm_models(run: Run, name: str) -> None:
-    backbone = planned(run, "model=timm", f"model.name={name}", "plan=8")[0]["backbone"]
+def test_plan_of_a_timm_model(run: Run) -> None:
+    backbone = planned(run, "model=timm", "model.name=convnext_atto", "plan=8")[0]["backbone"]
     assert 0 < backbone["gradients"] <= backbone["weights"] and backbone["activations"] > 2**26
-
-
-def test_plan_counts_accumulated_gradients(run: Run) -> None:
-    one, four = (
-        planned(run, "data=webface4m", "plan=24", f"trainer.accumulate_grad_batches={n}")[0]
-        for n in (1, 4)
-    )
-    for name in ("full", "chunked"):
-        more = four["heads"][name]["peak"] - one["heads"][name]["peak"]
-        assert more >= 205_990 * 128 * 4 - 2**24
-
-
-def test_plan_of_the_default_run_on_this_device(run: Run) -> None:
-    plan, said = planned(run, "plan=true", "trainer=cpu")
-    assert (plan["num_classes"], plan["batches"], plan["reserve"]) == (500, 624, 0)
-    assert "fits" in said and "does not" not in said
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         ["plan=-3"],
-        ["plan=inf"],
         ["plan=24", "trainer=ddp", "trainer.devices=4"],
         ["plan=24", "classifier=partial", "optimizer=adamw"],
         ["plan=true", "trainer.max_epochs=null"],
@@ -246,5 +204,5 @@ def test_plan_of_the_default_run_on_this_device(run: Run) -> None:
     ],
 )
 def test_what_cannot_be_planned(run: Run, arguments: list[str]) -> None:
-    ended = run(*small(), *arguments)
+    ended = run(*SMALL, *arguments)
     assert ended.code == 2 and ended.err.splitlines()[-1].startswith("error: ")

@@ -20,7 +20,7 @@ CASES = {
     "in the main process": "data.num_workers=0",
     "two workers": "data.num_workers=2",
     "accumulated": "data.num_workers=2 trainer.accumulate_grad_batches=2",
-    "a drawn sample of classes": "classifier=partial classifier.rate=0.5 margin=elasticface",
+    "a sample of classes": "classifier=partial classifier.rate=0.5 margin=elasticface",
     "two ranks": "trainer=ddp trainer.accelerator=cpu trainer.devices=2 data.batch_size=4",
     "a dynamic class pool": "classifier=dynamic_pool classifier.pool_size=7 data.batch_size=4 "
     "data.num_workers=2 trainer.accumulate_grad_batches=5",

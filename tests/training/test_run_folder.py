@@ -15,8 +15,6 @@ from fastface_lightning.training.module import FaceModule
 from fastface_lightning.training.run_folder import (
     check_checkpoint,
     checkpoint_to_resume,
-    read_settings,
-    write_settings,
 )
 
 
@@ -42,13 +40,9 @@ def save(module: FaceModule, file: Path) -> Path:
     return file
 
 
-def test_a_new_folder_starts_anew(tmp_path: Path) -> None:
-    assert chosen(tmp_path) is None
-    assert chosen(tmp_path, resume="auto") is None
-
-
 def test_a_run_goes_on_from_its_last_checkpoint_or_from_a_file(tmp_path: Path) -> None:
     last = save(faces(), tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert chosen(tmp_path) is chosen(tmp_path, resume="auto") is None
     assert chosen(tmp_path / "run", resume="auto") == last
     assert chosen(tmp_path / "run", resume="auto", weights="backbone.pth") == last
     assert chosen(tmp_path / "run", resume=str(last)) == last
@@ -84,16 +78,10 @@ def test_a_checkpoint_of_another_network_or_of_none(tmp_path: Path) -> None:
         check_checkpoint(last, faces(6))
     with pytest.raises(ValueError, match=r"classifier\.lr must .* null, got 0.1"):
         check_checkpoint(last, faces(lr=0.1))
-    for content in ("text", {"state_dict": {}}, {"global_step": 1, "state_dict": {}}, [1]):
+    for content in ("text", {"global_step": 1, "state_dict": {}}):
         torch.save(content, last)
         with pytest.raises(ValueError, match=r"a checkpoint of train\.py, got .*last\.ckpt"):
             check_checkpoint(last, faces())
     last.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"a checkpoint of train\.py"):
         check_checkpoint(last, faces())
-
-
-def test_settings_are_written_and_read(tmp_path: Path) -> None:
-    assert read_settings(tmp_path) == ["", ""]
-    write_settings(tmp_path, "seed: 0\n", "- seed=0\n")
-    assert read_settings(tmp_path) == ["seed: 0\n", "- seed=0\n"]
