@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from omegaconf import DictConfig
 
-from ..classifiers import Classifier, MomentumClassifier
+from ..classifiers import AttentionClassifier, Classifier, MomentumClassifier
 from ..data import FaceDataModule
 from ..schedule.callback import FastFaceCallback
 from ..schedule.fixed import FixedSchedule
@@ -42,18 +42,19 @@ def build_classifier(
 def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceModule:
     """The network, its classifier and its optimizer; the data, set up, comes in the classifier's
     batches. A FixedSchedule, of what ``cfg.schedule`` may make, comes with the optimizer."""
+    classifier = build_classifier(cfg, data.num_classes)
     module = FaceModule(
         instantiate(cfg.model),
-        build_classifier(cfg, data.num_classes),
+        classifier,
         instantiate(cfg.optimizer),
         schedule if isinstance(schedule, FixedSchedule) else None,
         data.verify_names,
         cfg.classifier.lr,
         instantiate(cfg.augment),
     )
-    classifier = module.classifier
-    data.batches = getattr(classifier, "batches", "images")
-    data.keys = getattr(classifier, "keys", data.keys)
+    data.batches = classifier.batches
+    if isinstance(classifier, AttentionClassifier):
+        data.keys = classifier.keys
     if isinstance(classifier, MomentumClassifier):
         classifier.check_batch_size(data.batch_size)  # at least: of one rank
         log.info("%s of %s", type(classifier).__name__, classifier.extra_repr())

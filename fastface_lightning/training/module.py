@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..backbones import load_weights, normalise
 from ..backbones.weights import check_finite, read_weights
-from ..classifiers import DynamicClassPool, MomentumClassifier
+from ..classifiers import DynamicClassPool, MomentumClassifier, PartialClassifier
 from ..data.augment import Augment
 from ..evaluation import ROC, ROCCurve, VerificationAccuracy
 from ..optim import SGD, match_memory_format
@@ -167,7 +167,7 @@ class FaceModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer, world_size = self.build_optimizer(), self.trainer.world_size
-        if getattr(self.classifier, "samples", False):
+        if isinstance(self.classifier, PartialClassifier) and self.classifier.rate < 1:
             check_sparse(optimizer)
             if world_size > 1:
                 raise MisconfigurationException(

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbones import normalise
-from ..classifiers import MomentumClassifier, chunk_that_fits
+from ..classifiers import MomentumClassifier, PartialClassifier, chunk_that_fits
 from ..data import FaceDataModule
 from ..data.augment import flip_some
 from ..files import write_text
@@ -264,7 +264,7 @@ def plan_classifier(
         gradients = _gradient_bytes(head)
         highest = meter.peak - start
         held = _optimizer_bytes(make_optimizer, head, meter)
-        if getattr(head, "samples", False):
+        if isinstance(head, PartialClassifier) and head.rate < 1:
             # A fake sparse tensor has no rows. These are there once as the gradient and once as
             # its sorted copy, and two blocks of them are at work.
             row = embedding_size * head.weight.element_size()
