@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from fastface_lightning.training.environment import processor_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def all_pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sameness of the n (n - 1) / 2 pairs of (n, D) unit embeddings, (n,) labels."""
+    i, j = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
+    return (embeddings @ embeddings.T)[i, j], labels[i] == labels[j]
 
 
 def medians(sides: dict[str, Callable[[], None]], repeats: int = 7) -> dict[str, float]:

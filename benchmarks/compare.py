@@ -23,6 +23,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
+from common import all_pairs
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -38,7 +39,7 @@ from fastface_lightning.cli import program
 from fastface_lightning.data import EpochSampler, FaceLoader, IdentityFolder, SyntheticFaces
 from fastface_lightning.data.datamodule import read_people
 from fastface_lightning.data.datasets.in_memory import InMemoryDataset, downsampled
-from fastface_lightning.evaluation import all_pairs, roc_auc, tar_at_far
+from fastface_lightning.evaluation import roc_auc, tar_at_far
 from fastface_lightning.files import write_text
 from fastface_lightning.margins import CosFace
 from fastface_lightning.optim import SGD

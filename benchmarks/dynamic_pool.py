@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from classifiers import resident
-from common import RESULTS, medians, show, write
+from common import RESULTS, all_pairs, medians, show, write
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
@@ -54,7 +54,7 @@ from fastface_lightning.data import (
 )
 from fastface_lightning.data.datamodule import read_people
 from fastface_lightning.data.datasets.in_memory import InMemoryDataset, downsampled
-from fastface_lightning.evaluation import all_pairs, tar_at_far
+from fastface_lightning.evaluation import tar_at_far
 from fastface_lightning.margins import CosFace
 from fastface_lightning.optim import SGD
 from fastface_lightning.training.environment import memory_of

@@ -31,7 +31,6 @@ def main(cfg: DictConfig) -> int:
     check_numbers(cfg, "batch_size", "num_workers")
 
     import numpy as np
-    from rich.console import Console
 
     from fastface_lightning.data import ImageFiles, find_images
     from fastface_lightning.data.formats.names import write_names
@@ -55,21 +54,16 @@ def main(cfg: DictConfig) -> int:
     folder = Path(HydraConfig.get().runtime.output_dir)
     written = {"target": str(target), "images": len(names), "bad": bad, "model": embedder.about}
     (folder / "embed.json").write_text(json.dumps(written, indent=2) + "\n")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{target}: {rows.shape[0]:,} embeddings of {rows.shape[1]}", markup=False)
+    print(f"{target}: {rows.shape[0]:,} embeddings of {rows.shape[1]}")
     for line in bad[:20]:
-        console.print(f"  {line}", markup=False)
+        print(f"  {line}")
     if bad:
-        console.print(f"{len(bad):,} images could not be read; their rows are NaN, see embed.json")
+        print(f"{len(bad):,} images could not be read; their rows are NaN, see embed.json")
     return len(bad)
 
 
 def landmarks_of(names: Sequence[str], file: str) -> NDArray[np.float64]:
-    """(n, 5, 2) landmarks of the images of these names.
-
-    Raises:
-        ValueError: the list lacks an image.
-    """
+    """(n, 5, 2) landmarks of the images of these names."""
     import numpy as np
 
     from fastface_lightning.data import read_landmarks
@@ -78,8 +72,7 @@ def landmarks_of(names: Sequence[str], file: str) -> NDArray[np.float64]:
     absent = [name for name in names if name not in listed]
     if absent:
         raise ValueError(
-            f"landmarks must list every image, got none for {len(absent)}, the first of which is "
-            f"{absent[0]}"
+            f"landmarks must list every image, got none for {len(absent)}, the first {absent[0]}"
         )
     return np.stack([listed[name] for name in names])
 

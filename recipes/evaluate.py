@@ -69,17 +69,12 @@ def main(cfg: DictConfig) -> None:
             draw_worst(protocol, outcome, folder / f"worst_{protocol.name}.png")
         text = write(cfg, folder, embedder, results)
     draw_figures(outcomes, folder)
-    console = Console()
-    console.print(Markdown(text))
-    console.print(f"evaluation.json, evaluation.md and figures are in {folder}", soft_wrap=True)
+    Console().print(Markdown(text))
+    print(f"evaluation.json, evaluation.md and figures are in {folder}")
 
 
 def verify_paths(cfg: DictConfig) -> list[str]:
-    """The sets that the command names, before anything takes long.
-
-    Raises:
-        ValueError: something else than paths, or nothing is there.
-    """
+    """The sets that the command names, before anything takes long."""
     paths = [cfg.verify] if isinstance(cfg.verify, str) else cfg.verify or []
     if not isinstance(paths, Sequence) or not all(isinstance(path, str) for path in paths):
         raise ValueError(f"verify must be a list of paths, as [lfw.bin,IJBC], got {cfg.verify}")
@@ -90,11 +85,7 @@ def verify_paths(cfg: DictConfig) -> list[str]:
 
 
 def protocols(cfg: DictConfig, paths: Sequence[str]) -> Iterator[Protocol]:
-    """The sets at ``paths``, one at a time; without any, those that the run was verified on.
-
-    Raises:
-        ValueError: there is none, or two have one name.
-    """
+    """The sets at ``paths``, one at a time; without any, those that the run was verified on."""
     names = set()
     for protocol in opened(paths, cfg.verify_root) if paths else run_sets(cfg.checkpoint):
         if protocol.name in names:
@@ -118,16 +109,15 @@ def run_sets(checkpoint: str) -> Iterator[Protocol]:
     from fastface_lightning.backbones.weights import read_about
     from fastface_lightning.inference.protocols import Pairs
 
+    sets = {}
     about = {} if Path(checkpoint).suffix.lower() == ".onnx" else read_about(checkpoint)
-    if "config" not in about:
-        raise ValueError(
-            f"verify must name sets, as [lfw.bin]: {checkpoint} does not say which its run had"
-        )
-    data = instantiate(about["config"]["data"])
-    data.setup()
-    if not data.sets:
-        raise ValueError(f"verify must name sets, as [lfw.bin]: the run of {checkpoint} had none")
-    for name, pairs in data.sets.items():
+    if "config" in about:
+        data = instantiate(about["config"]["data"])
+        data.setup()
+        sets = data.sets
+    if not sets:
+        raise ValueError(f"verify must name sets, as [lfw.bin]: {checkpoint} names none")
+    for name, pairs in sets.items():
         yield Pairs(name, pairs)
 
 
@@ -140,15 +130,10 @@ def embedded(protocol: Protocol, embedder: Embedder, cache: Path, num_workers: i
 
     print(f"{protocol.name}: {protocol.count:,} images", flush=True)
     key = embedding_key(embedder, protocol.digest())
+    file, embed = cache / f"{protocol.name}-{key}.npy", embedder.features
+    workers = 0 if isinstance(protocol, Pairs) else num_workers
     rows = embed_to_file(
-        cache / f"{protocol.name}-{key}.npy",
-        key,
-        protocol.images,
-        protocol.count,
-        embedder,
-        embedder.features,
-        0 if isinstance(protocol, Pairs) else num_workers,
-        keep=True,
+        file, key, protocol.images, protocol.count, embedder, embed, workers, keep=True
     )
     return torch.from_numpy(rows)
 
@@ -160,13 +145,12 @@ def draw_figures(outcomes: dict[str, Outcome], folder: Path) -> None:
 
     curves, scores = {}, {}
     for name, (_, cosines, same) in outcomes.items():
-        if len(cosines) == 0:
-            continue
-        scores[name] = (cosines[same].numpy(), cosines[~same].numpy())
+        if len(cosines):
+            scores[name] = (cosines[same].numpy(), cosines[~same].numpy())
         if same.any() and not same.all():
-            roc = roc_curve(cosines, same)
-            taken = thin_curve(roc.far)
-            curves[name] = (roc.far[taken], roc.tar[taken])
+            far, tar, _ = roc_curve(cosines, same)
+            taken = thin_curve(far)
+            curves[name] = (far[taken], tar[taken])
     if curves:
         plot_curves(folder / "roc.png", curves)
     if scores:
@@ -192,12 +176,8 @@ def write(cfg: DictConfig, folder: Path, embedder: Embedder, results: Results) -
     """Write evaluation.json and evaluation.md; returns the latter's text."""
     from fastface_lightning.files import write_text
 
-    written = {
-        "checkpoint": str(cfg.checkpoint),
-        "mirror": cfg.mirror,
-        "model": embedder.about,
-        "sets": results,
-    }
+    written = {"checkpoint": str(cfg.checkpoint), "mirror": cfg.mirror}
+    written |= {"model": embedder.about, "sets": results}
     write_text(folder / "evaluation.json", json.dumps(written, indent=2) + "\n")
     how = "" if cfg.mirror else ", without mirror images"
     text = f"# {cfg.checkpoint}{how}\n\n{headline(embedder.about, results)}\n"

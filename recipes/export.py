@@ -17,8 +17,6 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 @program(config_path=CONF, config_name="export")
 def main(cfg: DictConfig) -> None:
     """Export, print what is in the file, leave export.json."""
-    from rich.console import Console
-
     from fastface_lightning.inference.embedder import load_embedder
     from fastface_lightning.inference.export import check_target, export
     from fastface_lightning.inference.torch_embedder import TorchEmbedder
@@ -32,11 +30,9 @@ def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     written = {"checkpoint": str(cfg.checkpoint), "target": str(target), **about}
     (folder / "export.json").write_text(json.dumps(written, indent=2) + "\n")
-    console = Console(highlight=False, soft_wrap=True)
     for key, value in about.items():
-        console.print(f"  {key:14}{shown(value)}", markup=False)
-    size = target.stat().st_size / 2**20
-    console.print(f"  {'file':14}{target}, {size:,.1f} MiB", markup=False)
+        print(f"  {key:14}{shown(value)}")
+    print(f"  {'file':14}{target}, {target.stat().st_size / 2**20:,.1f} MiB")
 
 
 def shown(value: Any) -> str:

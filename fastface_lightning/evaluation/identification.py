@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .checks import check_column, check_embeddings, check_fraction
 from .row_metric import RowMetric
 
 
 class IdentificationResult(NamedTuple):
-    """What a search of a gallery finds.
+    """Of :func:`identification`.
 
     Attributes:
         rank: share of the mated probes found within each of ``ranks``, fractions in [0, 1].
@@ -60,9 +61,6 @@ def identification(
     f; at k = \|U\| every score passes. A stranger raises an alarm by a score above
     :math:`u_{k+1}`, so at most the share f of them do, whatever the ties.
 
-    No more than ``block`` products of probes and gallery entries are held at a time; time is
-    O(\|probes\| \|gallery\| D).
-
     Args:
         probes: unit embeddings to search for, (N, D) float; products are taken in their dtype.
         probe_ids: identity of each probe, (N,) int64.
@@ -76,8 +74,8 @@ def identification(
         Rank rates in the order of ``ranks``, hit rates in the order of ``fpir``, and the counts.
 
     Raises:
-        ValueError: if shapes, dtypes or ranges do not fit, an embedding is not finite, or no probe
-            is mated.
+        ValueError: shapes, dtypes or ranges that do not fit, an embedding that is not finite, or
+            no mated probe.
 
     References:
         Maze et al., IARPA Janus Benchmark - C: Face Dataset and Protocol, 2018, section 4.
@@ -124,21 +122,14 @@ def identification(
         true_scores.append(true_score.squeeze(0))
         places.append((score >= true_score).sum(0))
     best = [scores(rows).amax(0) for rows in (~is_mated).nonzero().squeeze(1).split(at_once)]
-    return _rates(torch.cat(true_scores), torch.cat(places), torch.cat(best), ranks, fpir)
 
-
-def _rates(
-    true_scores: Tensor, places: Tensor, best: Tensor, ranks: Sequence[int], fpir: Sequence[float]
-) -> IdentificationResult:
-    """Count hits, given score and place of each mated probe and the best score of the others."""
-    mated, unmated = len(true_scores), len(best)
-    rank = [(places <= r).double().mean().item() for r in ranks]
+    place, strangers = torch.cat(places), torch.cat(best).sort(descending=True).values
+    mated, unmated = len(place), len(strangers)
+    rank = [(place <= r).double().mean().item() for r in ranks]
     if unmated == 0:
         return IdentificationResult(rank, None, mated, unmated)
-    first = true_scores[places == 1]
-    # All unmated probes may raise an alarm where k = |U|, so the last threshold is below any score.
-    lowest = best.new_tensor([-torch.inf])
-    thresholds = torch.cat([best.sort(descending=True).values, lowest])
+    first = torch.cat(true_scores)[place == 1]
+    thresholds = F.pad(strangers, (0, 1), value=-torch.inf)  # at k = |U| every score passes
     share = torch.arange(1, unmated + 1, dtype=torch.float64) / unmated
     allowed = [int((share <= f).sum()) for f in fpir]
     tpir = [int((first > thresholds[k]).sum()) / mated for k in allowed]
@@ -164,8 +155,8 @@ class Identification(RowMetric):
     without the ``tpir`` where every probe is mated, and leaves the rest in ``result``.
 
     Args:
-        ranks: places up to which a probe counts as found, at least 1.
-        fpir: false positive identification rates, fractions in [0, 1].
+        ranks: see :func:`identification`.
+        fpir: see :func:`identification`.
         kwargs: passed on to :class:`torchmetrics.Metric`.
 
     Attributes:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .checks import check_column, check_finite, check_fraction
 from .row_metric import RowMetric
@@ -49,8 +50,8 @@ def roc_curve(scores: Tensor, same: Tensor) -> ROC:
         The m points, m being one more than the number of different scores.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit, a score is not finite, or one kind of pair is
-            missing.
+        ValueError: shapes or dtypes that do not fit, a score that is not finite, or pairs of one
+            kind alone.
 
     Example:
         >>> scores = torch.tensor([0.9, 0.7, 0.7, 0.1])
@@ -58,13 +59,9 @@ def roc_curve(scores: Tensor, same: Tensor) -> ROC:
         >>> roc.far.tolist(), roc.tar.tolist()
         ([0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 1.0, 1.0])
     """
-    false, true, thresholds = _accepted(scores, same)
-    start = torch.tensor([torch.inf], dtype=torch.float64)
-    return ROC(
-        false / false[-1].double(),
-        true / true[-1].double(),
-        torch.cat([start, thresholds.double()]),
-    )
+    false, true, values = _accepted(scores, same)
+    thresholds = F.pad(values.double(), (1, 0), value=torch.inf)
+    return ROC(false / false[-1].double(), true / true[-1].double(), thresholds)
 
 
 class OperatingPoint(NamedTuple):
@@ -90,22 +87,19 @@ def operating_points(scores: Tensor, same: Tensor, far: Sequence[float]) -> list
     1/N (fewer, if scores tie): a ``far`` below 1/(2N) is answered at FAR 0, with the share of pairs
     of one person that score above every pair of two.
 
-    The points are those of :func:`roc_curve`, all of them. scikit-learn's ``roc_curve`` drops
-    points on straight lines unless told not to, and the nearest point that is left then may have
-    another FAR, and another TAR.
-
-    By selection in O(n), as only the scores around each of ``far`` need their place.
+    All points count. scikit-learn's ``roc_curve`` drops those on straight lines unless told not to,
+    and the nearest that is left may have another FAR, and another TAR.
 
     Args:
-        scores: likeness of each pair, (n,) float of any range, finite.
-        same: whether a pair shows one person, (n,) bool; both kinds must occur.
+        scores: see :func:`roc_curve`.
+        same: see :func:`roc_curve`.
         far: wanted false accept rates, fractions in [0, 1].
 
     Returns:
         A point for each of ``far``, in their order.
 
     Raises:
-        ValueError: in the cases of :func:`roc_curve`, or if a ``far`` lies outside [0, 1].
+        ValueError: in the cases of :func:`roc_curve`, or a ``far`` outside [0, 1].
 
     References:
         Whitelam et al., IARPA Janus Benchmark-B Face Dataset, 2017; Maze et al., IARPA Janus
@@ -143,18 +137,7 @@ def tar_at_far(scores: Tensor, same: Tensor, far: float) -> float: ...
 @overload
 def tar_at_far(scores: Tensor, same: Tensor, far: Sequence[float]) -> list[float]: ...
 def tar_at_far(scores: Tensor, same: Tensor, far: float | Sequence[float]) -> float | list[float]:
-    """True accept rate at the ROC point nearest in FAR, see :func:`operating_points`.
-
-    Args:
-        scores: likeness of each pair, (n,) float of any range, finite.
-        same: whether a pair shows one person, (n,) bool; both kinds must occur.
-        far: wanted false accept rate, a fraction in [0, 1], or several.
-
-    Returns:
-        The true accept rate, a fraction; for several ``far`` a list of them.
-
-    Raises:
-        ValueError: in the cases of :func:`operating_points`.
+    """TAR of :func:`operating_points`, a fraction: one for one ``far``, a list for several.
 
     Example:
         >>> scores = torch.tensor([0.9, 0.7, 0.6, 0.1])
@@ -166,25 +149,6 @@ def tar_at_far(scores: Tensor, same: Tensor, far: float | Sequence[float]) -> fl
     return tar[0] if isinstance(far, float | int) else tar
 
 
-def all_pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Every image against every other: scores and sameness of the n (n - 1) / 2 pairs.
-
-    Args:
-        embeddings: (n, D) float, of length 1.
-        labels: (n,) int64, who is shown.
-
-    Returns:
-        The cosines, of the embeddings' dtype, and whether a pair shows one person, bool.
-
-    Example:
-        >>> scores, same = all_pairs(torch.eye(3), torch.tensor([7, 7, 8]))
-        >>> scores.tolist(), same.tolist()
-        ([0.0, 0.0, 0.0], [True, False, False])
-    """
-    i, j = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
-    return (embeddings @ embeddings.T)[i, j], labels[i] == labels[j]
-
-
 def equal_error_rate(scores: Tensor, same: Tensor) -> float:
     r"""The error rate where as many impostors are accepted as right persons rejected.
 
@@ -193,17 +157,8 @@ def equal_error_rate(scores: Tensor, same: Tensor) -> float:
         \mathrm{EER} = \mathrm{FAR}(t) \quad\text{where}\quad
         \mathrm{FAR}(t) = 1 - \mathrm{TAR}(t)
 
-    on the ROC, its neighbouring points joined by straight lines.
-
-    Args:
-        scores: likeness of each pair, (n,) float of any range, finite.
-        same: whether a pair shows one person, (n,) bool; both kinds must occur.
-
-    Returns:
-        The rate, a fraction: 0 if the scores separate the two kinds, 0.5 if all scores are equal.
-
-    Raises:
-        ValueError: in the cases of :func:`roc_curve`.
+    on the ROC of :func:`roc_curve`, its neighbouring points joined by straight lines: 0 if the
+    scores separate the two kinds, 0.5 if all are equal.
 
     Example:
         >>> scores = torch.tensor([0.9, 0.7, 0.6, 0.1])
@@ -213,9 +168,8 @@ def equal_error_rate(scores: Tensor, same: Tensor) -> float:
     far, tar, _ = roc_curve(scores, same)
     excess = far + tar - 1  # FAR - FRR: rises at every point, from -1 to 1
     after = int(torch.searchsorted(excess, 0.0))
-    before = after - 1
-    part = excess[before] / (excess[before] - excess[after])
-    return torch.lerp(far[before], far[after], part).item()
+    low, high = excess[after - 1], excess[after]
+    return torch.lerp(far[after - 1], far[after], low / (low - high)).item()
 
 
 def roc_auc(scores: Tensor, same: Tensor) -> float:
@@ -226,17 +180,9 @@ def roc_auc(scores: Tensor, same: Tensor) -> float:
         \mathrm{AUC} = \frac{1}{P N} \sum_{\text{same}_i} \sum_{\neg\text{same}_j}
             [s_i > s_j] + \tfrac{1}{2} [s_i = s_j]
 
-    for P pairs of one person and N of two; counted in integers, as trapezoids under the ROC.
-
-    Args:
-        scores: likeness of each pair, (n,) float of any range, finite.
-        same: whether a pair shows one person, (n,) bool; both kinds must occur.
-
-    Returns:
-        The area, a fraction: 1 if the scores separate the two kinds, 0.5 if all scores are equal.
-
-    Raises:
-        ValueError: in the cases of :func:`roc_curve`.
+    for P pairs of one person and N of two, counted in integers as trapezoids under the ROC: 1 if
+    the scores separate the two kinds, 0.5 if all are equal. Takes and refuses what
+    :func:`roc_curve` does.
 
     References:
         Hanley and McNeil, The Meaning and Use of the Area under a Receiver Operating
@@ -253,21 +199,13 @@ def roc_auc(scores: Tensor, same: Tensor) -> float:
 
 
 def _accepted(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count what is accepted, from nothing to everything, and the thresholds that do it.
-
-    Returns:
-        Accepted pairs of two persons, (m,) int64 from 0; of one person, likewise; and the m - 1
-        different scores, falling, in their own dtype. All on the CPU.
-    """
+    """Pairs of two persons and of one accepted at infinity and at every score, falling: each
+    (m,) int64, on the CPU; and the m - 1 different scores."""
     _check_pairs(scores, same)
-    n = len(scores)
-    scores, order = scores.detach().cpu().sort(descending=True)
-    is_last = torch.ones(n, dtype=torch.bool)  # of the pairs with its score
-    is_last[:-1] = scores[1:] != scores[:-1]
-    true = same.cpu()[order].cumsum(0)[is_last]
-    false = is_last.nonzero().squeeze(1) + 1 - true
-    nothing = torch.zeros(1, dtype=torch.int64)
-    return torch.cat([nothing, false]), torch.cat([nothing, true]), scores[is_last]
+    values, place = scores.detach().cpu().unique(return_inverse=True)
+    same = same.cpu()
+    false, true = (place[side].bincount(minlength=len(values)).flip(0) for side in (~same, same))
+    return F.pad(false.cumsum(0), (1, 0)), F.pad(true.cumsum(0), (1, 0)), values.flip(0)
 
 
 def _check_pairs(scores: Tensor, same: Tensor) -> None:
@@ -300,8 +238,8 @@ class PairScores(RowMetric):
         """Add n pairs.
 
         Args:
-            scores: likeness of each pair, (n,) float of any range, finite.
-            same: whether a pair shows one person, (n,) bool.
+            scores: see :func:`roc_curve`.
+            same: see :func:`roc_curve`; here all may be of one kind.
             index: number of each pair in the whole set, (n,) int64, at least 0.
         """
         _check_scores(scores, same)
@@ -318,8 +256,7 @@ class TARAtFAR(PairScores):
         kwargs: passed on to :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: if a ``far`` lies outside [0, 1]; in the cases of :class:`RowMetric`, and from
-            ``compute()`` in those of :func:`roc_curve`.
+        ValueError: in the cases of :class:`RowMetric` and of :func:`operating_points`.
 
     Example:
         >>> metric = TARAtFAR(far=[0.1, 0.4])
@@ -340,9 +277,7 @@ class TARAtFAR(PairScores):
     def compute(self) -> Tensor:
         """Return the true accept rate at each wanted ``far``, a scalar or (k,)."""
         scores, same = self.rows()
-        points = operating_points(scores, same, _several(self.far))
-        tar = torch.tensor([point.tar for point in points], device=self.device)
-        return tar[0] if isinstance(self.far, float | int) else tar
+        return torch.tensor(tar_at_far(scores, same, self.far), device=self.device)
 
 
 class ROCCurve(PairScores):

@@ -29,8 +29,7 @@ class RowMetric(Metric):
         result: what the last ``compute()`` found, None before.
 
     Raises:
-        ValueError: an ``index`` of another shape or dtype; from ``compute()``, one that came with
-            some updates only.
+        ValueError: an ``index`` of another shape or dtype, or that came with some updates only.
     """
 
     is_differentiable = False
@@ -46,7 +45,7 @@ class RowMetric(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def keep(self, index: Tensor | None, *columns: Tensor) -> None:
-        """Add n rows, one tensor for each of ``columns``, or none if the index is refused."""
+        """Add n rows, one tensor for each of ``columns``."""
         n = len(columns[0])
         if index is None:
             index = torch.full((n,), _UNNUMBERED, device=columns[0].device)

@@ -33,8 +33,8 @@ def template_embeddings(features: Tensor, templates: Tensor, media: Tensor) -> T
         ``templates.unique()[r]``, so rows ascend with the template's number.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit, there is no image, a feature is not finite, or
-            the features of a template sum to zero or beyond the range of their dtype.
+        ValueError: shapes or dtypes that do not fit, no image, a feature that is not finite, or
+            features of a template that sum to zero or beyond the range of their dtype.
 
     References:
         Whitelam et al., IARPA Janus Benchmark-B Face Dataset, 2017; Maze et al., IARPA Janus
@@ -46,14 +46,12 @@ def template_embeddings(features: Tensor, templates: Tensor, media: Tensor) -> T
         tensor([[0.0000, 1.0000],
                 [0.6000, 0.8000]])
     """
-    if features.ndim != 2 or features.dtype not in (torch.float32, torch.float64):
+    n = len(features)
+    if features.ndim != 2 or n == 0 or features.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            "features must be (n, D) float32 or float64, "
+            "features must be (n, D) float32 or float64 of at least one image, "
             f"got {tuple(features.shape)} {features.dtype}"
         )
-    n = len(features)
-    if n == 0:
-        raise ValueError("features must be of at least one image, got none")
     check_column(templates, "templates", n, torch.int64)
     check_column(media, "media", n, torch.int64)
 
@@ -64,13 +62,8 @@ def template_embeddings(features: Tensor, templates: Tensor, media: Tensor) -> T
     weight = images.to(features.dtype).reciprocal()[group]
     order = template.argsort(stable=True)
     count = template.bincount()
-    sums = F.embedding_bag(
-        order,
-        features.detach(),
-        count.cumsum(0) - count,
-        mode="sum",
-        per_sample_weights=weight[order],
-    )
+    start, weight = count.cumsum(0) - count, weight[order]
+    sums = F.embedding_bag(order, features.detach(), start, mode="sum", per_sample_weights=weight)
     norm = torch.linalg.vector_norm(sums, dim=1, keepdim=True, dtype=torch.float64)
     broken = (~norm.isfinite() | (norm == 0)).nonzero()
     if len(broken) > 0:
@@ -88,11 +81,10 @@ def template_scores(embeddings: Tensor, pairs: Tensor, block: int = 2**24) -> Te
 
     .. math:: s_p = \langle e_{a_p}, e_{b_p} \rangle
 
-    A list of pairs names each template many times. Sorted, it is worked off in groups of first
-    templates: one matrix product of a group with all that it is paired with, of which the scores
-    wanted are picked. The products not wanted cost less than fetching two embeddings for every
-    pair. Memory above the inputs: ``block`` products, at most one copy of ``embeddings``, and a few
-    numbers a pair.
+    A list of pairs names each template many times: the sorted pairs of a group of first templates
+    are picked out of one matrix product of the group with all that it is paired with, which costs
+    less than to fetch two embeddings for every pair. Memory above the inputs: ``block`` products,
+    at most one copy of ``embeddings``, and a few numbers a pair.
 
     Args:
         embeddings: unit embeddings, (T, D) float; products are taken in their dtype.
@@ -103,7 +95,7 @@ def template_scores(embeddings: Tensor, pairs: Tensor, block: int = 2**24) -> Te
         The scores, (P,) like ``embeddings``, equal for every ``block`` up to rounding.
 
     Raises:
-        ValueError: if shapes, dtypes or ranges do not fit, or an embedding is not finite.
+        ValueError: shapes, dtypes or ranges that do not fit, or an embedding that is not finite.
 
     Example:
         Pairs of template numbers become pairs of rows by their place among the numbers:
@@ -125,33 +117,22 @@ def template_scores(embeddings: Tensor, pairs: Tensor, block: int = 2**24) -> Te
             f"pairs must lie in [0, {len(embeddings)}), got {int(low if low < 0 else high)}"
         )
 
-    key = pairs[:, 0] * len(embeddings) + pairs[:, 1]
-    if (key[1:] >= key[:-1]).all():
-        return _scores_in_order(embeddings, key, block)
-    key, order = key.sort()
-    scores = _scores_in_order(embeddings, key, block)
-    return torch.empty_like(scores).index_copy_(0, order, scores)
-
-
-def _scores_in_order(embeddings: Tensor, key: Tensor, block: int) -> Tensor:
-    """Return the score of each pair (a, b), given as a T + b, (P,) ascending."""
     total = len(embeddings)
+    key = pairs[:, 0] * total + pairs[:, 1]
+    order = None
+    if (key[1:] < key[:-1]).any():  # most lists are sorted, and spared the memory of it
+        key, order = key.sort()
     rows, counts = (key // total).unique_consecutive(return_counts=True)
     scores = embeddings.new_empty(len(key))
     group, start = max(1, block // total), 0
     for row, count in zip(rows.split(group), counts.split(group), strict=True):
         stop = start + int(count.sum())
-        partners, column = _compact(key[start:stop] % total, total)
-        products = embeddings[row] @ embeddings[partners].T
+        second = key[start:stop] % total
+        occurs = torch.zeros(total, dtype=torch.bool, device=key.device)
+        occurs[second] = True
+        column = (occurs.cumsum(0) - 1)[second]
+        products = embeddings[row] @ embeddings[occurs].T
         line = torch.arange(len(row), device=row.device).repeat_interleave(count)
-        torch.take(products, line * len(partners) + column, out=scores[start:stop])
+        torch.take(products, line * products.shape[1] + column, out=scores[start:stop])
         start = stop
-    return scores
-
-
-def _compact(numbers: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the distinct of (m,) numbers in [0, n), ascending, and the place of each there."""
-    occurs = torch.zeros(n, dtype=torch.bool, device=numbers.device)
-    occurs[numbers] = True
-    place = occurs.cumsum(0) - 1
-    return occurs.nonzero().squeeze(1), place[numbers]
+    return scores if order is None else torch.empty_like(scores).index_copy_(0, order, scores)

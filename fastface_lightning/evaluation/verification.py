@@ -10,7 +10,7 @@ from .row_metric import RowMetric
 
 
 class VerificationResult(NamedTuple):
-    """What cross-validated verification finds.
+    """Of :func:`verification_accuracy`.
 
     Attributes:
         accuracy: mean over the folds, a fraction in [0, 1].
@@ -36,8 +36,7 @@ def verification_accuracy(
 
     where :math:`F_1, \dots, F_K` are consecutive runs of pairs, the first (n mod K) of them one
     pair longer than the others, and t runs over 0, 0.01, ..., 3.99; among equally good thresholds
-    the lowest is taken. The result is the mean and the population standard deviation of
-    :math:`A_k`. The folds follow the order of the pairs, which is part of the protocol.
+    the lowest is taken. The folds follow the order of the pairs, which is part of the protocol.
 
     Args:
         a: unit embeddings of the first images, (n, D) float; distances are taken in their dtype.
@@ -46,10 +45,10 @@ def verification_accuracy(
         folds: number of folds K, at least 2 and at most n.
 
     Returns:
-        Mean accuracy, its standard deviation, and the threshold of each fold.
+        Mean and population standard deviation of :math:`A_k`, and :math:`t_k`.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit, an embedding is not finite, or there are fewer
+        ValueError: shapes or dtypes that do not fit, an embedding that is not finite, or fewer
             pairs than folds.
 
     References:
@@ -61,12 +60,11 @@ def verification_accuracy(
         >>> verification_accuracy(a, b, torch.tensor([True, True, False, False]), folds=2).accuracy
         0.5
     """
-    distance = _squared_distance(a, b, same)
-    return _cross_validate(distance, same, folds)
+    return _cross_validate(_squared_distance(a, b, same), same, folds)
 
 
 class VerificationTAR(NamedTuple):
-    """What cross-validated verification finds at a wanted false accept rate.
+    """Of :func:`verification_tar`.
 
     Attributes:
         tar: true accept rate, mean over the folds, a fraction in [0, 1].
@@ -94,22 +92,22 @@ def verification_tar(
     known at t = 0, 0.001, ..., 3.999 and linear between neighbours. It is a staircase: where it
     stays at ``far`` over several thresholds the highest of them is taken, and where it steps over
     ``far`` the threshold lies within that one step of 0.001. If it never reaches ``far``,
-    :math:`t_k = 0`, which accepts nothing. The result is the mean and the population standard
-    deviation of the true accept rates on :math:`F_k`, and the mean false accept rate there.
+    :math:`t_k = 0`, which accepts nothing.
 
     Args:
-        a: unit embeddings of the first images, (n, D) float; distances are taken in their dtype.
-        b: unit embeddings of the second images, like ``a``.
+        a: see :func:`verification_accuracy`.
+        b: see :func:`verification_accuracy`.
         same: whether a pair shows one person, (n,) bool; every fold must hold pairs of both kinds.
         far: wanted false accept rate, a fraction in [0, 1].
         folds: number of folds K, at least 2 and at most n.
 
     Returns:
-        Mean true accept rate, its standard deviation, and the mean false accept rate.
+        Of the true accept rates on :math:`F_k` the mean and the population standard deviation, and
+        the mean false accept rate there.
 
     Raises:
-        ValueError: in the cases of :func:`verification_accuracy`, if ``far`` lies outside [0, 1],
-            or if a fold lacks pairs of one kind, so that it has no such rate.
+        ValueError: in the cases of :func:`verification_accuracy`, a ``far`` outside [0, 1], or a
+            fold without pairs of one kind, which has no such rate.
 
     References:
         Schroff et al., FaceNet: A Unified Embedding for Face Recognition and Clustering, 2015,
@@ -159,8 +157,7 @@ class VerificationAccuracy(RowMetric):
         result: the :class:`VerificationResult` of the last ``compute()``, None before.
 
     Raises:
-        ValueError: in the cases of :class:`RowMetric`, and from ``compute()`` in those of
-            :func:`verification_accuracy`.
+        ValueError: in the cases of :class:`RowMetric` and of :func:`verification_accuracy`.
     """
 
     higher_is_better = True
@@ -176,8 +173,8 @@ class VerificationAccuracy(RowMetric):
         """Add n pairs.
 
         Args:
-            a: unit embeddings of the first images, (n, D) float.
-            b: unit embeddings of the second images, like ``a``.
+            a: see :func:`verification_accuracy`.
+            b: see :func:`verification_accuracy`.
             same: whether a pair shows one person, (n,) bool.
             index: number of each pair in the whole set, (n,) int64, at least 0.
         """
@@ -210,9 +207,7 @@ def _in_folds(distance: Tensor, same: Tensor, folds: int) -> tuple[Tensor, Tenso
     _check_folds(folds)
     n = len(distance)
     if n < folds:
-        raise ValueError(
-            f"pairs must be at least as many as folds, got {n} pairs for {folds} folds"
-        )
+        raise ValueError(f"pairs must be as many as folds, got {n} pairs for {folds} folds")
     check_finite(distance, "embeddings")
     size = torch.full((folds,), n // folds)
     size[: n % folds] += 1
@@ -220,11 +215,7 @@ def _in_folds(distance: Tensor, same: Tensor, folds: int) -> tuple[Tensor, Tenso
 
 
 def _count_below(thresholds: Tensor, distance: Tensor, fold: Tensor, folds: int) -> Tensor:
-    """Count the pairs of each fold closer than each of T thresholds, (folds, T) int64.
-
-    One histogram, in O(n log T + folds T): a pair counts from the first threshold above its
-    distance on.
-    """
+    """Count the pairs of each fold closer than each of T thresholds, (folds, T) int64."""
     width = len(thresholds) + 1  # the last bin holds the pairs that no threshold reaches
     first = torch.searchsorted(thresholds, distance, right=True)
     histogram = (fold * width + first).bincount(minlength=folds * width)

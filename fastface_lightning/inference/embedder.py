@@ -16,19 +16,14 @@ from ..preprocessing import IMAGE_SHAPE
 
 
 class Embedder(ABC):
-    """Aligned faces to unit embeddings, in batches, without gradients.
+    """Aligned faces to unit embeddings, in batches, without gradients; see :func:`load_embedder`.
 
     Args:
         embedding_size: D.
         about: what is known of the model, plain data; see :func:`about_run`.
         device: where images are embedded.
-        mirror: add the embedding of the mirror image, as the accuracies in papers are measured;
-            twice the work.
+        mirror: see :func:`load_embedder`.
         batch_size: images embedded at once.
-
-    Example:
-        >>> embed = load_embedder("model.onnx")  # doctest: +SKIP
-        >>> embeddings = embed(images)  # doctest: +SKIP
     """
 
     def __init__(
@@ -63,11 +58,9 @@ class Embedder(ABC):
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"images must be a tensor or array, got {type(images)}") from error
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != IMAGE_SHAPE:
-            shape = ", ".join(map(str, IMAGE_SHAPE))
-            hint = ": permute(0, 3, 1, 2)?" if images.ndim == 4 and images.shape[3] == 3 else ""
             raise ValueError(
-                f"images must be uint8 (N, {shape}), RGB, got {images.dtype} "
-                f"{tuple(images.shape)}{hint}"
+                f"images must be uint8 (N, 3, 112, 112), RGB, got {images.dtype} "
+                f"{tuple(images.shape)}"
             )
         features = torch.empty(len(images), self.embedding_size)
         batches = (rows.split(self.batch_size) for rows in (images, features))
@@ -126,7 +119,12 @@ def load_embedder(
         inside = sorted(path.rglob("best.ckpt"))
         hint = f", such as {inside[0]}" if inside else ""
         raise ValueError(f"a model must be a file{hint}, got {path}")
-    device = _device(device)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device must be one that torch can use here, got {device}") from error
     if path.suffix.lower() == ".onnx":
         from .onnx_embedder import OnnxEmbedder
 
@@ -134,12 +132,3 @@ def load_embedder(
     from .torch_embedder import load_torch_embedder  # which takes timm, and seconds
 
     return load_torch_embedder(path, network, device, mirror, batch_size)
-
-
-def _device(name: str | torch.device | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device must be one that torch can use here, got {name}") from error

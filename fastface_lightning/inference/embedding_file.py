@@ -47,8 +47,7 @@ def embed_to_file(
 ) -> NDArray[np.float32]:
     """Embed images into ``file``, from where an earlier, killed call with this key came to.
 
-    Until it is done the file is called ``<file>.<key>.part``; rows are appended to it, and nothing
-    that is written is written again.
+    Until it is done the file is called ``<file>.<key>.part``, to which rows are appended.
 
     Args:
         file: a ``.npy`` of (count, D) float32; one that is there is replaced, unless ``keep``.
@@ -59,8 +58,7 @@ def embed_to_file(
         embedder: gives the batch size and D.
         embed: ``embedder`` itself, or its ``features``.
         num_workers: processes that read images.
-        keep: trust a ``file`` that is there, as where its name tells the key, but for rows of NaN,
-            whose images are tried again.
+        keep: trust a ``file`` that is there, whose images of rows of NaN are tried again.
 
     Returns:
         The rows, memory-mapped; what is written to them stays in memory.
@@ -73,14 +71,17 @@ def embed_to_file(
         return np.load(file, mmap_mode="c")
     part = file.with_name(f"{file.name}.{key}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    header = _header((count, embedder.embedding_size))
-    width = 4 * embedder.embedding_size
+    shape, width = (count, embedder.embedding_size), 4 * embedder.embedding_size
+    described = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer := BytesIO(), described)
+    header = buffer.getvalue()
     with part.open("ab") as out:
         _claim(part, out)
         done = min(max(out.tell() - len(header), 0) // width, count)
-        out.truncate(len(header) + done * width if out.tell() >= len(header) else 0)
-        out.seek(0, os.SEEK_END)
-        if out.tell() == 0:
+        if done:
+            out.truncate(len(header) + done * width)
+        else:
+            out.truncate(0)
             out.write(header)
         loader: DataLoader[Any] = DataLoader(
             Subset(images, range(done, count)), embedder.batch_size, num_workers=num_workers
@@ -95,7 +96,7 @@ def embed_to_file(
 
 
 def _claim(part: Path, out: IO[bytes]) -> None:
-    """Let no other process write to the file; refuse one to which another does, or just did."""
+    """Refuse a file to which another process writes, or just did."""
     import fcntl  # not there on Windows
 
     try:
@@ -129,11 +130,3 @@ def _try_again(
         if readable:
             rows[i] = _rows(embed, image[None], torch.tensor([True]))[0]
     rows.flush()
-
-
-def _header(shape: tuple[int, int]) -> bytes:
-    """What a ``.npy`` of float32 in this shape begins with."""
-    buffer = BytesIO()
-    described = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, described)
-    return buffer.getvalue()

@@ -22,10 +22,9 @@ class OnnxEmbedder(Embedder):
     Args:
         file: its one input is (N, 3, 112, 112), uint8 in [0, 255] or floats in [-1, 1], RGB; its
             first output is (N, D). N may be a number, and then is the batch size.
-        device: where the graph runs, the GPU if onnxruntime can; images and embeddings are on the
-            CPU.
-        mirror: see :class:`Embedder`.
-        batch_size: see :class:`Embedder`.
+        device: where the graph runs; images and embeddings are on the CPU.
+        mirror: see :func:`load_embedder`.
+        batch_size: images embedded at once.
 
     Raises:
         ValueError: onnxruntime is absent, or the file is no such ONNX.
@@ -58,9 +57,7 @@ def _session(file: Path, device: torch.device) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        raise ValueError(
-            "an .onnx is run by onnxruntime, which is absent: pip install onnxruntime"
-        ) from error
+        raise ValueError("an .onnx takes onnxruntime: pip install onnxruntime") from error
     onnxruntime.set_default_logger_severity(3)
     providers = ["CPUExecutionProvider"]
     if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -88,13 +85,11 @@ def _signature(session: Any, file: Path) -> tuple[int | None, bool, int]:
     if not fits:
         described = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
         raise ValueError(
-            f"an ONNX must have one input, (N, {', '.join(map(str, IMAGE_SHAPE))}) of floats in "
-            f"[-1, 1] or of uint8, got {described} in {file}"
+            f"an ONNX must have one input, (N, 3, 112, 112) of floats in [-1, 1] or of uint8, "
+            f"got {described} in {file}"
         )
     if len(embedding.shape) != 2 or not isinstance(embedding.shape[1], int):
-        raise ValueError(
-            f"an ONNX must give embeddings (N, D) first, got {embedding.name} {embedding.shape} "
-            f"in {file}"
-        )
+        got = f"{embedding.name} {embedding.shape}"
+        raise ValueError(f"an ONNX must give embeddings (N, D) first, got {got} in {file}")
     batch = image.shape[0] if isinstance(image.shape[0], int) else None
     return batch, image.type == "tensor(uint8)", embedding.shape[1]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ..data import (
     FaceDataset,
@@ -36,7 +36,6 @@ from ..evaluation import (
     verification_accuracy,
     verification_tar,
 )
-from ..files import printable
 from .embedding_file import files_digest
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -47,7 +46,7 @@ class Outcome(NamedTuple):
     """What a set shows of a model.
 
     Attributes:
-        results: plain data, for evaluation.json.
+        results: plain data, as in evaluation.json.
         scores: cosines of the pairs compared, (P,) float; empty where the set has no pairs.
         same: whether each pair shows one person, (P,) bool.
     """
@@ -58,12 +57,12 @@ class Outcome(NamedTuple):
 
 
 class Protocol(ABC):
-    """A set of images, and what their embeddings are worth by its protocol.
+    """A set of images, and what their embeddings are worth.
 
     Attributes:
         name: of the set.
         images: item i is image i, (3, 112, 112) uint8 RGB, and whether it could be read.
-        count: how many there are.
+        count: number of images.
     """
 
     name: str
@@ -76,12 +75,8 @@ class Protocol(ABC):
 
     @abstractmethod
     def evaluate(self, features: Tensor) -> Outcome:
-        """What the set shows.
-
-        Args:
-            features: (count, D) float32, the embedding of each image, of any length; a row of NaN
-                stands for an image that could not be read.
-        """
+        """What the set shows of a model by its features, (count, D) float32, embeddings of any
+        length; a row of NaN stands for an image that could not be read."""
 
 
 class Pairs(Protocol):
@@ -89,7 +84,8 @@ class Pairs(Protocol):
 
     def __init__(self, name: str, pairs: VerificationPairs) -> None:
         self.name, self.pairs, self.count = name, pairs, len(pairs.images)
-        self.images = _InMemory(pairs.images)
+        readable = torch.ones(self.count, dtype=torch.bool)  # others are left out with their pairs
+        self.images = TensorDataset(pairs.images, readable)  # type: ignore[assignment]
 
     def digest(self) -> str:
         return hashlib.sha256(self.pairs.images.numpy().data).hexdigest()
@@ -99,6 +95,10 @@ class Pairs(Protocol):
         a, b = units[0::2], units[1::2]
         scores = (a * b).sum(1)
         folds = verification_accuracy(a, b, same)
+        try:
+            tar_folds = verification_tar(a, b, same)._asdict()
+        except ValueError:  # a fold holds pairs of one kind alone
+            tar_folds = None
         negatives = int((~same).sum())
         fars = [far for far in FARS if far * negatives >= 1]  # others no pair could show
         results = {
@@ -109,7 +109,7 @@ class Pairs(Protocol):
             "std": folds.std,
             "thresholds": folds.thresholds.tolist(),
             **_rates(scores, same, fars),
-            "tar_folds": _tar_folds(a, b, same),
+            "tar_folds": tar_folds,
         }
         return Outcome(results, scores, same)
 
@@ -147,7 +147,7 @@ class Templates(Protocol):
             "templates": len(ids),
             "pairs": len(scores),
             "pairs_without_images": int((~usable).sum()),
-            "missing": [self.images.why(int(i)) for i in (~readable).nonzero()],
+            "missing": _missing(self.images, readable),
             **_rates(scores, same, FARS),
             "identification": self._search(embeddings, ids),
         }
@@ -174,7 +174,7 @@ class Identities(Protocol):
     probes; the images of identities with a single one are probes without a mate.
     """
 
-    images: _Faces
+    images: ImageFiles
 
     def __init__(self, path: Path) -> None:
         self.path, self.faces = path, open_faces(path)
@@ -197,14 +197,13 @@ class Identities(Protocol):
         if not enrolled.any():
             raise ValueError(f"a search needs somebody with 2 images, got none in {self.faces}")
         search = _identified(units[~enrolled], labels[~enrolled], units[enrolled], labels[enrolled])
-        return Outcome(
-            {
-                "protocol": "identities",
-                "images": int(readable.sum()),
-                "missing": [self.images.why(int(i)) for i in (~readable).nonzero()],
-                "identification": [search],
-            }
-        )
+        results = {
+            "protocol": "identities",
+            "images": int(readable.sum()),
+            "missing": _missing(self.images, readable),
+            "identification": [search],
+        }
+        return Outcome(results)
 
 
 def open_protocol(path: str | Path, image_root: str | Path | None = None) -> Protocol:
@@ -239,9 +238,13 @@ def _name(path: Path) -> str:
     return path.resolve().stem.replace(".", "_")
 
 
+def _missing(images: ImageFiles, readable: Tensor) -> list[str]:
+    return [images.why(int(i)) for i in (~readable).nonzero()]
+
+
 def _rates(scores: Tensor, same: Tensor, fars: Sequence[float]) -> dict[str, Any]:
-    """TAR at each FAR and the cosine from which on it accepts, null where it accepts none; equal
-    error rate and area. No rates where all pairs are of one kind."""
+    """TAR at each FAR and the least cosine accepted there, None where none is; equal error rate
+    and area. No rates where all pairs are of one kind."""
     if same.all() or not same.any():
         return {"tar": {}, "cosine_thresholds": {}, "eer": None, "auc": None}
     names = [f"{far:.0e}" for far in fars]
@@ -253,15 +256,6 @@ def _rates(scores: Tensor, same: Tensor, fars: Sequence[float]) -> dict[str, Any
         "eer": equal_error_rate(scores, same),
         "auc": roc_auc(scores, same),
     }
-
-
-def _tar_folds(a: Tensor, b: Tensor, same: Tensor) -> dict[str, float] | None:
-    """The fold version of TAR at FAR 1e-3; None where a fold holds pairs of one kind alone, all
-    that can be wrong with what :func:`verification_accuracy` has taken."""
-    try:
-        return verification_tar(a, b, same)._asdict()
-    except ValueError:
-        return None
 
 
 def _identified(
@@ -286,34 +280,14 @@ def _rows_of(
     return rows, ids[rows] == templates
 
 
-class _InMemory(Dataset[tuple[Tensor, bool]]):
-    """Images (N, 3, 112, 112) that have been read."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> tuple[Tensor, bool]:
-        return self.images[index], True
-
-
-class _Faces(Dataset[tuple[Tensor, bool]]):
+class _Faces(ImageFiles):
     """Images of a data set; one that cannot be read is named, where training takes another."""
 
     def __init__(self, faces: FaceDataset) -> None:
-        self.faces = faces
+        self.faces, self.size = faces, faces.size
 
-    def __getitem__(self, index: int) -> tuple[Tensor, bool]:
-        pixels, reason = self._read(index)
-        return pixels, not reason
+    def __len__(self) -> int:
+        return len(self.faces)
 
-    def why(self, index: int) -> str:
-        """Why image ``index`` cannot be read; empty if it can."""
-        return self._read(index)[1]
-
-    def _read(self, index: int) -> tuple[Tensor, str]:
-        pixels, reason = np.zeros((self.faces.size, self.faces.size, 3), np.uint8), ""
-        try:
-            self.faces.read_into(index, pixels)
-        except ValueError as error:
-            reason = printable(str(error))
-        return torch.from_numpy(pixels).permute(2, 0, 1), reason
+    def _read(self, index: int) -> Tensor:
+        return torch.from_numpy(self.faces.read(index)).permute(2, 0, 1)

@@ -17,14 +17,9 @@ from ..backbones.weights import embedding_size_of, read_about, read_weights, rec
 from .embedder import Embedder
 
 # Settings of a run's model that are none of the network's.
-_OF_TRAINING = (
-    "_target_",
-    "channels_last",
-    "compile",
-    "freeze",
-    "grad_checkpointing",
-    "pretrained",
-)
+_OF_TRAINING = {
+    *("_target_", "channels_last", "compile", "freeze", "grad_checkpointing", "pretrained")
+}
 
 
 class TorchEmbedder(Embedder):
@@ -54,7 +49,7 @@ def load_torch_embedder(
     mirror: bool,
     batch_size: int,
 ) -> TorchEmbedder:
-    """:func:`~fastface_lightning.load_embedder` of a file of weights."""
+    """:func:`load_embedder` of a file of weights."""
     about = read_about(path)
     if "config" in about:
         try:
@@ -106,8 +101,8 @@ def _spec(
         name = recognise(weights)
         if name is None:
             raise ValueError(
-                f"network must be given with {path}, whose weights are of no IResNet or "
-                f"MobileFaceNet: network=NAME, its name in timm"
+                f"network must be given with {path}, whose weights are of none that is known: "
+                f"network=NAME, its name in timm"
             )
         spec["name"] = name
     return {**spec, "embedding_size": embedding_size_of(weights) or 512}

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from PIL import Image
 from programs import ROOT, Run, load
 
 from fastface_lightning.data.datasets.in_memory import downsampled
-from fastface_lightning.evaluation import all_pairs
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from common import all_pairs
 
 PROGRAM = str(ROOT / "benchmarks" / "compare.py")
 compare = load(ROOT / "benchmarks" / "compare.py")
