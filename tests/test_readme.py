@@ -116,7 +116,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_ijb(home / "IJBB", "ijbb", people=2)
     make_ijb(home / "IJBC", "ijbc", people=2)
     torch.save(network().state_dict(), home / "backbone.pth")
-    for part in ("conf", "recipes", "train.py"):
+    for part in ("benchmarks", "conf", "recipes", "train.py"):
         source = ROOT / part
         (shutil.copytree if source.is_dir() else shutil.copy)(source, home / part)
     return home
