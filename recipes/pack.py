@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastface_lightning.data import FaceDataModule, FaceDataset
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+SHARD = 10_000  # images in a tar shard
 
 
 @program(config_path=CONF, config_name="pack")
@@ -309,12 +310,12 @@ def write_tar_shards(images: Preparation, target: Path) -> None:
     faces = images.faces
 
     def samples(start: int) -> Iterator[tuple[bytes, str] | None]:
-        shards = [read_shard(shard)[0] for shard in target.glob("*.tar")] if start else []
+        shards = [read_shard(target / f"{k:06d}.tar")[0] for k in range(-(-start // SHARD))]
         places = [int(Path(sample.name).stem) for shard in shards for sample in shard]
-        for _, index, jpeg in images.begin(start, places):
+        for _, index, jpeg in images.begin(min(start, len(faces)), places):
             yield (jpeg, faces.identities[int(faces.labels[index])]) if jpeg else None
 
-    write_shards(target, samples)
+    write_shards(target, samples, SHARD)
 
 
 def pack_pairs(cfg: DictConfig, data: FaceDataModule) -> dict[str, Any]:

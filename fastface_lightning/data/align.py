@@ -175,7 +175,10 @@ def _parse(line: str) -> Landmarks:
 
 
 def _finite(fields: list[str]) -> NDArray[np.float64]:
-    numbers = np.array([float(field) for field in fields])
+    try:
+        numbers = np.array([float(field) for field in fields])
+    except ValueError:
+        numbers = np.array([np.nan])
     if not np.isfinite(numbers).all():
         raise ValueError(f"landmarks and scores must be finite, got {' '.join(fields)[:80]}")
     return numbers

@@ -7,7 +7,7 @@ images were chosen.
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -221,7 +221,7 @@ def resizing_matrix(kind: str, length: int, to: int) -> NDArray[np.float64]:
     return matrix
 
 
-@cache
+@lru_cache(maxsize=2)
 def resizing_tables(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """All matrices from ``length`` pixels to a smaller side, and all back.
 

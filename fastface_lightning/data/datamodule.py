@@ -127,6 +127,8 @@ class FaceDataModule(LightningDataModule, ABC):
         """
         if self.batches not in ("images", "dual", "keys"):
             raise ValueError(f"batches must be images, dual or keys, got {self.batches}")
+        if self.keys < 1:
+            raise ValueError(f"keys must be at least 1 image, got {self.keys}")
         images = EpochSampler(self.train_set, self.seed)
         if self.batches == "images":
             return self._loader(images, self.num_workers)
@@ -282,6 +284,8 @@ def open_faces(
     if list is not None:
         return FaceList(list, root, max_bad=max_bad, reindex=reindex)
     if not root.is_dir():
+        if root.suffix.lower() == ".zip":
+            raise ValueError(f"zip archives are not read, got {root}: unpack it into a folder")
         layout = ShardDataset if is_shard(root.name) else RecordDataset
     elif (root / "train.rec").is_file():
         root, layout = root / "train.rec", RecordDataset

@@ -56,8 +56,9 @@ class EpochSampler(DistributedSampler[Any]):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        if num_replicas is None and not (dist.is_available() and dist.is_initialized()):
-            num_replicas, rank = 1, 0
+        if not (dist.is_available() and dist.is_initialized()):
+            num_replicas = 1 if num_replicas is None else num_replicas
+            rank = 0 if rank is None else rank
         super().__init__(dataset, num_replicas, rank, seed=seed, drop_last=True)
         self.start = 0
 

@@ -182,7 +182,7 @@ class Identities(Protocol):
         self.images = _Faces(self.faces)
 
     def digest(self) -> str:
-        archives = [self.path, *sorted(self.path.glob("*.rec")), *sorted(self.path.glob("*.tar"))]
+        archives = [self.path, *sorted(self.path.glob("*.rec")), *getattr(self.faces, "shards", [])]
         names = [self.faces.name(i) for i in range(self.count)]
         return files_digest([*map(str, archives), *names], self.faces.labels)
 

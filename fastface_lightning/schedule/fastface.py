@@ -5,13 +5,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from .plateau import PlateauSchedule, PlateauState, check_window, window_of
 
+ScheduleT = TypeVar("ScheduleT", bound=PlateauSchedule)
 _PUBLISHED = {"threshold": 5e-5, "patience": 0.05, "max_decays": 8, "arm_after": 0}
 
 
+def _without_old_names(schedule: type[ScheduleT]) -> type[ScheduleT]:
+    """Let a schedule's constructor name what took the place of settings that it had once."""
+    construct = schedule.__init__
+
+    @functools.wraps(construct)
+    def init(self: Any, **settings: Any) -> None:
+        for old, variant in (("literal", "paper"), ("released", "released")):
+            if old in settings:
+                raise ValueError(f"{old} is now variant={variant!r}, got {old}={settings[old]}")
+        construct(self, **settings)
+
+    schedule.__init__ = init  # type: ignore[method-assign]
+    return schedule
+
+
+@_without_old_names
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FastFace(PlateauSchedule):
     r"""FastFace: the loss drop, averaged twice, against a threshold.
@@ -123,20 +140,6 @@ class FastFace(PlateauSchedule):
         due = state.memory[0] if state.memory else state.scale
         decided = self._decide(state._replace(scale=due), level, response, window)
         return decided._replace(scale=due, memory=(decided.scale,))
-
-
-_init = FastFace.__init__
-
-
-@functools.wraps(_init)
-def _refuse_old(self: FastFace, **settings: Any) -> None:
-    for old, variant in (("literal", "paper"), ("released", "released")):
-        if old in settings:
-            raise ValueError(f"{old} is now variant={variant!r}, got {old}={settings[old]}")
-    _init(self, **settings)
-
-
-FastFace.__init__ = _refuse_old  # type: ignore[method-assign]
 
 
 def default_window(total_steps: int) -> int:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-COUNTS = ("milestones", "patience", "cooldown", "step_size", "T_max", "total_iters", "total_steps")
+DURATIONS = ("step_size", "step_size_up", "step_size_down", "T_0", "T_max", "total_steps")
+COUNTS = (*DURATIONS, "milestones", "patience", "cooldown", "total_iters", "steps_per_epoch")
 
 
 class FixedSchedule:
@@ -20,9 +21,10 @@ class FixedSchedule:
     Args:
         scheduler: name of its class, ``MultiStepLR``.
         settings: its keyword arguments. Where they count steps (``milestones``, ``patience``,
-            ``cooldown``, ``step_size``, ``T_max``, ``total_iters``, ``total_steps``), a whole
-            number is optimizer steps, and a float or a fraction as text, ``8/19``, is a share of
-            the run in [0, 1]: exact as it is written, then rounded down to whole steps. OneCycleLR
+            ``cooldown``, ``step_size``, ``T_max``, ``total_iters`` and the like), a whole number
+            is optimizer steps, and a float or a fraction as text, ``8/19``, is a share of the run
+            in [0, 1]: exact as it is written, then rounded down to whole steps, a period to at
+            least one. OneCycleLR
             goes up to each group's own learning rate unless ``max_lr`` is given.
 
     Raises:
@@ -43,9 +45,11 @@ class FixedSchedule:
         if scheduler not in lr_scheduler.__all__:
             raise ValueError(f"scheduler must be one of torch.optim.lr_scheduler, got {scheduler}")
         self._class = getattr(lr_scheduler, scheduler)
-        unknown = [name for name in settings if name not in signature(self._class).parameters]
-        if unknown:
-            raise ValueError(f"{scheduler} takes no setting {unknown[0]}, got {settings}")
+        defaults = {"max_lr": None} if scheduler == "OneCycleLR" else {}
+        try:
+            signature(self._class).bind(None, **{**defaults, **settings})
+        except TypeError as error:
+            raise ValueError(f"{scheduler} got {settings}: {error}") from error
         self.scheduler, self.settings = scheduler, settings
         self.bind(1)
 
@@ -77,7 +81,7 @@ def _steps(name: str, value: Any, total_steps: int) -> Any:
     try:
         share = Fraction(str(value))
         if isinstance(value, (float, str)) and 0 <= share <= 1:
-            return int(share * total_steps)
+            return max(int(share * total_steps), int(name in DURATIONS))
     except (ValueError, ZeroDivisionError):  # no number
         pass
     raise ValueError(

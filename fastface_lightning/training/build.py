@@ -52,7 +52,8 @@ def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceMo
         cfg.classifier.lr,
         instantiate(cfg.augment),
     )
-    data.batches = classifier.batches
+    if isinstance(classifier, Classifier):  # any other module trains on images and labels
+        data.batches = classifier.batches
     if isinstance(classifier, AttentionClassifier):
         data.keys = classifier.keys
     if isinstance(classifier, MomentumClassifier):

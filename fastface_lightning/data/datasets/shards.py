@@ -15,6 +15,8 @@ from ..formats.tar import is_shard, read_shard
 from .base import FaceDataset
 from .folder import leads_to
 
+MAX_OPEN = 128  # shards that a process maps at once; each takes one of its open files
+
 
 class ShardDataset(FaceDataset):
     """Samples ``<key>.jpg`` and ``<key>.cls`` of tar files, labelled by the sorted classes.
@@ -63,6 +65,8 @@ class ShardDataset(FaceDataset):
         row = self._row(index)
         shard, offset, size = int(self._shard[row]), int(self._offset[row]), int(self._size[row])
         if shard not in self._maps:
+            if len(self._maps) == MAX_OPEN:
+                del self._maps[next(iter(self._maps))]
             with self.shards[shard].open("rb") as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         image = memoryview(self._maps[shard])[offset : offset + size]

@@ -1,7 +1,6 @@
 """Write a record file of faces as InsightFace does; one that was killed goes on where it was."""
 
 import os
-import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -36,15 +35,23 @@ def pack_image(
     """Payload of an image's record, as ``mxnet.recordio.pack`` makes it.
 
     Args:
-        label: one for the head, or some to follow it (flag is their number, even of one), float32.
+        label: one for the head, or some to follow it (flag is their number, even of one).
         id: in [0, 2^64).
         image: encoded image.
         id2: a number of one's own, in [0, 2^64).
+
+    Raises:
+        ValueError: ``id`` is out of range, or a label is not a finite float32, or there is none.
     """
-    if isinstance(label, Sequence):
-        labels = struct.pack(f"<{len(label)}f", *label)
-        return b"".join([IMAGE_HEAD.pack(len(label), 0.0, id, id2), labels, image])
-    return IMAGE_HEAD.pack(0, label, id, id2) + image
+    if not 0 <= id < 1 << 64:
+        raise ValueError(f"id must lie in [0, 2^64), got {id}")
+    labels = np.asarray(label, np.float64)
+    if labels.ndim > 1 or not labels.size or not (abs(labels) <= np.finfo(np.float32).max).all():
+        raise ValueError(f"label must be one or a list of finite float32 numbers, got {label}")
+    if labels.ndim == 0:
+        return IMAGE_HEAD.pack(0, float(labels), id, id2) + image
+    head = IMAGE_HEAD.pack(labels.size, 0.0, id, id2)
+    return b"".join([head, labels.astype("<f4").tobytes(), image])
 
 
 def encode_record(payload: bytes | memoryview) -> bytes:

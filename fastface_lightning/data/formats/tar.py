@@ -53,6 +53,7 @@ def read_shard(file: Path) -> tuple[list[Sample], list[str]]:
     images: dict[str, tuple[str, int, int]] = {}
     classes: dict[str, str] = {}
     damaged: dict[str, str] = {}
+    seen: set[tuple[str, bool]] = set()
     try:
         with file.open("rb") as opened:
             if opened.read(2) == b"\x1f\x8b":
@@ -68,8 +69,9 @@ def read_shard(file: Path) -> tuple[list[Sample], list[str]]:
                     key, extension = _split(member.name)
                     if not key or extension not in (*_IMAGES, _CLASS) or member.isdir():
                         continue
-                    if key in (classes if extension == _CLASS else images):
+                    if (key, extension == _CLASS) in seen:
                         raise ValueError(f"it holds {member.name} or another {key} twice")
+                    seen.add((key, extension == _CLASS))
                     if not member.isreg() or member.issparse():
                         damaged[key] = "is a link or sparse"
                     elif extension == _CLASS:
@@ -87,7 +89,8 @@ def read_shard(file: Path) -> tuple[list[Sample], list[str]]:
         raise ValueError(f"cannot read shard {file}: {reason(error)}") from error
     for key in images.keys() ^ classes.keys():
         damaged.setdefault(key, "has no .cls" if key in images else "has no image")
-    samples = [Sample(*image, classes[key]) for key, image in images.items() if key in classes]
+    good = (key for key in images if key not in damaged)
+    samples = [Sample(*images[key], classes[key]) for key in good]
     return samples, [f"{key} in {file} {why}" for key, why in sorted(damaged.items())]
 
 

@@ -9,6 +9,7 @@ them, stand for small functions of this module that check and keep bytes.
 
 import math
 import mmap
+import os
 import pickle
 import pickletools
 from collections.abc import Sequence
@@ -105,8 +106,10 @@ def write_verification_bin(path: str | Path, images: Sequence[bytes], same: Sequ
     if not all(isinstance(value, (bool, np.bool_)) for value in same):
         raise ValueError("same must hold bools")
     content = list(images), [bool(value) for value in same]
-    with replacing(path) as part:
-        part.write_bytes(pickle.dumps(content, protocol=2))
+    with replacing(path) as part, part.open("wb") as file:
+        pickle.dump(content, file, protocol=2)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _check_count(path: Path, num_images: int, num_pairs: int) -> None:
