@@ -93,6 +93,28 @@ def test_a_folder_goes_into_shards_and_from_there_into_a_record_file(run: Run, f
     ]
 
 
+def test_shards_killed_at_their_end_go_on(
+    run: Run, faces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = faces.parent / "shards"
+    command = f"data.root={faces}", f"target={target}", "format=shards", *QUIET
+
+    remove = Path.unlink
+
+    def killed(file: Path, missing_ok: bool = False) -> None:
+        if file.name == "shards.part.json":
+            raise OSError("killed")
+        remove(file, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        assert run(*command, program=PROGRAM).code == 2
+    whole = (target / "000000.tar").read_bytes()
+    (target / ".000001.ab12cd34.part.tar").write_bytes(b"half")
+    assert run(*command, program=PROGRAM, folder="two").code == 0
+    assert (target / "000000.tar").read_bytes() == whole and len(ShardDataset(target)) == 25
+
+
 @pytest.mark.program
 def test_what_was_killed_goes_on(run: Run, tmp_path: Path) -> None:
     """Killed at a random moment, the same command ends with the same bytes."""

@@ -51,6 +51,12 @@ def test_steps_shares_and_roundings() -> None:
     assert FixedSchedule("MultiStepLR", milestones=[0.6, 3]).bind(20)["milestones"] == [12, 3]
 
 
+def test_a_period_lasts_at_least_a_step() -> None:
+    assert FixedSchedule("StepLR", step_size=0.001).bind(500) == {"step_size": 1}
+    cyclic = FixedSchedule("CyclicLR", base_lr=0.01, max_lr=0.1, step_size_up=0.5)
+    assert cyclic.bind(100)["step_size_up"] == 50
+
+
 def test_one_cycle_goes_up_to_each_groups_own_rate() -> None:
     schedule = FixedSchedule("OneCycleLR", total_steps=1.0, cycle_momentum=False)
     both = rates(schedule, 30, 0.1, 0.5)
@@ -69,6 +75,7 @@ def test_one_cycle_goes_up_to_each_groups_own_rate() -> None:
         ("PolynomialLR", {"total_iters": True}, "True"),
         ("ReduceLROnPlateau", {"patience": "soon"}, "soon"),
         ("ReduceLROnPlateau", {"patience": float("nan")}, "nan"),
+        ("SequentialLR", {}, "schedulers"),
     ],
 )
 def test_bad_settings(scheduler: str, settings: dict[str, Any], value: str) -> None:

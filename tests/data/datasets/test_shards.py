@@ -71,6 +71,15 @@ def test_several_shards_are_one_population(tmp_path: Path) -> None:
     assert read(part) == [(4, 0, 0), (2, 0, 1)] and part.identities == ["9", "cem"]
 
 
+def test_more_shards_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_OPEN", 2)
+    for number in range(5):
+        pack(tmp_path / f"{number}.tar", sample("a", str(number), number))
+    dataset = ShardDataset(tmp_path, size=8)
+    assert [red for red, _, _ in read(dataset) + read(dataset)] == [*range(5)] * 2
+    assert len(dataset._maps) == 2
+
+
 def test_what_makes_no_sample_is_passed_over_or_left_out_and_named(tmp_path: Path, caplog) -> None:
     members = {
         **FACES,
