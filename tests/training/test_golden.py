@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
+from test_conf import composed
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastface_lightning.backbones.iresnet import iresnet_tiny
@@ -16,6 +18,8 @@ from fastface_lightning.data import SyntheticFaces
 from fastface_lightning.margins import CosFace
 from fastface_lightning.optim import SGD
 from fastface_lightning.schedule.fixed import FixedSchedule
+from fastface_lightning.training.build import build_module
+from fastface_lightning.training.devices import resolve_device
 from fastface_lightning.training.module import FaceModule
 from fastface_lightning.training.seeding import SeededBatches
 
@@ -78,3 +82,16 @@ def test_a_run_has_the_losses_it_had(tmp_path: Path) -> None:
     loader = DataLoader(TensorDataset(images[order], labels[order]), batch_size=16)
     trainer.fit(module, loader)
     assert watch.losses == pytest.approx(GOLDEN, rel=1e-3)
+
+
+def test_a_run_draws_its_backbone_before_its_classifier() -> None:
+    """Accuracies that were written down for a seed stay those of the seed."""
+    cfg = composed("data.num_identities=4", "data.images_per_identity=2", "data.verify_pairs=20")
+    resolve_device(cfg)
+    data = instantiate(cfg.data)
+    data.setup("fit")
+    torch.manual_seed(0)
+    drawn = build_module(cfg, data, instantiate(cfg.schedule)).backbone.state_dict()
+    torch.manual_seed(0)
+    for name, value in instantiate(cfg.model).state_dict().items():
+        assert torch.equal(drawn[name], value), name
