@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ..data import (
     FaceDataset,
     ImageFiles,
+    ShardDataset,
     VerificationPairs,
     is_ijb,
     open_faces,
@@ -182,7 +183,9 @@ class Identities(Protocol):
         self.images = _Faces(self.faces)
 
     def digest(self) -> str:
-        archives = [self.path, *sorted(self.path.glob("*.rec")), *getattr(self.faces, "shards", [])]
+        archives = [self.path, *sorted(self.path.glob("*.rec"))]
+        if isinstance(self.faces, ShardDataset):
+            archives += self.faces.shards
         names = [self.faces.name(i) for i in range(self.count)]
         return files_digest([*map(str, archives), *names], self.faces.labels)
 

@@ -23,10 +23,10 @@ class SyntheticFaces(FaceDataset):
     that identity's, on nothing else: a data set of more people begins with the same pictures, and
     sets whose ranges of identities do not meet have nobody in common.
 
-    An image is drawn when first asked for (about 2 ms). If all images fit a quarter of the
-    machine's memory, it is kept where forked loader workers share it, so each is drawn once:
-    ``3 * size**2`` bytes an image drawn, 37,632 at 112. A pickled copy draws its own. More images
-    than that are drawn whenever they are asked for; ``recipes/pack.py`` draws them once.
+    An image is rendered when first asked for (about 2 ms). If all images fit a quarter of the
+    machine's memory, it is kept where forked loader workers share it, so each is rendered once:
+    ``3 * size**2`` bytes an image, 37,632 at 112. A pickled copy renders its own. More images
+    than that are rendered whenever they are asked for; ``recipes/pack.py`` keeps them.
 
     Args:
         num_identities: number of people, at least 1.
