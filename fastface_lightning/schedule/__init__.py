@@ -1,10 +1,10 @@
 """Loss in, learning rate out: plateau schedules that know nothing of faces."""
 
-from .base import Schedule
+from .base import Change, Schedule
 from .fastface import FastFace
 from .mhlr import MHLR
 from .plateau import PlateauSchedule, PlateauState
-from .replay import Change, read_losses, replay, states
+from .replay import read_losses, replay, states
 
 __all__ = [
     "MHLR",

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 
-class Schedule(Protocol):
+class Schedule:
     """A frozen dataclass of settings with pure steps over a NamedTuple of primitives.
 
-    Whatever has the three methods below, and states with ``step``, the losses taken so far, and
-    ``scale``, the factor on every base learning rate for the *next* optimizer step, goes into
-    ``FastFaceCallback``, ``FastFaceLR`` and ``replay``. It may also have
-
-    - ``describe() -> str``: one sentence for the log, of the bound schedule; else its ``repr``;
-    - ``metrics(state) -> dict[str, float]``: what the callback logs besides the scale;
-    - ``dump(state) -> dict``: a state's fields for a checkpoint; else all of them as they are;
-    - ``total_steps``: of a bound schedule, the length it is bound to.
+    ``FastFaceCallback``, ``FastFaceLR`` and ``replay`` ask for ``bind``, ``init`` and ``update``
+    alone, and of a state for ``step``, the losses taken so far, and ``scale``, the factor on every
+    learning rate for the *next* optimizer step. A class that has them need not inherit from this
+    one; what inherits may also override the rest. For another way to measure the loss under the
+    same rule see :class:`~fastface_lightning.schedule.PlateauSchedule`.
 
     Example:
         >>> from dataclasses import dataclass, replace
         >>> from typing import NamedTuple
         >>> from fastface_lightning import replay
+        >>> from fastface_lightning.schedule import Schedule
         >>> class Seen(NamedTuple):
         ...     step: int = 0
         ...     scale: float = 1.0
         >>> @dataclass(frozen=True)
-        ... class HalveEvery:
+        ... class HalveEvery(Schedule):
         ...     steps: int | None = None
         ...     def bind(self, total_steps):
         ...         return replace(self, steps=self.steps or total_steps // 10)
@@ -38,93 +36,166 @@ class Schedule(Protocol):
         [Change(step=3, factor=0.5, lr=0.05), Change(step=7, factor=0.5, lr=0.025)]
     """
 
+    total_steps: int | None = None
+    """Optimizer steps of the run, where the schedule was told them itself."""
+    adjustable: ClassVar[frozenset[str]] = frozenset()
+    """Settings that a run may take up anew when it resumes: those that no state depends on."""
+
     def bind(self, total_steps: int) -> Any:
         """The schedule for a run of ``total_steps`` optimizer steps, every None resolved."""
+        raise NotImplementedError
 
     def init(self) -> Any:
         """State before the first step; its scale holds for that step."""
+        raise NotImplementedError
 
     def update(self, state: Any, loss: float) -> Any:
         """State after the optimizer step whose mean loss was ``loss``; ``state`` stays as it was.
 
         NaN and infinite losses come too.
         """
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """One sentence for the log: what the (bound) schedule will do."""
+        return repr(self)
+
+    def cautions(self) -> list[str]:
+        """What of the (bound) schedule cannot act in its run, a sentence each."""
+        return []
+
+    def metrics(self, state: Any) -> dict[str, float]:
+        """What the callback logs of a state besides the scale, by name."""
+        return {}
+
+    def remark(self, before: Any, after: Any, loss: float) -> str | None:
+        """What to warn of after a step; None for nothing."""
+        return None
+
+    def is_change(self, before: Any, after: Any) -> bool:
+        """Whether a step decayed or restarted the learning rate."""
+        return bool(after.scale != before.scale)
+
+    def dump(self, state: Any) -> dict[str, Any]:
+        """A state's fields as a checkpoint keeps them."""
+        return values_of(state)
+
+
+class Change(NamedTuple):
+    """One change of the learning rate."""
+
+    step: int
+    """0-based index of the loss that triggered it; the new learning rate holds from the next."""
+    factor: float
+    """New learning rate over old."""
+    lr: float
+    """New learning rate."""
 
 
 class Progress(NamedTuple):
-    """A schedule as its user gave it, as bound to the run, and where it stands."""
+    """A schedule bound to a run, and where it stands."""
 
-    schedule: Schedule
     bound: Any
+    total_steps: int
+    """Optimizer steps that it is bound to."""
     state: Any
+    losses: int = 0
+    """Losses given so far, those that it left out among them."""
 
     @classmethod
     def start(cls, schedule: Schedule, total_steps: int) -> Progress:
         """Before the first of ``total_steps`` optimizer steps."""
         bound = schedule.bind(total_steps)
-        return cls(schedule, bound, bound.init())
+        told = bound.total_steps if isinstance(bound, Schedule) else None
+        return cls(bound, told or total_steps, bound.init())
 
     def update(self, loss: float) -> Progress:
         """After one more optimizer step."""
-        return self._replace(state=self.bound.update(self.state, loss))
+        return self._replace(state=self.bound.update(self.state, loss), losses=self.losses + 1)
+
+    def without_decay(self, before: Progress) -> Progress:
+        """This, but for a decay since ``before``: for rates that can fall no further."""
+        kept = {name: getattr(before.state, name) for name in ("scale", "decays")
+                if hasattr(before.state, name)}  # fmt: skip
+        return self._replace(state=self.state._replace(**kept))
+
+    @property
+    def optional(self) -> Any:
+        """The schedule's optional methods; one that is no Schedule has Schedule's."""
+        return type(self.bound) if isinstance(self.bound, Schedule) else Schedule
+
+    def change(self, before: Progress, lr: float) -> Change | None:
+        """The decay or restart since ``before``, of a base learning rate; warm-up is none."""
+        old, new = before.state, self.state
+        if not self.optional.is_change(self.bound, old, new):
+            return None
+        return Change(before.losses, new.scale / old.scale, lr * new.scale)
 
     def describe(self) -> str:
         """One sentence for the log: what the schedule will do."""
-        return str(getattr(self.bound, "describe", self.bound.__repr__)())
+        return str(self.optional.describe(self.bound))
+
+    def cautions(self) -> list[str]:
+        """What of the schedule cannot act in its run, a sentence each."""
+        return list(self.optional.cautions(self.bound))
 
     def metrics(self) -> dict[str, float]:
         """What to log besides the scale, by name."""
-        return getattr(self.bound, "metrics", lambda state: {})(self.state)
+        return dict(self.optional.metrics(self.bound, self.state))
+
+    def remark(self, before: Progress, loss: float) -> str | None:
+        """What to warn of after the last step; None for nothing."""
+        said: str | None = self.optional.remark(self.bound, before.state, self.state, loss)
+        return said
 
     def dump(self) -> dict[str, Any]:
-        """Primitives for a checkpoint."""
-        return {
-            "schedule": type(self.schedule).__name__,
-            "settings": values_of(self.schedule),
+        """Primitives for a checkpoint, and nothing that a later step would change."""
+        saved = {
+            "schedule": type(self.bound).__name__,
             "bound": values_of(self.bound),
-            "state": getattr(self.bound, "dump", values_of)(self.state),
+            "total_steps": self.total_steps,
+            "state": self.optional.dump(self.bound, self.state),
+            "losses": self.losses,
         }
+        return copy.deepcopy(saved)
 
     @classmethod
-    def load(cls, saved: dict[str, Any], schedule: Schedule) -> Progress:
-        """Go on where a checkpoint stopped, with the settings its run was bound to.
+    def load(cls, saved: dict[str, Any], schedule: Schedule) -> tuple[Progress, list[str]]:
+        """Go on where a checkpoint stopped, bound to the length that its run had.
+
+        Returns:
+            The progress, and what is new among the settings, a phrase each.
 
         Raises:
-            ValueError: the checkpoint was written by another schedule than ``schedule``.
+            ValueError: the checkpoint was written by another schedule than ``schedule``, or by one
+                with another value of a setting that its state depends on.
         """
-        name, settings = saved["schedule"], values_of(schedule)
-        wrote = [name]
-        if name == type(schedule).__name__:
-            wrote = [
-                f"{key}={value!r}"
-                for key, value in saved["settings"].items()
-                if key not in settings or settings[key] != value
-            ]
-        if wrote:
+        fresh = cls.start(schedule, saved["total_steps"])
+        wrote, old, new = saved["schedule"], saved["bound"], values_of(fresh.bound)
+        changed = [name for name in new if name not in old or old[name] != new[name]]
+        fixed = [name for name in changed if name not in fresh.optional.adjustable]
+        if wrote != type(fresh.bound).__name__ or fixed:
+            of = ", ".join(f"{name}={old.get(name)!r}" for name in fixed)
             raise ValueError(
-                f"the checkpoint was written by another schedule ({', '.join(wrote)}) than "
+                f"the checkpoint was written by another schedule, {wrote}({of}), than "
                 f"{schedule!r}: resume with the same schedule, or start anew from the weights alone"
             )
-        bound = with_values(schedule, saved["bound"])
-        return cls(schedule, bound, with_values(bound.init(), saved["state"]))
+        state = fresh.state._replace(**copy.deepcopy(saved["state"]))
+        phrases = [f"{name} {new[name]!r}, was {old.get(name)!r}" for name in changed]
+        return fresh._replace(state=state, losses=saved["losses"]), phrases
+
+
+def check_schedule(schedule: Any) -> None:
+    """Something with a schedule's three methods; raises ValueError."""
+    if isinstance(schedule, type):
+        raise ValueError(f"schedule must be an object, {schedule.__name__}(), got the class")
+    if not all(callable(getattr(schedule, name, None)) for name in ("bind", "init", "update")):
+        raise ValueError(
+            "schedule must be FastFace(...), MHLR(...) or another Schedule with bind, init and "
+            f"update, got {schedule!r}"
+        )
 
 
 def values_of(record: Any) -> dict[str, Any]:
     """The fields of a NamedTuple or a dataclass by their names."""
     return record._asdict() if hasattr(record, "_asdict") else dict(vars(record))
-
-
-def with_values(record: Any, values: dict[str, Any]) -> Any:
-    """A copy of a NamedTuple or a dataclass with other values, taken as they are."""
-    if hasattr(record, "_replace"):
-        return record._replace(**values)
-    changed = copy.copy(record)
-    vars(changed).update(values)
-    return changed
-
-
-def left_out(before: Any, after: Any, loss: float) -> str | None:
-    """What to say when a schedule first leaves out a loss that is NaN or infinite, else None."""
-    if getattr(after, "nonfinite", 0) == 1 and before.nonfinite == 0:
-        return f"the loss is {loss}; such losses are left out of the schedule"
-    return None

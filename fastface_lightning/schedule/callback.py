@@ -4,55 +4,68 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .base import Progress, Schedule, left_out
+from .base import Change, Progress, Schedule, check_schedule, values_of
 from .fastface import FastFace
-from .lr_scheduler import set_lr
-from .replay import Change, change
+from .length import callbacks_of, share_done, total_steps_of
+from .lr_scheduler import at_floor, check_min_lr, lr_names, scale_lr, scaled_lr
+from .plateau import check_count
+from .step_loss import logged_item, returned_loss, scalar
 
 
 class FastFaceCallback(Callback):
-    """Watches the training loss and scales every learning rate of the run.
+    """Watches the training loss and multiplies the learning rates when it goes flat.
 
-    Needs no argument: the run's length comes from the trainer, the base learning rates from the
-    optimizers, the loss from ``training_step``. The schedule takes one step for every optimizer
-    step that really happened, with the mean loss of its micro-batches and ranks.
+    Needs no argument: the run's length comes from the trainer, the loss from ``training_step``. The
+    schedule takes one step for every optimizer step that really happened, with the mean loss of its
+    micro-batches and ranks. A decision multiplies every rate as it then stands; nothing else is
+    ever written, so a warm-up, a frozen group or a scheduler stepped by hand has its way.
 
     Losses stay on their device and are read in blocks, so that training never waits for them. A
     decision belongs to its step; the learning rate follows when the block is read, at most
     ``read_every - 1`` steps late, and at the same steps whether the run was interrupted or not.
 
     Logged, every ``log_every_n_steps``: ``fastface/lr_scale``, ``fastface/response``,
-    ``fastface/threshold``, ``fastface/plateau_steps`` and ``lr-<optimizer>[/pg<group>]``; the
-    first group's rate and the progress to the next decay also show in the progress bar, as
-    ``fastface/lr`` and ``fastface/plateau``.
+    ``fastface/threshold``, ``fastface/plateau_steps`` and, unless a LearningRateMonitor does,
+    ``lr-<optimizer>[/pg<group>]``; in the progress bar ``fastface/lr``, of the first group, and
+    ``fastface/plateau``, the progress to the next decay. The loggers get the schedule's settings
+    as hyper-parameters. With ``optimizers`` the names begin with ``fastface-<indices>``.
 
     Args:
         schedule: ``FastFace(...)``, ``MHLR(...)`` or another
             :class:`~fastface_lightning.schedule.Schedule`; None for ``FastFace()``.
-        total_steps: optimizer steps of the whole run; None to take them from the trainer.
-        loss_key: key of the loss in what ``training_step`` returns. Needed under manual
-            optimization. The default loss is Lightning's own.
+        total_steps: steps of the schedule in the whole run; None to take them from the trainer.
+        loss_key: key of the loss in what ``training_step`` returns; None for ``"loss"``, and
+            needed under manual optimization.
         read_every: optimizer steps between two readings of the losses; None for 1 on CPU and 32
             on accelerators.
+        monitor: instead of ``loss_key``, the name under which ``training_step`` logs the loss; or
+            ``validation_step`` a value to be lowered: each validation then is one step.
+        min_lr: no decay takes a rate below it, >= 0; a rate that is lower already stays. Once
+            every rate stands there no decay counts.
+        optimizers: indices, as ``configure_optimizers`` returns them, of the optimizers to drive;
+            None for all.
+        log: whether to log at all.
 
     Attributes:
-        changes: decays and restarts so far, those before a resume included.
+        changes: decays and restarts so far, those before a resume included; ``step`` counts the
+            losses that the schedule was given, from 0.
         state: the schedule's state at the last reading.
 
     Raises:
-        MisconfigurationException: at the start of ``fit``, when the run has no end, something else
-            schedules the learning rate, or the loss cannot be found.
-        ValueError: ``read_every`` below 1, or a checkpoint of another schedule.
+        MisconfigurationException: in ``fit``, when the run has no end, something else schedules
+            the learning rate, or the loss cannot be found.
+        ValueError: an argument out of its range, or, in ``fit``, a checkpoint of another schedule.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -66,33 +79,86 @@ class FastFaceCallback(Callback):
         total_steps: int | None = None,
         loss_key: str | None = None,
         read_every: int | None = None,
+        *,
+        monitor: str | None = None,
+        min_lr: float = 0.0,
+        optimizers: Sequence[int] | None = None,
+        log: bool = True,
     ) -> None:
+        self.schedule = FastFace() if schedule is None else schedule
+        check_schedule(self.schedule)
         for name, steps in (("read_every", read_every), ("total_steps", total_steps)):
-            if steps is not None and steps < 1:
-                raise ValueError(f"{name} must be at least 1 step, got {steps}")
-        self.schedule = schedule or FastFace()
+            if steps is not None:
+                check_count(name, steps, 1, " step")
+        check_min_lr(min_lr)
+        for index in optimizers or ():
+            check_count("optimizers", index, 0)
+        if loss_key is not None and monitor is not None:
+            raise ValueError(f"give loss_key or monitor, got {loss_key!r} and {monitor!r}")
         self.total_steps = total_steps
         self.loss_key = loss_key
         self.read_every = read_every
+        self.monitor = monitor
+        self.min_lr = min_lr
+        self.optimizers = None if optimizers is None else tuple(optimizers)
+        self.logs = log  # Lightning itself sets a callback's `log`
+        self._hook: Any = None
         self._reset()
 
     def _reset(self) -> None:
         self.changes: list[Change] = []
+        self._trainer: Trainer | None = None
         self._progress: Progress | None = None
-        self._base_lrs: list[list[float]] = []
+        self._saved: dict[str, Any] = {}  # a checkpoint's state, which only fit takes up
+        self._applied = 1.0  # the scale that the learning rates have been multiplied by
+        self._began_at = 0  # optimizer steps of the run before the schedule's first
         self._micro: list[Tensor] = []  # losses of the micro-batches since the last optimizer step
-        # Step, loss, and whether the step was skipped: known here, or only on the device.
-        self._unread: list[tuple[int, Tensor, bool | Tensor]] = []
+        # Loss, and whether its step was skipped: known here, or only on the device.
+        self._unread: list[tuple[Tensor, bool | Tensor]] = []
         self._stepped = False
         self._found_inf: Tensor | None = None
         self._global_step = 0
-        self._trainer: Trainer | None = None
-        self._hooks: list[Any] = []
-        self._began_at = 0  # optimizer step of the run
+        self._rates: dict[int, float] = {}  # rates that are tensors, by id, as last read
+        self._left: list[tuple[dict[str, Any], float]] = []  # groups, and what a decision left
+        self._validations = False  # what the schedule's steps are
+        self._last_logged: Tensor | None = None
+        self._pace: tuple[float, int] | None = None  # share of the run and losses at its start
+        self._collective = True
+        self._warned: set[str] = set()
 
     @property
     def state(self) -> Any:
         return self._progress.state if self._progress else None
+
+    @property
+    def state_key(self) -> str:
+        """One for each choice of optimizers, so that a trainer may have several callbacks."""
+        return "FastFaceCallback" + ("" if self.optimizers is None else str([*self.optimizers]))
+
+    def __repr__(self) -> str:
+        names = ("total_steps", "loss_key", "read_every", "monitor", "optimizers")
+        given = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None]
+        given += [f"min_lr={self.min_lr}"] * (self.min_lr > 0) + ["log=False"] * (not self.logs)
+        return f"FastFaceCallback({', '.join([repr(self.schedule), *given])})"
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rates of the groups it drives, as they stand; waits for tensors."""
+        return [float(group["lr"]) for group in self._groups()]
+
+    def _drives(self, trainer: Trainer) -> list[Optimizer]:
+        """Its optimizers, as they are now: a run may make new ones."""
+        if self.optimizers is None:
+            return list(trainer.optimizers)
+        if max(self.optimizers, default=0) >= len(trainer.optimizers):
+            raise MisconfigurationException(
+                f"optimizers must be indices below {len(trainer.optimizers)}, the number that "
+                f"configure_optimizers returns, got {self.optimizers}"
+            )
+        return [trainer.optimizers[index] for index in self.optimizers]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        drives = self._drives(self._trainer) if self._trainer else []
+        return [group for optimizer in drives for group in optimizer.param_groups]
 
     # Start -------------------------------------------------------------------------------------
 
@@ -103,254 +169,327 @@ class FastFaceCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._progress = None  # whatever checkpoint it started from
             return
-        self._refuse_rivals(trainer)
-        if not pl_module.automatic_optimization and self.loss_key is None:
-            raise MisconfigurationException(
-                "manual optimization needs FastFaceCallback(loss_key=...), the key of the loss in "
-                "what training_step returns, got None"
-            )
-        if self._progress is None:
-            left = (self.total_steps or total_steps_of(trainer)) - self._began_at
-            self._progress = Progress.start(self.schedule, max(1, left))
-            # A resumed optimizer gets its state, and with it a scaled rate, only after this hook.
-            self._base_lrs = [[float(g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
-        self._block = self.read_every or (1 if pl_module.device.type == "cpu" else 32)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._progress is None:
-            return
-        self._trainer = trainer
-        self._global_step = trainer.global_step
-        hook = self._on_optimizer_step
-        self._hooks = [optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers]
-        if self.state.step == 0:
-            self._apply(trainer)
-        # Not in an earlier hook: counting steps makes the loaders, which would then lose the
-        # position that a checkpoint has for them.
-        sentence = self._progress.describe()
-        length = getattr(self._progress.bound, "total_steps", None)
-        rank_zero_info(sentence)
-        with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
-            now = self.total_steps or total_steps_of(trainer)
-            if length and length != now - self._began_at:
-                rank_zero_warn(
-                    f"the run now has {now} steps; its schedule stays as it was made for {length}: "
-                    f"{sentence}"
-                )
-
-    def _refuse_rivals(self, trainer: Trainer) -> None:
-        rivals: list[Any] = [c.scheduler for c in trainer.lr_scheduler_configs]
-        rivals += callbacks_of(trainer, StochasticWeightAveraging)
+        drives = self._drives(trainer)
+        rivals: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+        rivals = [scheduler for scheduler in rivals if scheduler.optimizer in drives]
+        rivals += callbacks_of(trainer, "StochasticWeightAveraging")
+        others = [c for c in callbacks_of(trainer, "FastFaceCallback") if c is not self]
+        rivals += [c for c in others if any(o in drives for o in c._drives(trainer))]
         if rivals:
             names = ", ".join(type(rival).__name__ for rival in rivals)
             raise MisconfigurationException(
                 f"only one schedule may set the learning rate, got FastFaceCallback and {names}: "
                 f"leave one of them out"
             )
-        if not any(optimizer.param_groups for optimizer in trainer.optimizers):
+        groups = [group for optimizer in drives for group in optimizer.param_groups]
+        if not groups or any(group.get("lr") is None for group in groups):
+            names = ", ".join(type(optimizer).__name__ for optimizer in drives)
             raise MisconfigurationException(
-                "FastFaceCallback needs an optimizer, got none from configure_optimizers"
+                f"FastFaceCallback needs an optimizer whose groups all have a learning rate, got "
+                f"{names or 'none'} from configure_optimizers"
             )
+        if not (pl_module.automatic_optimization or self.loss_key or self.monitor):
+            raise MisconfigurationException(
+                "manual optimization needs FastFaceCallback(loss_key=...), the key of the loss in "
+                "what training_step returns, or monitor=..., the name it is logged by, got None"
+            )
+        if trainer.limit_train_batches == 0:
+            rank_zero_warn("limit_train_batches is 0: FastFaceCallback has nothing to schedule")
+
+    # Not before on_train_start, where rates and counters are restored, other callbacks have tuned
+    # what they tune, and the loaders are made: counting them earlier would lose their position.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._trainer, self._global_step = trainer, trainer.global_step
+        self._block = self.read_every or (1 if pl_module.device.type == "cpu" else 32)
+        if self._saved:
+            self._resume(trainer, self._saved)
+        else:
+            self._began_at = trainer.global_step
+            self._progress = Progress.start(self.schedule, self._steps_left(trainer))
+            if self._began_at:
+                rank_zero_warn(
+                    f"there is no state of FastFaceCallback to go on from: its schedule starts "
+                    f"anew at step {self._began_at}, for what is left of the run"
+                )
+        assert self._progress is not None
+        rank_zero_info(self._progress.describe())
+        for sentence in self._progress.cautions():
+            rank_zero_warn(sentence)
+        self._rates = {id(group["lr"]): float(group["lr"]) for group in self._groups()}
+        self._hook = register_optimizer_step_post_hook(self._on_optimizer_step)
+        if self._progress.losses == 0:
+            self._apply()
+        share = share_done(trainer)
+        if share is not None and not callbacks_of(trainer, "GradientAccumulationScheduler"):
+            self._pace = share, self._progress.losses
+        settings = {"schedule": type(self.schedule).__name__, **values_of(self._progress.bound)}
+        for logger in trainer.loggers if self.logs else []:
+            logger.log_hyperparams({self._prefix: settings})
+
+    def _steps_left(self, trainer: Trainer) -> int:
+        total = self.total_steps or total_steps_of(trainer, self._validations)
+        began_at = 0 if self._validations else self._began_at // max(1, len(trainer.optimizers))
+        return max(1, total - began_at)
+
+    def _resume(self, trainer: Trainer, saved: dict[str, Any]) -> None:
+        self._progress, changed = Progress.load(saved, self.schedule)
+        self._applied, self._began_at = saved["applied"], saved["began_at"]
+        self._validations = saved["validations"]
+        self.changes = [Change(*made) for made in saved["changes"]]
+        if changed:
+            rank_zero_warn(f"the schedule goes on with {'; '.join(changed)}")
+        with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
+            if (now := self._steps_left(trainer)) != self._progress.total_steps:
+                self._warn_once(
+                    f"the run now has {now} steps; its schedule stays as it was made for "
+                    f"{self._progress.total_steps}: {self._progress.describe()}",
+                    about="length",
+                )
 
     # Steps -------------------------------------------------------------------------------------
 
     def _on_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A GradScaler does not call step() after an overflow; only a fused optimizer is called all
         # the same, and finds out on the device.
-        self._stepped = True
-        self._found_inf = getattr(optimizer, "found_inf", None)
+        if self._trainer and any(optimizer is driven for driven in self._drives(self._trainer)):
+            self._stepped = True
+            self._found_inf = getattr(optimizer, "found_inf", None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._progress is None:
             return
-        self._collect(trainer, pl_module, outputs)
-        if trainer.global_step != self._global_step:
-            self._close_step(trainer)
-        if trainer._logger_connector.should_update_logs:
+        before, self._global_step = self._global_step, trainer.global_step
+        moved = self._global_step != before
+        # An optimizer that is none of torch's, or wraps one, may call no hooks.
+        hooked = all(hasattr(type(driven).step, "hooked") for driven in self._drives(trainer))
+        self._stepped |= moved and not hooked
+        if (loss := self._loss(trainer, pl_module, outputs)) is not None:
+            self._micro.append(loss)
+        if self._stepped or (moved and self.optimizers is None):
+            self._close_step()
+        # Blocks end at multiples of their length, not once full: at the same steps after a resume.
+        if self._global_step // self._block > before // self._block:
+            self._read()
+            self._apply()
+        if self.logs and trainer._logger_connector.should_update_logs:
             self._log(trainer, pl_module)
 
-    def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
-        if not outputs and (pl_module.automatic_optimization or not self._stepped):
-            return  # training_step returned None: this micro-batch was skipped
+    def _loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
+        """Of this micro-batch; None if it has none."""
+        if self.monitor is not None:
+            item = logged_item(trainer, self.monitor)
+            if item is None or item._forward_cache is self._last_logged:
+                return None
+            self._last_logged = item._forward_cache
+            return scalar(item._forward_cache, self.monitor, pl_module)
         key = self.loss_key or "loss"
-        if key not in outputs:
-            got = ", ".join(map(str, outputs)) or "nothing"
+        loss = returned_loss(pl_module, outputs, key)
+        # Without outputs training_step has skipped the micro-batch.
+        if loss is None and (outputs if pl_module.automatic_optimization else self._stepped):
+            got = ", ".join(map(str, outputs or ())) or "nothing"
             raise MisconfigurationException(
                 f"training_step must return loss_key={key!r}, got {got}"
             )
-        loss = torch.as_tensor(outputs[key], dtype=torch.float32, device=pl_module.device)
-        divided_by = trainer.accumulate_grad_batches if key == "loss" else 1
-        self._micro.append(loss.detach().reshape(()) * divided_by)
+        return loss
 
-    def _close_step(self, trainer: Trainer) -> None:
-        """Keep the optimizer step's mean loss; at the end of a block, read and decide."""
-        before, self._global_step = self._global_step, trainer.global_step
+    def _close_step(self) -> None:
+        """Keep the mean loss of an optimizer step until the end of the block."""
         if self._micro:
-            loss = torch.stack(self._micro).mean()
             skipped = not self._stepped if self._found_inf is None else self._found_inf
-            self._unread.append((trainer.global_step - 1, loss, skipped))
+            self._unread.append((torch.stack(self._micro).mean(), skipped))
         self._stepped, self._found_inf, self._micro = False, None, []
-        # Blocks end at multiples of their length, not once full: at the same steps after a resume.
-        if trainer.global_step // self._block > before // self._block:
-            self._read(trainer)
-            self._apply(trainer)
 
-    def _read(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._progress is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        in_training = self._last_logged is not None or self._progress.losses
+        if self.monitor not in trainer.callback_metrics or (in_training and not self._validations):
+            return
+        if not self._validations:  # only now is it known what is monitored
+            self._validations = True
+            self._progress = Progress.start(self.schedule, self._steps_left(trainer))
+            rank_zero_info(f"a step is a validation: {self._progress.describe()}")
+        value = trainer.callback_metrics[self.monitor]
+        self._unread.append((scalar(value, self.monitor, pl_module), False))
+        self._read()
+        self._apply()
+
+    def _read(self) -> None:
         """Bring the unread losses to the host, in one transfer, and let the schedule take them."""
-        if not self._unread or self._progress is None:
+        trainer = self._trainer
+        if not self._unread or self._progress is None or trainer is None:
             return
         unread, self._unread = self._unread, []
-        columns = [loss for _, loss, _ in unread]
-        columns += [skip.reshape(()) for _, _, skip in unread if isinstance(skip, Tensor)]
-        block = torch.stack(columns)
+        columns = [loss for loss, _ in unread]
+        columns += [skip.reshape(()) for _, skip in unread if isinstance(skip, Tensor)]
+        rates = [group["lr"] for group in self._groups() if isinstance(group["lr"], Tensor)]
+        block = torch.stack([*columns, *(lr.detach().reshape(()).to(columns[0]) for lr in rates)])
         if trainer.world_size > 1:
             block = trainer.strategy.reduce(block, reduce_op="mean")
         values = block.tolist()
         found_inf = iter(values[len(unread) :])
-        for (step, _, skipped), loss in zip(unread, values, strict=False):
+        self._rates = dict(zip(map(id, rates), values[len(columns) :], strict=True))
+        self._compare_rates()
+        for (_, skipped), loss in zip(unread, values, strict=False):
             # A step that the loss scaler skipped counts only if the loss itself was at fault.
             if isinstance(skipped, Tensor):
                 skipped = next(found_inf) > 0
             if not (skipped and math.isfinite(loss)):
-                self._update(step, loss)
+                self._update(loss)
+        if self._progress.losses > self._progress.total_steps:
+            self._compare_length(self._progress.losses)
 
-    def _update(self, step: int, loss: float) -> None:
+    def _update(self, loss: float) -> None:
         assert self._progress is not None
-        before = self.state
-        self._progress = self._progress.update(loss)
-        if warning := left_out(before, self.state, loss):
-            rank_zero_warn(f"step {step}: {warning}")
-        made = change(before, self.state, step, self._base_lrs[0][0])
-        if made:
+        before, after = self._progress, self._progress.update(loss)
+        old, new = before.state.scale / self._applied, after.state.scale / self._applied
+        if new < old and at_floor(self._lrs(), old, self.min_lr):
+            after = after.without_decay(before)
+        self._progress = after
+        if remark := after.remark(before, loss):
+            rank_zero_warn(f"step {before.losses}: {remark}")
+        if made := after.change(before, 1.0):
+            lr = next(filter(None, self._lrs()), 0.0)  # of the first group that is not frozen
+            was, now = (scaled_lr(lr, ratio, self.min_lr) for ratio in (old, new))
+            made = made._replace(lr=now, factor=now / was if self.min_lr and was else made.factor)
             self.changes.append(made)
-            rank_zero_info(
-                f"step {step}: lr {made.lr / made.factor:.4g} -> {made.lr:.4g} (x {made.factor:g})"
-            )
+            rank_zero_info(f"step {made.step}: lr {was:.4g} -> {now:.4g} (x {made.factor:g})")
 
-    def _apply(self, trainer: Trainer) -> None:
-        """Set every group to its base learning rate times the scale."""
-        scale = self.state.scale
-        for optimizer, base_lrs in zip(trainer.optimizers, self._base_lrs, strict=True):
-            # A group that joined the run (as fine-tuning callbacks add them) keeps its own rate.
-            for group in optimizer.param_groups[len(base_lrs) :]:
-                base_lrs.append(float(group["lr"]) / scale)
-            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=False):
-                set_lr(group, base_lr * scale)
+    def _lrs(self) -> list[float]:
+        """The groups' learning rates; a tensor's as last read, NaN before that."""
+        lrs = [group["lr"] for group in self._groups()]
+        return [self._rates.get(id(x), math.nan) if isinstance(x, Tensor) else x for x in lrs]
+
+    def _apply(self) -> None:
+        """Multiply every rate by what the scale has changed by since it was last applied."""
+        ratio = self.state.scale / self._applied
+        if ratio == 1:
+            return
+        groups, left = self._groups(), [scaled_lr(lr, ratio, self.min_lr) for lr in self._lrs()]
+        for group in groups:
+            scale_lr(group, ratio, self.min_lr)
+        self._applied = self.state.scale
+        self._left = list(zip(groups, left, strict=True))
+        self._rates = {id(group["lr"]): lr for group, lr in self._left}
+
+    def _compare_rates(self) -> None:
+        """Warn where a rate no longer is what a decision made of it."""
+        lrs = {id(group): lr for group, lr in zip(self._groups(), self._lrs(), strict=True)}
+        for group, left in self._left:
+            now = lrs.get(id(group), left)
+            if abs(now - left) > 1e-6 * left:
+                self._warn_once(
+                    f"the schedule left a learning rate of {left:.6g} and finds {now:.6g}: "
+                    f"something else sets it too, and may undo the schedule's decays"
+                )
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._progress is not None
-        scale = self.state.scale
-        metrics = self._progress.metrics() | {"lr_scale": scale}
-        rates = [
-            # One that lives on the device is computed: reading it would wait.
-            base_lr * scale if isinstance(group["lr"], Tensor) else group["lr"]
-            for optimizer, base_lrs in zip(trainer.optimizers, self._base_lrs, strict=True)
-            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=False)
-        ]
-        bar = {"fastface/lr": rates[0]}
+        lrs = self._lrs()
+        metrics = self._progress.metrics() | {"lr_scale": self.state.scale}
+        bar = {f"{self._prefix}/lr": lrs[0]}
         if "plateau" in metrics:
-            bar["fastface/plateau"] = metrics.pop("plateau")
-        logged = {f"fastface/{name}": v for name, v in metrics.items() if math.isfinite(v)}
-        logged |= zip(lr_names(trainer.optimizers), rates, strict=True)
+            bar[f"{self._prefix}/plateau"] = metrics.pop("plateau")
+        logged = {f"{self._prefix}/{name}": value for name, value in metrics.items()}
+        if not callbacks_of(trainer, "LearningRateMonitor"):
+            names = lr_names(trainer.optimizers)
+            drives = range(len(names)) if self.optimizers is None else self.optimizers
+            logged |= zip((name for i in drives for name in names[i]), lrs, strict=True)
         # As CPU tensors: Lightning puts a float on the device, where the progress bar waits for it.
-        pl_module.log_dict({name: torch.as_tensor(v) for name, v in logged.items()})
-        pl_module.log_dict(
-            {name: torch.as_tensor(v) for name, v in bar.items()}, prog_bar=True, logger=False
-        )
+        for values, only_bar in ((logged, False), (bar, True)):
+            finite = {k: torch.as_tensor(v) for k, v in values.items() if math.isfinite(v)}
+            pl_module.log_dict(finite, prog_bar=only_bar, logger=not only_bar)
+
+    @property
+    def _prefix(self) -> str:
+        return "-".join(map(str, ("fastface", *(self.optimizers or ()))))
+
+    # The run's length --------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._progress is None:
+            return
+        given, share = self._progress.losses + len(self._unread), share_done(trainer)
+        if self.monitor and not given:
+            if trainer.current_epoch + 1 >= (trainer.check_val_every_n_epoch or 1):
+                raise MisconfigurationException(
+                    f"monitor must be what training_step or validation_step logs, got "
+                    f"{self.monitor!r} of {', '.join(trainer.callback_metrics) or 'nothing'}"
+                )
+        elif self._pace and share is not None and share > self._pace[0]:
+            pace = (given - self._pace[1]) / (share - self._pace[0])
+            self._compare_length(given + pace * (1 - share))
+
+    def _compare_length(self, steps: float) -> None:
+        assert self._progress is not None
+        made_for = self._progress.total_steps
+        if abs(steps - made_for) > 0.05 * made_for + 2:
+            self._warn_once(
+                f"the schedule is made for {made_for} steps and the run gives it {round(steps)}: "
+                f"say so by FastFaceCallback(total_steps={round(steps)})",
+                about="length",
+            )
+
+    def _warn_once(self, text: str, about: str = "rates") -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            rank_zero_warn(text)
 
     # End and checkpoints -----------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._progress is not None:
-            self._read(trainer)
+            self._read()
+            # One that was stopped may go on: what a block has decided then comes at its end.
+            if not trainer.should_stop or share_done(trainer, by_time=False) == 1:
+                self._apply()
+            self._compare_length(self._progress.losses)
         self._release()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._release()
-        if trainer.world_size > 1:
-            self._trainer = None  # no collective read for a checkpoint now: a rank may be gone
+        self._collective = trainer.world_size == 1  # a rank may be gone
 
     def _release(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def state_dict(self) -> dict[str, Any]:
+        """What this rank knows; losses not read yet come with :meth:`on_save_checkpoint`."""
         if self._progress is None:
-            return {}
-        if self._trainer is not None:
-            self._read(self._trainer)
+            return self._saved
         return self._progress.dump() | {
-            "base_lrs": self._base_lrs,
+            "applied": self._applied,
             "began_at": self._began_at,
+            "validations": self._validations,
             "changes": [list(made) for made in self.changes],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._progress = Progress.load(state_dict, self.schedule)
-        self._base_lrs = state_dict["base_lrs"]
-        self._began_at = state_dict["began_at"]
-        self.changes = [Change(*made) for made in state_dict["changes"]]
+        self._saved = state_dict
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Here every rank is called, so that they may read their losses together.
+        if self._collective and self.state_key in checkpoint.get("callbacks", {}):
+            self._read()
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self.state_key in checkpoint.get("callbacks", {}) or not checkpoint.get("global_step"):
-            return
-        if checkpoint.get("lr_schedulers"):
+        without = self.state_key not in checkpoint.get("callbacks", {})
+        if trainer.state.fn == "fit" and without and checkpoint.get("lr_schedulers"):
             raise MisconfigurationException(
                 "the checkpoint must come from a run with FastFaceCallback, got one with another "
                 "scheduler: resume with that one, or start anew from the weights alone"
             )
-        self._began_at = checkpoint["global_step"]
-        rank_zero_warn(
-            f"the checkpoint holds no state of FastFaceCallback: its schedule starts anew at step "
-            f"{self._began_at}, for what is left of the run"
-        )
-
-
-def total_steps_of(trainer: Trainer) -> int:
-    """Optimizer steps of the whole run, as the trainer's settings imply."""
-    accumulation = callbacks_of(trainer, GradientAccumulationScheduler)
-    if not accumulation or trainer.max_epochs == -1:
-        steps = trainer.estimated_stepping_batches
-    else:  # Lightning's estimate does not serve accumulation that changes by epoch
-        if trainer.train_dataloader is None:
-            trainer.fit_loop.setup_data()
-        steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
-        batches = trainer.num_training_batches
-        if batches < math.inf:
-            factors = map(
-                accumulation[0].get_accumulate_grad_batches, range(trainer.max_epochs or 1)
-            )
-            steps = min(steps, sum(math.ceil(batches / factor) for factor in factors))
-    if not 0 <= steps < math.inf:
-        raise MisconfigurationException(
-            "FastFaceCallback needs the length of the run, got a trainer without an end: set "
-            "max_steps or max_epochs, or FastFaceCallback(total_steps=...)"
-        )
-    return max(1, int(steps))
-
-
-def callbacks_of(trainer: Trainer, kind: type) -> list[Any]:
-    """The trainer's callbacks of a class."""
-    return [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
-
-
-def lr_names(optimizers: list[Optimizer]) -> list[str]:
-    """A name for every parameter group, as Lightning's LearningRateMonitor has them."""
-    names: list[str] = []
-    kinds = [type(optimizer).__name__ for optimizer in optimizers]
-    for i, (kind, optimizer) in enumerate(zip(kinds, optimizers, strict=True)):
-        number = kinds[:i].count(kind)
-        name = f"lr-{kind}-{number}" if number else f"lr-{kind}"
-        groups = optimizer.param_groups
-        several = [f"{name}/{g.get('name', f'pg{k}')}" for k, g in enumerate(groups, 1)]
-        names += several if len(groups) > 1 else [name]
-    return names

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-from .plateau import PlateauSchedule, PlateauState, check_window, window_of
+from .plateau import PlateauSchedule, PlateauState, check_window, scaled, scaled_window, window_of
 
 ScheduleT = TypeVar("ScheduleT", bound=PlateauSchedule)
 _PUBLISHED = {"threshold": 5e-5, "patience": 0.05, "max_decays": 8, "arm_after": 0}
@@ -60,7 +60,8 @@ class FastFace(PlateauSchedule):
       repeat runs made with it, not recommended; its smoothed loss starts far off, so its threshold
       must be absolute.
 
-    In all of them ``patience`` is 0.05, ``max_decays`` 8, and there is no restart.
+    In all of them ``patience`` is 0.05, ``max_decays`` 8 and there is no restart; with its own
+    threshold ``"scaled"`` allows one decay in 100 steps of the run, so 8 from 800 steps on.
 
     Args:
         variant: ``"scaled"``, ``"paper"`` or ``"released"``.
@@ -92,7 +93,7 @@ class FastFace(PlateauSchedule):
     beta: float | None = None
 
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "scaled": {"patience": 0.05, "max_decays": 8},
+        "scaled": {"patience": 0.05},
         "paper": _PUBLISHED,
         "released": _PUBLISHED,
     }
@@ -104,26 +105,24 @@ class FastFace(PlateauSchedule):
         check_window("ema_window", self.ema_window, "alpha", self.alpha)
         check_window("haar_window", self.haar_window, "beta", self.beta)
 
-    def _of_length(self, total_steps: int) -> dict[str, Any]:
-        window = default_window(total_steps) if self.variant == "scaled" else 1000
+    def of_length(self, total_steps: int) -> dict[str, Any]:
+        window = scaled_window(total_steps) if self.variant == "scaled" else 1000
         ema_window = window_of(self.ema_window, self.alpha) or window
         haar_window = window_of(self.haar_window, self.beta) or window
         settings: dict[str, Any] = {"ema_window": ema_window, "alpha": 1 / ema_window}
         settings |= {"haar_window": haar_window, "beta": 1 / haar_window}
-        if self.threshold is None and self.variant == "scaled":
-            settings |= {"threshold": 0.4 / total_steps, "threshold_mode": "peak"}
-        return settings
+        return settings | (scaled(self, total_steps) if self.variant == "scaled" else {})
 
-    def _detect(self, state: PlateauState, loss: float) -> PlateauState:
+    def detect(self, state: PlateauState, loss: float) -> PlateauState:
         bound: Any = self
         alpha, beta, window = bound.alpha, bound.beta, bound.ema_window
         before, response = state.level, state.response
         seen = state.step - bound.warmup_steps
         if self.variant == "scaled":
             if seen == 0:
-                return self._decide(state, loss, 0.0, window)
+                return self.decide(state, loss, 0.0, window)
             level = before + max(alpha, 1 / (seen + 1)) * (loss - before)
-            return self._decide(state, level, response + beta * (before - level - response), window)
+            return self.decide(state, level, response + beta * (before - level - response), window)
         if seen == 0:
             return state._replace(step=state.step + 1, level=loss, nonfinite_run=0)
         if seen == 1 and self.variant == "released":
@@ -136,12 +135,7 @@ class FastFace(PlateauSchedule):
             response = drop
         response += beta * (drop - response)
         if self.variant == "paper":
-            return self._decide(state, level, response, window)
+            return self.decide(state, level, response, window)
         due = state.memory[0] if state.memory else state.scale
-        decided = self._decide(state._replace(scale=due), level, response, window)
+        decided = self.decide(state._replace(scale=due), level, response, window)
         return decided._replace(scale=due, memory=(decided.scale,))
-
-
-def default_window(total_steps: int) -> int:
-    """Window of both averages for a run of ``total_steps``, in optimizer steps."""
-    return max(5, round(2000 * (total_steps / 200_000) ** (2 / 3)))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from .plateau import PlateauSchedule, PlateauState, check_window, window_of
+from .plateau import PlateauSchedule, PlateauState, check_window, scaled, scaled_window, window_of
 
 _PER_UNIT = 2**50
 """Losses are counted in whole multiples of 2**-50 (9e-16), so that their running sums are exact."""
@@ -36,12 +36,18 @@ class MHLR(PlateauSchedule):
     four look-ups a step whatever :math:`m` is. :math:`Q` is kept in integers (Python's have no
     limit): nothing drifts, however long the run, and a resumed run computes the same bits.
 
-    The settings of the one variant, ``"paper"``, are the authors': ``haar_window`` 0.015 T (here
-    rounded down to even), threshold 0.06, patience two windows, :math:`\times 4` instead of a
-    fourth decay in a row, no limit on decays.
+    Two variants differ in what they leave to the run, of :math:`T` steps:
+
+    - ``"scaled"``: as :class:`~fastface_lightning.FastFace`'s, :math:`m = \max(5, 2000
+      (T / 200000)^{2/3})` rounded to even, threshold 0.4 :math:`\times` the highest mean, from
+      step :math:`m/2` on, :math:`/ T \times m / 4`, patience 0.05, at most one decay for every 100
+      steps of the run and 8 in all, no restart.
+    - ``"paper"``: the authors' rule, counting from the first response; ``haar_window`` 0.015 T
+      (here rounded down to even), threshold 0.06, patience two windows, :math:`\times 4` instead of
+      a fourth decay in a row, no limit on decays.
 
     Args:
-        variant: ``"paper"``.
+        variant: ``"scaled"`` or ``"paper"``.
         haar_window: :math:`m`, steps, >= 2.
         beta: instead of ``haar_window``, :math:`1/m`, in (0, 0.5].
         threshold: loss units (mode ``"abs"``).
@@ -61,21 +67,33 @@ class MHLR(PlateauSchedule):
         0.5
     """
 
-    variant: Literal["paper"] | None = "paper"
+    variant: Literal["scaled", "paper"] | None = "scaled"
     haar_window: int | None = None
     beta: float | None = None
 
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"threshold": 0.06, "restart_after": 4},
+        "scaled": {"patience": 0.05},
+        "paper": {"threshold": 0.06, "restart_after": 4, "arm_after": 0},
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_window("haar_window", self.haar_window, "beta", self.beta, least=2)
 
-    def _of_length(self, total_steps: int) -> dict[str, Any]:
-        m = window_of(self.haar_window, self.beta) or default_window(total_steps)
-        return {"haar_window": m, "beta": 1 / m, "patience": 2 * m}
+    def of_length(self, total_steps: int) -> dict[str, Any]:
+        if self.variant == "scaled":
+            default = 2 * round(scaled_window(total_steps) / 2)
+        else:
+            default = max(2, int(0.015 * total_steps) // 2 * 2)
+        m = window_of(self.haar_window, self.beta) or default
+        settings: dict[str, Any] = {"haar_window": m, "beta": 1 / m}
+        if self.variant == "scaled":  # a loss that falls by s a step has the response s m / 4
+            return settings | scaled(self, total_steps, unit=m / 4)
+        return settings | {"patience": 2 * m}
+
+    def lag(self) -> int:
+        """The first response comes at step 2m."""
+        return 2 * self.haar_window  # type: ignore[operator]
 
     def init(self) -> PlateauState:
         # memory: the sum of all losses; Q of the last steps, zero before the first; its length.
@@ -83,7 +101,7 @@ class MHLR(PlateauSchedule):
         size = 2 * (self.haar_window or 0) + 2
         return super().init()._replace(memory=(0, [0] * size, size))
 
-    def _detect(self, state: PlateauState, loss: float) -> PlateauState:
+    def detect(self, state: PlateauState, loss: float) -> PlateauState:
         m: Any = self.haar_window
         total, q, length = state.memory
         total += int(loss * _PER_UNIT)
@@ -100,15 +118,10 @@ class MHLR(PlateauSchedule):
             middle = m - m // 2 + 1
             haar = 2 * (q[-1 - middle] - q[-1 - m - middle]) + q[-2 - 2 * m] - q[-2]
             response = haar / (m * m * _PER_UNIT)
-        return self._decide(state, level, response, m, (total, q, len(q)))
+        return self.decide(state, level, response, m, (total, q, len(q)))
 
     def dump(self, state: PlateauState) -> dict[str, Any]:
         """The state's fields, of its memory only what is still needed."""
         total, past, length = state.memory
         recent = past[length - 2 * self.haar_window - 2 : length]  # type: ignore[operator]
         return state._replace(memory=(total, recent, len(recent)))._asdict()
-
-
-def default_window(total_steps: int) -> int:
-    """Window for a run of ``total_steps``, in optimizer steps; even."""
-    return max(2, int(0.015 * total_steps) // 2 * 2)

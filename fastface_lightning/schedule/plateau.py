@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
+from .base import Schedule
+
 ARM_DROP = 0.05
 """Share of its peak that the smoothed loss must lose before a flat loss means a plateau."""
 _HUGE = 1e290
-_DURATIONS = ("patience", "arm_after", "warmup_steps")
+_DURATIONS = ("patience", "cooldown", "arm_after", "warmup_steps")
 DEFAULTS: dict[str, Any] = {
     "factor": 0.5,
     "max_decays": math.inf,
     "restart_after": math.inf,
     "restart_factor": 4.0,
+    "cooldown": 0,
     "arm_after": 0.2,
     "warmup_steps": 0,
     "max_nonfinite": 100,
@@ -27,17 +29,18 @@ DEFAULTS: dict[str, Any] = {
 class PlateauState(NamedTuple):
     """Everything a schedule remembers between two steps; primitives only, never changed in place.
 
-    ``base_lr * scale`` is the learning rate of the *next* optimizer step.
+    ``scale`` holds for the *next* optimizer step.
     """
 
     step: int = 0
     """Finite losses seen so far, those of the warm-up included (optimizer steps)."""
     scale: float = 1.0
-    """Factor on every base learning rate."""
+    """Factor on every learning rate."""
     response: float = math.nan
     """The detector's answer to the last loss (see the detector); NaN until it is defined."""
     plateau_steps: int = 0
-    """Steps in a row, up to now, whose response lay below the threshold."""
+    """Steps in a row, up to now, whose response lay below the threshold; below 0: the steps of the
+    cooldown that are left, negated."""
     plateaus: int = 0
     """Plateaus in a row, without a response above the threshold between them."""
     decays: int = 0
@@ -57,17 +60,12 @@ class PlateauState(NamedTuple):
     memory: tuple[Any, ...] = ()
     """What one detector keeps besides."""
 
-    @property
-    def warming(self) -> bool:
-        """Whether no loss has been looked at yet: the scale may grow by the warm-up."""
-        return math.isnan(self.level)
-
 
 S = TypeVar("S", bound="PlateauSchedule")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class PlateauSchedule(ABC):
+class PlateauSchedule(Schedule):
     r"""Hyper-parameters of the plateau rule; a detector adds how it measures the response.
 
     With :math:`R_t` the response to the loss of step :math:`t` and :math:`\lambda` the threshold,
@@ -78,7 +76,7 @@ class PlateauSchedule(ABC):
 
     and as soon as :math:`c_t` exceeds ``patience``, :math:`c_t = 0` and the learning rate decays:
     it is multiplied by ``factor`` -- or by ``restart_factor`` if this was plateau number
-    ``restart_after`` in a row.
+    ``restart_after`` in a row. The ``cooldown`` steps after it are not counted.
 
     The rule is *armed* once the smoothed loss has lost 5 % of its peak, at the latest after
     ``arm_after``: at the start of a run the loss of a margin softmax rises or stands still, and a
@@ -88,17 +86,22 @@ class PlateauSchedule(ABC):
     below 1 is a share of the run. **None is the variant's own value, for every argument**; *no
     limit* and *never* are ``math.inf``.
 
+    A detector of one's own overrides two methods: :meth:`of_length` gives the settings that follow
+    from the run's length, :meth:`detect` measures one response and hands it to :meth:`decide`.
+
     Args:
         variant: which published or own rule; see the detector.
         threshold: response below which the loss counts as flat, >= 0; in the response's own unit.
         threshold_mode: ``"abs"``: the threshold is used as given; ``"rel"``: times the smoothed
             loss; ``"peak"``: times the highest smoothed loss so far. Only with a threshold;
-            None is ``"abs"`` then.
+            None is ``"abs"`` then. Of a loss that may be negative the size counts: \|loss\|, and
+            under ``"peak"`` how far it has fallen where that is more.
         patience: flat steps in a row that are still forgiven, >= 0.
         factor: multiplies the learning rate at a plateau, in (0, 1); 0.5.
         max_decays: most multiplications by ``factor``, >= 0 or inf.
         restart_after: plateaus in a row that end in a restart, >= 1, or inf for never.
         restart_factor: multiplies the learning rate at a restart, >= 1; 4.
+        cooldown: steps after a decay or restart that do not count as flat, >= 0; 0.
         arm_after: steps after which the rule is armed in any case; 0 arms it from the start, inf
             never in that way; 0.2.
         warmup_steps: steps over which the scale grows linearly to 1; the detector sees none of
@@ -118,6 +121,7 @@ class PlateauSchedule(ABC):
     max_decays: int | float | None = None
     restart_after: int | float | None = None
     restart_factor: float | None = None
+    cooldown: int | float | None = None
     arm_after: int | float | None = None
     warmup_steps: int | float | None = None
     max_nonfinite: int | float | None = None
@@ -125,6 +129,10 @@ class PlateauSchedule(ABC):
 
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """What None stands for in each variant, beside ``DEFAULTS``; the first is the default one."""
+    adjustable: ClassVar[frozenset[str]] = frozenset(
+        {"threshold", "threshold_mode", "patience", "cooldown", "factor", "max_decays", "arm_after"}
+        | {"restart_after", "restart_factor", "max_nonfinite"}
+    )
 
     def __post_init__(self) -> None:
         names = list(self.variants)
@@ -137,7 +145,7 @@ class PlateauSchedule(ABC):
             raise ValueError(f"threshold_mode must be abs, rel or peak, got {mode!r}")
         if self.threshold is None and mode is not None:
             raise ValueError(f"threshold_mode needs a threshold, got {mode!r} alone")
-        settings = self._settings()
+        settings = self._constants() | self._given()
         factor, restart_factor = settings["factor"], settings["restart_factor"]
         threshold = settings.get("threshold", 0)
         check_number("threshold", threshold, "be >= 0 and finite", lambda x: 0 <= x < math.inf)
@@ -161,10 +169,12 @@ class PlateauSchedule(ABC):
                 f" with factor={factor}, restart_after={settings['restart_after']}"
             )
 
-    def _settings(self) -> dict[str, Any]:
-        """Every setting as given, else the variant's; absent if it depends on the run's length."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        return {**DEFAULTS, **self.variants[str(self.variant)], **given}
+    def _constants(self) -> dict[str, Any]:
+        """What None stands for, where it does not depend on the run's length."""
+        return {**DEFAULTS, **self.variants[str(self.variant)]}
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def __repr__(self) -> str:
         given = (
@@ -181,15 +191,15 @@ class PlateauSchedule(ABC):
         """
         check_count("total_steps", total_steps, 1)
         total_steps = self.total_steps or total_steps
-        settings = self._of_length(total_steps) | self._settings()
+        settings = self._constants() | self.of_length(total_steps) | self._given()
         for name in _DURATIONS:
             if isinstance(settings[name], float) and settings[name] < 1:
                 settings[name] = int(settings[name] * total_steps)
         settings.setdefault("threshold_mode", "abs")
         return replace(self, **settings | {"total_steps": total_steps})
 
-    def _of_length(self, total_steps: int) -> dict[str, Any]:
-        """The detector's settings that depend on the run's length."""
+    def of_length(self, total_steps: int) -> dict[str, Any]:
+        """What None stands for in a run of so many steps, by the setting's name."""
         return {}
 
     def init(self) -> PlateauState:
@@ -224,11 +234,11 @@ class PlateauSchedule(ABC):
             step = state.step + 1
             scale = min(1.0, (step + 1) / warmup_steps)
             return state._replace(step=step, scale=scale, nonfinite_run=0)
-        return self._detect(state, loss)
+        return self.detect(state, loss)
 
-    @abstractmethod
-    def _detect(self, state: PlateauState, loss: float) -> PlateauState:
-        """State after a finite loss past the warm-up: measure the response, then decide."""
+    def detect(self, state: PlateauState, loss: float) -> PlateauState:
+        """State after a finite loss past the warm-up: the answer of :meth:`decide`."""
+        raise NotImplementedError
 
     def threshold_at(self, state: PlateauState) -> float:
         """The threshold in the response's unit, as it stands at ``state``; not finite at first."""
@@ -238,9 +248,13 @@ class PlateauSchedule(ABC):
         assert self.threshold is not None
         if self.threshold_mode == "abs":
             return self.threshold
-        return self.threshold * (level if self.threshold_mode == "rel" else peak)
+        if self.threshold_mode == "rel":
+            return self.threshold * abs(level)
+        if level <= 0 and peak > -math.inf:
+            peak = max(abs(peak), peak - level)
+        return self.threshold * peak
 
-    def _decide(
+    def decide(
         self,
         state: PlateauState,
         level: float,
@@ -248,7 +262,15 @@ class PlateauSchedule(ABC):
         window: float,
         memory: tuple[Any, ...] = (),
     ) -> PlateauState:
-        """Apply the rule to one response; ``window`` is what the smoothed loss averages over."""
+        """State after one more response, by the rule.
+
+        Args:
+            state: before the step.
+            level: smoothed loss.
+            response: how fast the loss falls, in the threshold's unit; NaN while it is not known.
+            window: steps that the smoothed loss averages over.
+            memory: what the detector wants to find in the state's ``memory`` at the next step.
+        """
         bound: Any = self  # so no setting is None
         step, scale = state.step, state.scale
         plateau_steps, plateaus = state.plateau_steps, state.plateaus
@@ -256,12 +278,17 @@ class PlateauSchedule(ABC):
         seen = step - bound.warmup_steps
         peak = max(state.peak, level) if 2 * seen >= window else state.peak
         armed = state.armed or seen >= bound.arm_after or peak - level >= ARM_DROP * abs(peak)
-        if not (armed and response < self._threshold(level, peak)):
-            plateau_steps = plateaus = 0
+        flat = armed and response < self._threshold(level, peak)
+        if not flat:
+            plateaus = 0
+        if plateau_steps < 0:
+            plateau_steps += 1
+        elif not flat:
+            plateau_steps = 0
         elif plateau_steps < bound.patience:
             plateau_steps += 1
         else:
-            plateau_steps = 0
+            plateau_steps = -bound.cooldown
             plateaus += 1
             if plateaus == bound.restart_after:
                 plateaus = 0
@@ -281,8 +308,39 @@ class PlateauSchedule(ABC):
             "response": state.response,
             "threshold": self.threshold_at(state),
             "plateau_steps": float(state.plateau_steps),
-            "plateau": state.plateau_steps / (self.patience + 1),  # type: ignore[operator]
+            "plateau": max(0, state.plateau_steps) / (self.patience + 1),  # type: ignore[operator]
         }
+
+    def is_change(self, before: PlateauState, after: PlateauState) -> bool:
+        """A decay or a restart; the warm-up, which no smoothed loss goes with, is none."""
+        return after.scale != before.scale and not math.isnan(after.level)
+
+    def remark(self, before: PlateauState, after: PlateauState, loss: float) -> str | None:
+        """Of the first loss that is left out."""
+        if after.nonfinite == 1 and before.nonfinite == 0:
+            return f"the loss is {loss}; such losses are left out of the schedule"
+        return None
+
+    def lag(self) -> int:
+        """Steps that the (bound) detector needs before its response means something."""
+        windows = [value for name, value in vars(self).items() if name.endswith("_window")]
+        return int(sum(windows))
+
+    def cautions(self) -> list[str]:
+        """Windows or patience that the run is too short for; a run in which no decay is allowed."""
+        bound: Any = self
+        needed = bound.warmup_steps + self.lag() + bound.patience + 1
+        if bound.max_decays == 0 and bound.restart_after == math.inf:
+            return [
+                f"max_decays is 0 in a run of {bound.total_steps} steps: the learning rate stays"
+            ]
+        if needed > bound.total_steps:
+            return [
+                f"warmup_steps {bound.warmup_steps}, windows of {self.lag()} steps and patience "
+                f"{bound.patience} need more than a run of {bound.total_steps} steps: the learning "
+                f"rate cannot decay in time"
+            ]
+        return []
 
     def describe(self) -> str:
         """One sentence for the log: what the (bound) schedule will do."""
@@ -290,6 +348,7 @@ class PlateauSchedule(ABC):
         unit = {"abs": "", "rel": " x the smoothed loss", "peak": " x the highest smoothed loss"}
         windows = [f"{n} {value}" for n, value in vars(self).items() if n.endswith("_window")]
         limit = f", at most {bound.max_decays} times" if bound.max_decays < math.inf else ""
+        limit += f", then a cooldown of {bound.cooldown} steps" if bound.cooldown else ""
         restart = f", at plateau {bound.restart_after} in a row x {bound.restart_factor:g}"
         warmup = f", after a warm-up of {bound.warmup_steps} steps" if bound.warmup_steps else ""
         return (
@@ -299,6 +358,30 @@ class PlateauSchedule(ABC):
             f"{restart if bound.restart_after < math.inf else ''}; counts once the smoothed loss "
             f"fell 5 % or after {bound.arm_after} steps{warmup}"
         )
+
+
+def scaled_window(total_steps: int) -> int:
+    """Window of the scaled variants in a run of ``total_steps``, in optimizer steps."""
+    return max(5, round(2000 * (total_steps / 200_000) ** (2 / 3)))
+
+
+def scaled(schedule: PlateauSchedule, total_steps: int, unit: float = 1.0) -> dict[str, Any]:
+    """Threshold and decays of the scaled variants, by the run's length and the loss's own size.
+
+    A short run hardly learns: by this threshold its loss is flat from the beginning, and the rate
+    would decay for nothing. So it may decay once in 100 steps, unless its user says what is flat.
+
+    Args:
+        schedule: whose own threshold wins over this one.
+        total_steps: of the run.
+        unit: response to a loss that falls by 1 a step.
+    """
+    if schedule.threshold is not None:
+        return {"max_decays": 8}
+    threshold = 0.4 / total_steps * unit
+    return {
+        "threshold": threshold, "threshold_mode": "peak", "max_decays": min(8, total_steps // 100)
+    }  # fmt: skip
 
 
 def window_of(window: int | None, rate: float | None) -> int | None:

@@ -10,18 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .base import Schedule
-
-
-class Change(NamedTuple):
-    """One change of the learning rate."""
-
-    step: int
-    """0-based index of the loss that triggered it; the new learning rate holds from the next."""
-    factor: float
-    """New learning rate over old."""
-    lr: float
-    """New learning rate."""
+from .base import Change, Progress, Schedule, check_schedule
 
 
 class Recording(NamedTuple):
@@ -38,13 +27,6 @@ def states(losses: Iterable[float], schedule: Schedule) -> Iterator[Any]:
     for loss in losses:
         state = schedule.update(state, loss)
         yield state
-
-
-def change(before: Any, after: Any, step: int, lr: float) -> Change | None:
-    """The decay or restart between the states before and after ``step``; warm-up is none."""
-    if after.scale == before.scale or getattr(after, "warming", False):
-        return None
-    return Change(step, after.scale / before.scale, lr * after.scale)
 
 
 def replay(
@@ -65,15 +47,15 @@ def replay(
         >>> from fastface_lightning import MHLR, replay
         >>> losses = [5 - min(step, 400) / 100 for step in range(2000)]
         >>> replay(losses, MHLR(haar_window=40), total_steps=2000, lr=0.1)[0]
-        Change(step=516, factor=0.5, lr=0.05)
+        Change(step=544, factor=0.5, lr=0.05)
     """
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
-    schedule = schedule.bind(total_steps)
-    changes, before = [], schedule.init()
-    for step, after in enumerate(states(losses, schedule)):
-        made = change(before, after, step, lr)
-        if made:
+    check_schedule(schedule)
+    changes, before = [], Progress.start(schedule, total_steps)
+    for loss in losses:
+        after = before.update(loss)
+        if made := after.change(before, lr):
             changes.append(made)
         before = after
     return changes

@@ -89,7 +89,7 @@ class Tape(PlateauSchedule):
         "default": {"threshold": 0.0, "patience": 0}
     }
 
-    def _detect(self, state: PlateauState, loss: float) -> PlateauState:
+    def detect(self, state: PlateauState, loss: float) -> PlateauState:
         return state._replace(
             step=state.step + 1,
             scale=state.scale / 2 if state.step in self.halve_after else state.scale,

@@ -22,9 +22,9 @@ class Drop(PlateauSchedule):
         "default": {"threshold": 0.5, "patience": 0, "arm_after": 0}
     }
 
-    def _detect(self, state: PlateauState, loss: float) -> PlateauState:
+    def detect(self, state: PlateauState, loss: float) -> PlateauState:
         response = 0.0 if math.isnan(state.level) else state.level - loss
-        return self._decide(state, loss, response, self.window)
+        return self.decide(state, loss, response, self.window)
 
 
 def run(schedule: PlateauSchedule, losses: Iterable[float], total_steps: int = 100) -> list[Any]:
