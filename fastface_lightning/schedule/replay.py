@@ -47,7 +47,7 @@ def replay(
         >>> from fastface_lightning import MHLR, replay
         >>> losses = [5 - min(step, 400) / 100 for step in range(2000)]
         >>> replay(losses, MHLR(haar_window=40), total_steps=2000, lr=0.1)[0]
-        Change(step=544, factor=0.5, lr=0.05)
+        Change(step=559, factor=0.5, lr=0.05)
     """
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")

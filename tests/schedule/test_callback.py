@@ -217,6 +217,47 @@ def test_blocks_change_no_decision_and_delay_by_less_than_a_block(
         assert rate in [at_once[max(0, step - late)] for late in range(read_every)]
 
 
+@pytest.mark.parametrize("stopped", [False, True], ids=["planned end", "stopped"])
+def test_what_the_last_block_decides_is_applied_at_the_planned_end_alone(
+    tmp_path: Path, stopped: bool
+) -> None:
+    """A run that was stopped may go on, and must then decay at the step it would have."""
+    settings = {"max_steps": 50 if stopped else 10, "max_epochs": -1}
+    callback = FastFaceCallback(Tape(halve_after=(5,)), read_every=32)
+    trainer = fit(tmp_path, callback, *([StopAt(10)] if stopped else []), **settings)
+    assert [made.step for made in callback.changes] == [5] and callback.state.scale == 0.5
+    assert callback.get_last_lr() == [LR if stopped else LR / 2]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed, rates = FastFaceCallback(callback.schedule, read_every=32), LearningRates()
+    fit(tmp_path, resumed, rates, ckpt_path=tmp_path / "a.ckpt", max_steps=50, max_epochs=-1)
+    assert rates.first_group == {
+        step: LR / 2 if step >= 32 or not stopped else LR for step in range(10, 50)
+    }
+
+
+def test_no_decay_goes_below_min_lr_and_none_counts_where_all_stand_there(tmp_path: Path) -> None:
+    """A group that is frozen, or slower already, keeps its rate; a restart still raises it."""
+
+    def groups(module: LightningModule) -> Optimizer:
+        slow = torch.nn.Parameter(torch.ones(1))
+        rates = [(module.first, LR), (module.second, torch.tensor(0.01)), (slow, 0.0)]
+        return SGD([{"params": [p], "lr": lr} for p, lr in rates], lr=LR)
+
+    callback = FastFaceCallback(Tape(halve_after=(1, 3, 5, 7)), min_lr=LR / 4 - 0.01)
+    rates = LearningRates()
+    fit(tmp_path, callback, rates, module=Scripted(optimizers=groups), max_steps=10)
+    lowest = LR / 4 - 0.01
+    steps = [LR] * 2 + [LR / 2] * 2 + [LR / 4] * 2 + [lowest] * 4
+    assert [lr[0] for lr in rates.at.values()] == pytest.approx(steps)
+    assert {(round(lr[1], 6), lr[2]) for lr in rates.at.values()} == {(0.01, 0.0)}
+    assert [made.lr for made in callback.changes] == pytest.approx([LR / 2, LR / 4, lowest])
+    assert callback.changes[-1].factor == pytest.approx(lowest / (LR / 4))
+
+    plateau = FastFaceCallback(FastFace(threshold=99.0, patience=1, max_decays=9), min_lr=LR / 4)
+    fit(tmp_path, plateau, max_steps=60)
+    assert len(plateau.changes) == plateau.state.decays == 2 and plateau.state.scale == 0.25
+
+
 # Refusals ----------------------------------------------------------------------------------------
 
 
@@ -563,14 +604,25 @@ def test_checkpoint_at_an_exception_holds_the_losses_not_read_yet(tmp_path: Path
 
 def test_longer_resume_keeps_the_windows_it_was_bound_to(tmp_path: Path) -> None:
     """Otherwise its responses would change their meaning in the middle of the run."""
-    callback = FastFaceCallback()
+    callback = FastFaceCallback(FASTFACE)
     fit(tmp_path, callback, max_epochs=6).save_checkpoint(tmp_path / "a.ckpt")
-    longer = FastFaceCallback()
+    longer = FastFaceCallback(FASTFACE)
     with pytest.warns(UserWarning, match="now has 200 steps; .* for 60:"):
         fit(tmp_path, longer, max_epochs=20, ckpt_path=tmp_path / "a.ckpt")
     assert longer.state_dict()["bound"] == callback.state_dict()["bound"]
-    assert longer.changes == replay(LOSSES, FastFace().bind(60), total_steps=200, lr=LR)
-    assert longer.changes != replay(LOSSES, FastFace(), total_steps=200, lr=LR)
+    assert longer.changes == replay(LOSSES, FASTFACE.bind(60), total_steps=200, lr=LR)
+    assert longer.state_dict()["total_steps"] == 60
+
+
+def test_a_resumed_fit_takes_up_new_settings_that_the_state_allows(tmp_path: Path) -> None:
+    fit(tmp_path, FastFaceCallback(FASTFACE), max_steps=60).save_checkpoint(tmp_path / "a.ckpt")
+    patient = FastFaceCallback(replace(FASTFACE, patience=10_000, factor=0.1))
+    with pytest.warns(UserWarning, match="patience 10000, was 8; factor 0.1, was 0.5"):
+        fit(tmp_path, patient, max_epochs=20, ckpt_path=tmp_path / "a.ckpt")
+    assert patient.state.step == 200 and patient.changes[-1].step < 60
+    for other in (replace(FASTFACE, ema_window=5), MHLR()):
+        with pytest.raises(ValueError, match="weights alone"):
+            fit(tmp_path, FastFaceCallback(other), max_epochs=9, ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_checkpoint_of_another_scheduler_is_refused(tmp_path: Path) -> None:
@@ -581,7 +633,7 @@ def test_checkpoint_of_another_scheduler_is_refused(tmp_path: Path) -> None:
 
 
 def test_checkpoint_without_state_warns_and_starts_anew_for_what_is_left(tmp_path: Path) -> None:
-    """From the rates of configure_optimizers and with its warm-up; also when resumed once more."""
+    """From the rates that the checkpoint's optimizer has, with its warm-up; so when resumed again."""
 
     def faster(module: LightningModule) -> Optimizer:
         return SGD(module.parameters(), lr=8 * LR)
@@ -594,12 +646,12 @@ def test_checkpoint_without_state_warns_and_starts_anew_for_what_is_left(tmp_pat
         trainer = fit(tmp_path, callback, rates, max_steps=90, ckpt_path=tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "b.ckpt")
     assert vars(schedule.bind(30)) == callback.state_dict()["bound"]
-    assert list(rates.first_group.values())[:4] == [LR / 2, LR, LR, LR]
+    assert list(rates.first_group.values())[:4] == [4 * LR, 8 * LR, 8 * LR, 8 * LR]
     assert callback.state.step == 30
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the run now has")
         fit(tmp_path, FastFaceCallback(schedule), max_steps=90, ckpt_path=tmp_path / "b.ckpt")
-    with pytest.warns(UserWarning, match="now has 95 steps; .* for 30:"):
+    with pytest.warns(UserWarning, match=r"\b35 steps.*\b30\b"):
         fit(tmp_path, FastFaceCallback(schedule), max_steps=95, ckpt_path=tmp_path / "b.ckpt")
 
 

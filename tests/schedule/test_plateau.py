@@ -149,7 +149,8 @@ def test_binding_resolves_every_none_and_again_changes_nothing(schedule: Plateau
         run(schedule, [3.0] * total_steps, total_steps)
 
 
-COMMON = {"factor": 0.5, "restart_factor": 4.0, "warmup_steps": 0, "max_nonfinite": 100}
+COMMON = {"factor": 0.5, "restart_factor": 4.0, "cooldown": 0, "warmup_steps": 0,
+          "max_nonfinite": 100}  # fmt: skip
 DEFAULTS = [
     (
         FastFace(),
@@ -165,13 +166,18 @@ DEFAULTS = [
         for variant in ("paper", "released")
     ),
     (
-        MHLR(),
-        {"patience": 300, "max_decays": math.inf, "restart_after": 4, "arm_after": 2000}
+        MHLR(),  # a loss that falls by s a step has the response s m / 4
+        {"patience": 500, "max_decays": 8, "restart_after": math.inf, "arm_after": 2000}
+        | {"threshold": 0.4 / 10_000 * 272 / 4, "threshold_mode": "peak", "haar_window": 272},
+    ),
+    (
+        MHLR(variant="paper"),
+        {"patience": 300, "max_decays": math.inf, "restart_after": 4, "arm_after": 0}
         | {"threshold": 0.06, "threshold_mode": "abs", "haar_window": 150},
     ),
 ]
 GIVEN = {"patience": 7, "factor": 0.25, "max_decays": 2, "restart_after": 5, "restart_factor": 1.5,
-         "arm_after": 3, "warmup_steps": 9, "max_nonfinite": 2, "threshold": 0.01,
+         "cooldown": 4, "arm_after": 3, "warmup_steps": 9, "max_nonfinite": 2, "threshold": 0.01,
          "haar_window": 12}  # fmt: skip
 
 
@@ -246,15 +252,112 @@ def test_refuses_what_one_detector_cannot_have() -> None:
 @pytest.mark.parametrize(
     ("wrote", "given", "named"),
     [
-        (MHLR(), FastFace(), "(MHLR)"),
-        (FastFace(patience=7), FastFace(), "(patience=7)"),
-        (FastFace(), FastFace(variant="paper"), "(variant='scaled')"),
+        (MHLR(), FastFace(), "MHLR("),
+        (FastFace(haar_window=7), FastFace(), "haar_window=7"),
+        (FastFace(), FastFace(variant="paper"), "variant='scaled'"),
+        (MHLR(), MHLR(variant="paper"), "variant='scaled'"),
+        (MHLR(warmup_steps=9), MHLR(), "warmup_steps=9"),
     ],
     ids=repr,
 )
 def test_checkpoint_of_another_schedule_is_refused_by_name(
     wrote: PlateauSchedule, given: PlateauSchedule, named: str
 ) -> None:
-    with pytest.raises(ValueError, match="written by another schedule") as refusal:
+    with pytest.raises(ValueError, match="weights alone") as refusal:
         Progress.load(Progress.start(wrote, 1000).dump(), given)
     assert named in str(refusal.value) and repr(given) in str(refusal.value)
+
+
+def test_a_checkpoint_goes_on_with_new_settings_that_its_state_allows() -> None:
+    before = Progress.start(Drop(patience=9), 100)
+    for loss in [1.0] * 8:
+        before = before.update(loss)
+    new = Drop(patience=0.03, threshold=0.25, factor=0.1, max_decays=1, cooldown=2)
+    after, changed = Progress.load(before.dump(), new)
+    assert after.bound == new.bind(100) and after.state == before.state
+    assert [phrase.split()[0] for phrase in changed] == [
+        "threshold", "patience", "factor", "max_decays", "cooldown",
+    ]  # fmt: skip
+    assert after.update(1.0).state.scale == pytest.approx(0.1)
+    same, none = Progress.load(before.dump(), replace(Drop(patience=9), total_steps=100))
+    assert same.state == before.state and none == []
+
+
+# What a run is told ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total_steps", "named"),
+    [
+        (MHLR(haar_window=4000), 600, "8000"),
+        (MHLR(variant="paper", haar_window=100), 400, "patience 200"),
+        (FastFace(variant="paper"), 2000, "2000"),
+        (FastFace(patience=99, warmup_steps=80), 150, "patience 99"),
+        (FastFace(), 60, "60 steps"),
+        (FastFace(max_decays=0), 5000, "max_decays"),
+    ],
+    ids=repr,
+)
+def test_says_what_cannot_act_in_a_run(
+    schedule: PlateauSchedule, total_steps: int, named: str
+) -> None:
+    (caution,) = schedule.bind(total_steps).cautions()
+    assert named in caution
+    assert schedule.bind(100 * total_steps).cautions() == [] or schedule.max_decays == 0
+
+
+@pytest.mark.parametrize("schedule", [FastFace(), MHLR(), MHLR(variant="paper", haar_window=4000)])
+def test_says_nothing_of_a_run_that_fits(schedule: PlateauSchedule) -> None:
+    assert [schedule.bind(steps).cautions() for steps in (20_000, 202_320)] == [[], []]
+
+
+@pytest.mark.parametrize("total_steps", [20, 60, 150, 300, 799])
+@pytest.mark.parametrize("detector", [FastFace, MHLR])
+def test_a_short_run_decays_at_most_once_in_a_hundred_steps(
+    detector: type[PlateauSchedule], total_steps: int
+) -> None:
+    """Hardly trained, its loss is flat by the default threshold, which is none of the user's."""
+    flat = [3.0] * total_steps
+    assert run(detector(), flat, total_steps)[-1].decays == total_steps // 100
+    assert run(detector(patience=0), [3.0] * 5000, 5000)[-1].decays == 8
+    assert run(detector(patience=0, threshold=1.0), flat, total_steps)[-1].decays == 8
+
+
+# Losses of any sign ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("detector", [FastFace, MHLR])
+def test_a_negative_loss_decays_where_it_goes_flat(detector: type[PlateauSchedule]) -> None:
+    """Its fall has a size of its own: from -1 to -11, through zero, or down to zero."""
+    fall = [-10 * (1 - math.exp(-step / 100)) for step in range(2000)]
+    decayed = []
+    for start in (10.5, 5.0, 0.0, -1.0, -40.0):
+        after = run(detector(), [start + drop for drop in fall], 2000)
+        assert after[-1].decays == 8
+        decayed.append(next(step for step, state in enumerate(after) if state.decays))
+    assert all(300 < step < 900 for step in decayed), decayed
+
+
+def test_relative_thresholds_take_the_size_of_a_negative_loss() -> None:
+    rel = Drop(threshold=0.1, threshold_mode="rel").bind(100)
+    peak = replace(rel, threshold_mode="peak")
+    lowest = PlateauState(level=-30.0, peak=-10.0)
+    assert rel.threshold_at(lowest) == pytest.approx(3.0)
+    assert peak.threshold_at(lowest) == pytest.approx(2.0)  # it has fallen by 20
+    assert peak.threshold_at(lowest._replace(level=-11.0)) == pytest.approx(1.0)
+    assert peak.threshold_at(lowest._replace(peak=-math.inf)) == -math.inf
+
+
+# Cooldown ----------------------------------------------------------------------------------------
+
+
+def test_cooldown_steps_after_a_decay_do_not_count() -> None:
+    flat = scales(Drop(cooldown=3, patience=1), [1.0] * 12)
+    # Flat steps 1 and 2 decay; 3 are left out; then 2 again.
+    assert flat == [1.0] + [0.5] * 5 + [0.25] * 5 + [0.125]
+    assert scales(Drop(cooldown=0, patience=1), [1.0] * 6) == [1.0, 0.5, 0.5, 0.25, 0.25, 0.125]
+    # A fall in the cooldown ends a row of plateaus all the same.
+    schedule = Drop(cooldown=2, restart_after=2, restart_factor=2.0)
+    assert scales(schedule, [9.0, 9.0, 9.0, 9.0]) == [0.5, 0.5, 0.5, 1.0]
+    assert scales(schedule, [9.0, 8.0, 8.0, 8.0]) == [0.5, 0.5, 0.5, 0.25]
+    assert schedule.bind(100).metrics(run(schedule, [9.0, 9.0])[-1])["plateau"] == 0
