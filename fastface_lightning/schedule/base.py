@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, ClassVar, NamedTuple
 
 
 class Schedule:
     """A frozen dataclass of settings with pure steps over a NamedTuple of primitives.
 
-    ``FastFaceCallback``, ``FastFaceLR`` and ``replay`` ask for ``bind``, ``init`` and ``update``
-    alone, and of a state for ``step``, the losses taken so far, and ``scale``, the factor on every
-    learning rate for the *next* optimizer step. A class that has them need not inherit from this
-    one; what inherits may also override the rest. For another way to measure the loss under the
-    same rule see :class:`~fastface_lightning.schedule.PlateauSchedule`.
+    ``FastFaceCallback``, ``FastFaceLR`` and ``replay`` need ``bind``, ``init`` and ``update``, and
+    of a state ``step``, the losses taken so far, and ``scale``, the factor on every learning rate
+    for the *next* optimizer step. The rest may be overridden by a class that inherits from this
+    one, which none must. For another way to measure the loss under the same rule see
+    :class:`~fastface_lightning.schedule.PlateauSchedule`.
 
     Example:
         >>> from dataclasses import dataclass, replace
@@ -56,10 +57,6 @@ class Schedule:
         """
         raise NotImplementedError
 
-    def describe(self) -> str:
-        """One sentence for the log: what the (bound) schedule will do."""
-        return repr(self)
-
     def cautions(self) -> list[str]:
         """What of the (bound) schedule cannot act in its run, a sentence each."""
         return []
@@ -68,9 +65,9 @@ class Schedule:
         """What the callback logs of a state besides the scale, by name."""
         return {}
 
-    def remark(self, before: Any, after: Any, loss: float) -> str | None:
-        """What to warn of after a step; None for nothing."""
-        return None
+    def remarks(self, before: Any, after: Any, loss: float) -> list[str]:
+        """What to warn of after a step, a sentence each."""
+        return []
 
     def is_change(self, before: Any, after: Any) -> bool:
         """Whether a step decayed or restarted the learning rate."""
@@ -111,12 +108,18 @@ class Progress(NamedTuple):
 
     def update(self, loss: float) -> Progress:
         """After one more optimizer step."""
-        return self._replace(state=self.bound.update(self.state, loss), losses=self.losses + 1)
+        state = self.bound.update(self.state, loss)
+        if not 0 <= state.scale < math.inf or self.state.scale == 0 < state.scale:
+            raise ValueError(
+                f"scale must be finite and >= 0, and 0 is for good as rates are multiplied by it, "
+                f"got {state.scale} after {self.state.scale} from {self.bound!r}"
+            )
+        return self._replace(state=state, losses=self.losses + 1)
 
     def without_decay(self, before: Progress) -> Progress:
         """This, but for a decay since ``before``: for rates that can fall no further."""
-        kept = {name: getattr(before.state, name) for name in ("scale", "decays")
-                if hasattr(before.state, name)}  # fmt: skip
+        old = values_of(before.state)
+        kept = {name: old[name] for name in ("scale", "decays") if name in old}
         return self._replace(state=self.state._replace(**kept))
 
     @property
@@ -131,22 +134,17 @@ class Progress(NamedTuple):
             return None
         return Change(before.losses, new.scale / old.scale, lr * new.scale)
 
-    def describe(self) -> str:
-        """One sentence for the log: what the schedule will do."""
-        return str(self.optional.describe(self.bound))
+    def metrics(self) -> dict[str, float]:
+        """What to log besides the scale, by name."""
+        return dict(self.optional.metrics(self.bound, self.state))
 
     def cautions(self) -> list[str]:
         """What of the schedule cannot act in its run, a sentence each."""
         return list(self.optional.cautions(self.bound))
 
-    def metrics(self) -> dict[str, float]:
-        """What to log besides the scale, by name."""
-        return dict(self.optional.metrics(self.bound, self.state))
-
-    def remark(self, before: Progress, loss: float) -> str | None:
-        """What to warn of after the last step; None for nothing."""
-        said: str | None = self.optional.remark(self.bound, before.state, self.state, loss)
-        return said
+    def remarks(self, before: Progress, loss: float) -> list[str]:
+        """What to warn of after the last step, a sentence each."""
+        return list(self.optional.remarks(self.bound, before.state, self.state, loss))
 
     def dump(self) -> dict[str, Any]:
         """Primitives for a checkpoint, and nothing that a later step would change."""
@@ -161,15 +159,17 @@ class Progress(NamedTuple):
 
     @classmethod
     def load(cls, saved: dict[str, Any], schedule: Schedule) -> tuple[Progress, list[str]]:
-        """Go on where a checkpoint stopped, bound to the length that its run had.
-
-        Returns:
-            The progress, and what is new among the settings, a phrase each.
+        """Where a checkpoint stopped, bound to the length of its run; and what is new, in words.
 
         Raises:
             ValueError: the checkpoint was written by another schedule than ``schedule``, or by one
                 with another value of a setting that its state depends on.
         """
+        if "losses" not in saved:
+            raise ValueError(
+                "the checkpoint was written by an earlier release of fastface_lightning, whose "
+                "schedules cannot go on: start anew from the weights alone"
+            )
         fresh = cls.start(schedule, saved["total_steps"])
         wrote, old, new = saved["schedule"], saved["bound"], values_of(fresh.bound)
         changed = [name for name in new if name not in old or old[name] != new[name]]

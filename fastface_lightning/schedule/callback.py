@@ -18,9 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .base import Change, Progress, Schedule, check_schedule, values_of
 from .fastface import FastFace
 from .length import callbacks_of, share_done, total_steps_of
-from .lr_scheduler import at_floor, check_min_lr, lr_names, scale_lr, scaled_lr
 from .plateau import check_count
-from .step_loss import logged_item, returned_loss, scalar
+from .rates import Rates, lr_names
+from .step_loss import logged_loss, returned_loss, scalar
 
 
 class FastFaceCallback(Callback):
@@ -35,11 +35,10 @@ class FastFaceCallback(Callback):
     decision belongs to its step; the learning rate follows when the block is read, at most
     ``read_every - 1`` steps late, and at the same steps whether the run was interrupted or not.
 
-    Logged, every ``log_every_n_steps``: ``fastface/lr_scale``, ``fastface/response``,
-    ``fastface/threshold``, ``fastface/plateau_steps`` and, unless a LearningRateMonitor does,
-    ``lr-<optimizer>[/pg<group>]``; in the progress bar ``fastface/lr``, of the first group, and
-    ``fastface/plateau``, the progress to the next decay. The loggers get the schedule's settings
-    as hyper-parameters. With ``optimizers`` the names begin with ``fastface-<indices>``.
+    Logged, every ``log_every_n_steps``: ``fastface/lr_scale``, ``response``, ``threshold``,
+    ``plateau_steps`` and, unless a LearningRateMonitor does, ``lr-<optimizer>[/pg<group>]``; in the
+    progress bar ``fastface/lr``, of the first group, and ``plateau``, the progress to the next
+    decay. With ``optimizers`` the names begin with ``fastface-<indices>``.
 
     Args:
         schedule: ``FastFace(...)``, ``MHLR(...)`` or another
@@ -90,7 +89,6 @@ class FastFaceCallback(Callback):
         for name, steps in (("read_every", read_every), ("total_steps", total_steps)):
             if steps is not None:
                 check_count(name, steps, 1, " step")
-        check_min_lr(min_lr)
         for index in optimizers or ():
             check_count("optimizers", index, 0)
         if loss_key is not None and monitor is not None:
@@ -99,9 +97,10 @@ class FastFaceCallback(Callback):
         self.loss_key = loss_key
         self.read_every = read_every
         self.monitor = monitor
-        self.min_lr = min_lr
+        self._rates = Rates(self._groups, min_lr)
         self.optimizers = None if optimizers is None else tuple(optimizers)
         self.logs = log  # Lightning itself sets a callback's `log`
+        self._prefix = "-".join(map(str, ("fastface", *(self.optimizers or ()))))
         self._hook: Any = None
         self._reset()
 
@@ -110,19 +109,16 @@ class FastFaceCallback(Callback):
         self._trainer: Trainer | None = None
         self._progress: Progress | None = None
         self._saved: dict[str, Any] = {}  # a checkpoint's state, which only fit takes up
-        self._applied = 1.0  # the scale that the learning rates have been multiplied by
+        self._rates = Rates(self._groups, self._rates.min_lr)
         self._began_at = 0  # optimizer steps of the run before the schedule's first
         self._micro: list[Tensor] = []  # losses of the micro-batches since the last optimizer step
         # Loss, and whether its step was skipped: known here, or only on the device.
         self._unread: list[tuple[Tensor, bool | Tensor]] = []
-        self._stepped = False
+        self._stepped, self._global_step = False, 0
         self._found_inf: Tensor | None = None
-        self._global_step = 0
-        self._rates: dict[int, float] = {}  # rates that are tensors, by id, as last read
-        self._left: list[tuple[dict[str, Any], float]] = []  # groups, and what a decision left
         self._validations = False  # what the schedule's steps are
         self._last_logged: Tensor | None = None
-        self._pace: tuple[float, int] | None = None  # share of the run and losses at its start
+        self._pace: tuple[float | None, int] = (None, 0)  # share of the run, losses at the start
         self._collective = True
         self._warned: set[str] = set()
 
@@ -136,9 +132,10 @@ class FastFaceCallback(Callback):
         return "FastFaceCallback" + ("" if self.optimizers is None else str([*self.optimizers]))
 
     def __repr__(self) -> str:
-        names = ("total_steps", "loss_key", "read_every", "monitor", "optimizers")
-        given = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None]
-        given += [f"min_lr={self.min_lr}"] * (self.min_lr > 0) + ["log=False"] * (not self.logs)
+        names = ("total_steps", "loss_key", "read_every", "monitor", "min_lr", "optimizers", "log")
+        values = {**vars(self), "min_lr": self._rates.min_lr or None}
+        values["log"] = None if self.logs else False
+        given = [f"{name}={values[name]!r}" for name in names if values[name] is not None]
         return f"FastFaceCallback({', '.join([repr(self.schedule), *given])})"
 
     def get_last_lr(self) -> list[float]:
@@ -171,11 +168,13 @@ class FastFaceCallback(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         drives = self._drives(trainer)
-        rivals: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
-        rivals = [scheduler for scheduler in rivals if scheduler.optimizer in drives]
+        schedulers = (config.scheduler for config in trainer.lr_scheduler_configs)
+        rivals: list[Any] = [s for s in schedulers if s.optimizer in drives]
         rivals += callbacks_of(trainer, "StochasticWeightAveraging")
-        others = [c for c in callbacks_of(trainer, "FastFaceCallback") if c is not self]
-        rivals += [c for c in others if any(o in drives for o in c._drives(trainer))]
+        for other in callbacks_of(trainer, "FastFaceCallback"):
+            rivals += [other] * (
+                other is not self and not set(drives).isdisjoint(other._drives(trainer))
+            )
         if rivals:
             names = ", ".join(type(rival).__name__ for rival in rivals)
             raise MisconfigurationException(
@@ -215,19 +214,17 @@ class FastFaceCallback(Callback):
                     f"anew at step {self._began_at}, for what is left of the run"
                 )
         assert self._progress is not None
-        rank_zero_info(self._progress.describe())
-        for sentence in self._progress.cautions():
-            rank_zero_warn(sentence)
-        self._rates = {id(group["lr"]): float(group["lr"]) for group in self._groups()}
+        rank_zero_info(f"the schedule is {self._progress.bound!r}")
+        for caution in self._progress.cautions():
+            rank_zero_warn(caution)
+        self._rates.read()
         self._hook = register_optimizer_step_post_hook(self._on_optimizer_step)
         if self._progress.losses == 0:
-            self._apply()
-        share = share_done(trainer)
-        if share is not None and not callbacks_of(trainer, "GradientAccumulationScheduler"):
-            self._pace = share, self._progress.losses
-        settings = {"schedule": type(self.schedule).__name__, **values_of(self._progress.bound)}
+            self._rates.apply(self.state.scale)
+        self._pace = share_done(trainer), self._progress.losses
+        name, settings = type(self.schedule).__name__, values_of(self._progress.bound)
         for logger in trainer.loggers if self.logs else []:
-            logger.log_hyperparams({self._prefix: settings})
+            logger.log_hyperparams({self._prefix: {"schedule": name, **settings}})
 
     def _steps_left(self, trainer: Trainer) -> int:
         total = self.total_steps or total_steps_of(trainer, self._validations)
@@ -236,7 +233,7 @@ class FastFaceCallback(Callback):
 
     def _resume(self, trainer: Trainer, saved: dict[str, Any]) -> None:
         self._progress, changed = Progress.load(saved, self.schedule)
-        self._applied, self._began_at = saved["applied"], saved["began_at"]
+        self._rates.applied, self._began_at = saved["applied"], saved["began_at"]
         self._validations = saved["validations"]
         self.changes = [Change(*made) for made in saved["changes"]]
         if changed:
@@ -244,9 +241,9 @@ class FastFaceCallback(Callback):
         with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
             if (now := self._steps_left(trainer)) != self._progress.total_steps:
                 self._warn_once(
+                    "length",
                     f"the run now has {now} steps; its schedule stays as it was made for "
-                    f"{self._progress.total_steps}: {self._progress.describe()}",
-                    about="length",
+                    f"{self._progress.total_steps}: {self._progress.bound!r}",
                 )
 
     # Steps -------------------------------------------------------------------------------------
@@ -271,38 +268,27 @@ class FastFaceCallback(Callback):
         if (loss := self._loss(trainer, pl_module, outputs)) is not None:
             self._micro.append(loss)
         if self._stepped or (moved and self.optimizers is None):
-            self._close_step()
+            if self._micro:
+                skipped = not self._stepped if self._found_inf is None else self._found_inf
+                self._unread.append((torch.stack(self._micro).mean(), skipped))
+            self._stepped, self._found_inf, self._micro = False, None, []
         # Blocks end at multiples of their length, not once full: at the same steps after a resume.
         if self._global_step // self._block > before // self._block:
             self._read()
-            self._apply()
+            self._rates.apply(self.state.scale)
         if self.logs and trainer._logger_connector.should_update_logs:
             self._log(trainer, pl_module)
 
     def _loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
-        """Of this micro-batch; None if it has none."""
-        if self.monitor is not None:
-            item = logged_item(trainer, self.monitor)
-            if item is None or item._forward_cache is self._last_logged:
-                return None
-            self._last_logged = item._forward_cache
-            return scalar(item._forward_cache, self.monitor, pl_module)
-        key = self.loss_key or "loss"
-        loss = returned_loss(pl_module, outputs, key)
-        # Without outputs training_step has skipped the micro-batch.
-        if loss is None and (outputs if pl_module.automatic_optimization else self._stepped):
-            got = ", ".join(map(str, outputs or ())) or "nothing"
-            raise MisconfigurationException(
-                f"training_step must return loss_key={key!r}, got {got}"
-            )
-        return loss
-
-    def _close_step(self) -> None:
-        """Keep the mean loss of an optimizer step until the end of the block."""
-        if self._micro:
-            skipped = not self._stepped if self._found_inf is None else self._found_inf
-            self._unread.append((torch.stack(self._micro).mean(), skipped))
-        self._stepped, self._found_inf, self._micro = False, None, []
+        if self.monitor is None:
+            # Without outputs training_step has skipped the micro-batch.
+            needed = outputs if pl_module.automatic_optimization else self._stepped
+            return returned_loss(pl_module, outputs, self.loss_key or "loss", bool(needed))
+        value = logged_loss(trainer, self.monitor)
+        if value is self._last_logged:
+            return None
+        self._last_logged = value
+        return scalar(value, self.monitor, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._progress is None or trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -313,11 +299,11 @@ class FastFaceCallback(Callback):
         if not self._validations:  # only now is it known what is monitored
             self._validations = True
             self._progress = Progress.start(self.schedule, self._steps_left(trainer))
-            rank_zero_info(f"a step is a validation: {self._progress.describe()}")
+            rank_zero_info(f"a step is a validation, the schedule {self._progress.bound!r}")
         value = trainer.callback_metrics[self.monitor]
         self._unread.append((scalar(value, self.monitor, pl_module), False))
         self._read()
-        self._apply()
+        self._rates.apply(self.state.scale)
 
     def _read(self) -> None:
         """Bring the unread losses to the host, in one transfer, and let the schedule take them."""
@@ -327,14 +313,14 @@ class FastFaceCallback(Callback):
         unread, self._unread = self._unread, []
         columns = [loss for loss, _ in unread]
         columns += [skip.reshape(()) for _, skip in unread if isinstance(skip, Tensor)]
-        rates = [group["lr"] for group in self._groups() if isinstance(group["lr"], Tensor)]
-        block = torch.stack([*columns, *(lr.detach().reshape(()).to(columns[0]) for lr in rates)])
+        lrs = [lr.detach().reshape(()).to(columns[0]) for lr in self._rates.tensors()]
+        block = torch.stack([*columns, *lrs])
         if trainer.world_size > 1:
             block = trainer.strategy.reduce(block, reduce_op="mean")
         values = block.tolist()
         found_inf = iter(values[len(unread) :])
-        self._rates = dict(zip(map(id, rates), values[len(columns) :], strict=True))
-        self._compare_rates()
+        self._rates.read(values[len(columns) :])
+        self._warn_once("rates", self._rates.overwritten())
         for (_, skipped), loss in zip(unread, values, strict=False):
             # A step that the loss scaler skipped counts only if the loss itself was at fault.
             if isinstance(skipped, Tensor):
@@ -347,50 +333,22 @@ class FastFaceCallback(Callback):
     def _update(self, loss: float) -> None:
         assert self._progress is not None
         before, after = self._progress, self._progress.update(loss)
-        old, new = before.state.scale / self._applied, after.state.scale / self._applied
-        if new < old and at_floor(self._lrs(), old, self.min_lr):
+        rates, old, new = self._rates, before.state.scale, after.state.scale
+        if new < old and rates.at_floor(old):
             after = after.without_decay(before)
         self._progress = after
-        if remark := after.remark(before, loss):
+        for remark in after.remarks(before, loss):
             rank_zero_warn(f"step {before.losses}: {remark}")
         if made := after.change(before, 1.0):
-            lr = next(filter(None, self._lrs()), 0.0)  # of the first group that is not frozen
-            was, now = (scaled_lr(lr, ratio, self.min_lr) for ratio in (old, new))
-            made = made._replace(lr=now, factor=now / was if self.min_lr and was else made.factor)
+            lr = next(filter(None, rates.now()), 0.0)  # of the first group that is not frozen
+            was, now = rates.scaled(lr, old), rates.scaled(lr, new)
+            made = made._replace(lr=now, factor=now / was if rates.min_lr and was else made.factor)
             self.changes.append(made)
             rank_zero_info(f"step {made.step}: lr {was:.4g} -> {now:.4g} (x {made.factor:g})")
 
-    def _lrs(self) -> list[float]:
-        """The groups' learning rates; a tensor's as last read, NaN before that."""
-        lrs = [group["lr"] for group in self._groups()]
-        return [self._rates.get(id(x), math.nan) if isinstance(x, Tensor) else x for x in lrs]
-
-    def _apply(self) -> None:
-        """Multiply every rate by what the scale has changed by since it was last applied."""
-        ratio = self.state.scale / self._applied
-        if ratio == 1:
-            return
-        groups, left = self._groups(), [scaled_lr(lr, ratio, self.min_lr) for lr in self._lrs()]
-        for group in groups:
-            scale_lr(group, ratio, self.min_lr)
-        self._applied = self.state.scale
-        self._left = list(zip(groups, left, strict=True))
-        self._rates = {id(group["lr"]): lr for group, lr in self._left}
-
-    def _compare_rates(self) -> None:
-        """Warn where a rate no longer is what a decision made of it."""
-        lrs = {id(group): lr for group, lr in zip(self._groups(), self._lrs(), strict=True)}
-        for group, left in self._left:
-            now = lrs.get(id(group), left)
-            if abs(now - left) > 1e-6 * left:
-                self._warn_once(
-                    f"the schedule left a learning rate of {left:.6g} and finds {now:.6g}: "
-                    f"something else sets it too, and may undo the schedule's decays"
-                )
-
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._progress is not None
-        lrs = self._lrs()
+        lrs = self._rates.now()
         metrics = self._progress.metrics() | {"lr_scale": self.state.scale}
         bar = {f"{self._prefix}/lr": lrs[0]}
         if "plateau" in metrics:
@@ -405,24 +363,21 @@ class FastFaceCallback(Callback):
             finite = {k: torch.as_tensor(v) for k, v in values.items() if math.isfinite(v)}
             pl_module.log_dict(finite, prog_bar=only_bar, logger=not only_bar)
 
-    @property
-    def _prefix(self) -> str:
-        return "-".join(map(str, ("fastface", *(self.optimizers or ()))))
-
     # The run's length --------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._progress is None:
             return
         given, share = self._progress.losses + len(self._unread), share_done(trainer)
+        began, before = self._pace
         if self.monitor and not given:
             if trainer.current_epoch + 1 >= (trainer.check_val_every_n_epoch or 1):
                 raise MisconfigurationException(
                     f"monitor must be what training_step or validation_step logs, got "
                     f"{self.monitor!r} of {', '.join(trainer.callback_metrics) or 'nothing'}"
                 )
-        elif self._pace and share is not None and share > self._pace[0]:
-            pace = (given - self._pace[1]) / (share - self._pace[0])
+        elif share is not None and began is not None and share > began:
+            pace = (given - before) / (share - began)
             self._compare_length(given + pace * (1 - share))
 
     def _compare_length(self, steps: float) -> None:
@@ -430,13 +385,13 @@ class FastFaceCallback(Callback):
         made_for = self._progress.total_steps
         if abs(steps - made_for) > 0.05 * made_for + 2:
             self._warn_once(
+                "length",
                 f"the schedule is made for {made_for} steps and the run gives it {round(steps)}: "
                 f"say so by FastFaceCallback(total_steps={round(steps)})",
-                about="length",
             )
 
-    def _warn_once(self, text: str, about: str = "rates") -> None:
-        if about not in self._warned:
+    def _warn_once(self, about: str, text: str | None) -> None:
+        if text and about not in self._warned:
             self._warned.add(about)
             rank_zero_warn(text)
 
@@ -447,13 +402,11 @@ class FastFaceCallback(Callback):
             self._read()
             # One that was stopped may go on: what a block has decided then comes at its end.
             if not trainer.should_stop or share_done(trainer, by_time=False) == 1:
-                self._apply()
+                self._rates.apply(self.state.scale)
             self._compare_length(self._progress.losses)
         self._release()
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
         self._release()
         self._collective = trainer.world_size == 1  # a rank may be gone
 
@@ -467,7 +420,7 @@ class FastFaceCallback(Callback):
         if self._progress is None:
             return self._saved
         return self._progress.dump() | {
-            "applied": self._applied,
+            "applied": self._rates.applied,
             "began_at": self._began_at,
             "validations": self._validations,
             "changes": [list(made) for made in self.changes],
@@ -487,8 +440,9 @@ class FastFaceCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        fits = trainer.state.fn == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
         without = self.state_key not in checkpoint.get("callbacks", {})
-        if trainer.state.fn == "fit" and without and checkpoint.get("lr_schedulers"):
+        if fits and without and checkpoint.get("lr_schedulers"):
             raise MisconfigurationException(
                 "the checkpoint must come from a run with FastFaceCallback, got one with another "
                 "scheduler: resume with that one, or start anew from the weights alone"

@@ -64,7 +64,9 @@ def _validations_in(trainer: Trainer, batches: float, per_epoch: float) -> float
 
 
 def share_done(trainer: Trainer, by_time: bool = True) -> float | None:
-    """Share of the run that is over, in [0, 1], by its steps, epochs or time; None if endless."""
+    """Share of the run that is over, in [0, 1], by its steps, epochs or time; None if unknown."""
+    if callbacks_of(trainer, "GradientAccumulationScheduler"):
+        return None  # its epochs differ
     epoch_loop = trainer.fit_loop.epoch_loop
     timers = callbacks_of(trainer, "Timer") if by_time else []
     shares = [timer.time_elapsed() / timer._duration for timer in timers if timer._duration]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .base import Progress, Schedule, check_schedule
 from .fastface import FastFace
-from .plateau import check_count, check_number
+from .plateau import check_count
+from .rates import Rates
 
 
 class FastFaceLR(LRScheduler):
@@ -66,11 +64,14 @@ class FastFaceLR(LRScheduler):
         schedule = FastFace() if schedule is None else schedule
         check_schedule(schedule)
         check_count("total_steps", total_steps, 1)
-        check_min_lr(min_lr)
-        self.min_lr = min_lr
         self._schedule = schedule
+        self.optimizer = optimizer
+        self._rates = Rates(self._groups, min_lr)
+        self._overwritten = False
         self._progress = Progress.start(schedule, total_steps)
-        self._applied = 1.0 if last_epoch == -1 else self.state.scale
+        if last_epoch == -1:
+            self._rates.read()
+            self._rates.apply(self.state.scale)
         super().__init__(optimizer, last_epoch)
 
     def __repr__(self) -> str:
@@ -87,9 +88,11 @@ class FastFaceLR(LRScheduler):
         return self._progress.state
 
     def get_lr(self) -> list[float | Tensor]:
-        """The groups' learning rates, times what the scale has changed by since it was applied."""
-        ratio = self.state.scale / self._applied
-        return [scaled_lr(g["lr"], ratio, self.min_lr) for g in self.optimizer.param_groups]
+        """The groups' learning rates as they stand."""
+        return [group["lr"] for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
 
     def step(self, loss: float | Tensor | None = None) -> None:
         """Take the mean loss of the optimizer step just done.
@@ -104,7 +107,6 @@ class FastFaceLR(LRScheduler):
         if not self._is_initial:
             self._take(loss)
         super().step()
-        self._applied = self.state.scale
 
     def _take(self, loss: float | Tensor | None) -> None:
         if loss is None:
@@ -116,21 +118,24 @@ class FastFaceLR(LRScheduler):
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(loss.shape)}")
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        rates = self._rates
+        rates.read()
+        warning = None if self._overwritten else rates.overwritten()
+        self._overwritten |= warning is not None
         before, after = self._progress, self._progress.update(value)
-        if after.state.scale < before.state.scale and at_floor(
-            (group["lr"] for group in self.optimizer.param_groups), 1.0, self.min_lr
-        ):
+        if after.state.scale < before.state.scale and rates.at_floor(before.state.scale):
             after = after.without_decay(before)
         self._progress = after
-        if warning := after.remark(before, value):
-            warnings.warn(f"step {self.last_epoch}: {warning}", stacklevel=3)
+        rates.apply(after.state.scale)
+        for text in [*filter(None, [warning]), *after.remarks(before, value)]:
+            warnings.warn(f"step {before.losses}: {text}", stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives (and the learning rates as they are) to save in a checkpoint."""
         saved = super().state_dict()
-        for name in ("_progress", "_schedule", "min_lr"):
+        for name in ("_progress", "_schedule", "_rates", "_overwritten"):
             del saved[name]
-        return saved | {"schedule": self._progress.dump()}
+        return saved | {"schedule": self._progress.dump(), "applied": self._rates.applied}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`; as in torch, the optimizer's own state is not touched.
@@ -139,51 +144,12 @@ class FastFaceLR(LRScheduler):
             ValueError: the state was written by another schedule, or another scheduler.
         """
         rest = dict(state_dict)
-        if "schedule" not in rest or "_applied" not in rest:
+        if "schedule" not in rest or "applied" not in rest:
             raise ValueError(
                 f"state_dict must be FastFaceLR's, got another scheduler's with {', '.join(rest)}"
             )
         self._progress, changed = Progress.load(rest.pop("schedule"), self._schedule)
+        self._rates.applied = rest.pop("applied")
         if changed:
             warnings.warn(f"the schedule goes on with {'; '.join(changed)}", stacklevel=2)
         super().load_state_dict(rest)
-
-
-def scaled_lr(lr: float | Tensor, ratio: float, min_lr: float) -> Any:
-    """A learning rate times ``ratio``; a decay ends at ``min_lr``, or at ``lr`` if that is less."""
-    if ratio >= 1:
-        return lr if ratio == 1 else lr * ratio
-    if isinstance(lr, Tensor):
-        return torch.maximum(lr * ratio, lr.clamp(max=min_lr))
-    return max(lr * ratio, min(lr, min_lr))
-
-
-def scale_lr(group: dict[str, Any], ratio: float, min_lr: float) -> None:
-    """:func:`scaled_lr` of a parameter group, in place where it is a tensor (capturable ones)."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(scaled_lr(group["lr"], ratio, min_lr))
-    else:
-        group["lr"] = scaled_lr(group["lr"], ratio, min_lr)
-
-
-def at_floor(lrs: Iterable[float | Tensor], ratio: float, min_lr: float) -> bool:
-    """Whether all learning rates, times ``ratio``, can fall no further."""
-    return all(float(scaled_lr(lr, ratio, min_lr)) <= min_lr for lr in lrs)
-
-
-def check_min_lr(min_lr: float) -> None:
-    """Raises ValueError unless it is >= 0 and finite."""
-    check_number("min_lr", min_lr, "be >= 0 and finite", lambda lr: 0 <= lr < math.inf)
-
-
-def lr_names(optimizers: list[Optimizer]) -> list[list[str]]:
-    """A name for every group of every optimizer, as Lightning's LearningRateMonitor has them."""
-    names = []
-    kinds = [type(optimizer).__name__ for optimizer in optimizers]
-    for i, (kind, optimizer) in enumerate(zip(kinds, optimizers, strict=True)):
-        number = kinds[:i].count(kind)
-        name = f"lr-{kind}-{number}" if number else f"lr-{kind}"
-        groups = optimizer.param_groups
-        several = [f"{name}/{g.get('name', f'pg{k}')}" for k, g in enumerate(groups, 1)]
-        names.append(several if len(groups) > 1 else [name])
-    return names

@@ -177,18 +177,11 @@ class PlateauSchedule(Schedule):
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __repr__(self) -> str:
-        given = (
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        )
-        return f"{type(self).__name__}({', '.join(given)})"
+        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
+        return f"{type(self).__name__}({', '.join(f'{name}={given[name]!r}' for name in given)})"
 
     def bind(self: S, total_steps: int) -> S:
-        """The schedule with plain numbers only, for a run of ``total_steps`` optimizer steps, >= 1.
-
-        Binding it again changes nothing.
-        """
+        """The schedule with plain numbers only, for a run of ``total_steps`` >= 1; for good."""
         check_count("total_steps", total_steps, 1)
         total_steps = self.total_steps or total_steps
         settings = self._constants() | self.of_length(total_steps) | self._given()
@@ -203,11 +196,7 @@ class PlateauSchedule(Schedule):
         return {}
 
     def init(self) -> PlateauState:
-        """State before the first step.
-
-        Raises:
-            ValueError: the schedule is not bound to a number of steps yet.
-        """
+        """State before the first step; raises ValueError if the schedule is not bound."""
         if self.bind(1) != self:
             raise ValueError(f"init() needs a bound schedule, got {self!r}: call bind(total_steps)")
         return PlateauState(scale=1 / max(1, self.warmup_steps))  # type: ignore[type-var, operator]
@@ -215,11 +204,8 @@ class PlateauSchedule(Schedule):
     def update(self, state: PlateauState, loss: float) -> PlateauState:
         """State after the optimizer step whose mean loss was ``loss``; ``state`` stays as it was.
 
-        A NaN or infinite loss (beyond 1e290, that is) changes nothing but the two counters of such
-        losses.
-
-        Raises:
-            ValueError: more than ``max_nonfinite`` of them in a row.
+        A NaN or infinite loss (beyond 1e290, that is) is counted and else left out; raises
+        ValueError at more than ``max_nonfinite`` of them in a row.
         """
         if not -_HUGE < loss < _HUGE:
             run = state.nonfinite_run + 1
@@ -272,9 +258,7 @@ class PlateauSchedule(Schedule):
             memory: what the detector wants to find in the state's ``memory`` at the next step.
         """
         bound: Any = self  # so no setting is None
-        step, scale = state.step, state.scale
-        plateau_steps, plateaus = state.plateau_steps, state.plateaus
-        decays, restarts = state.decays, state.restarts
+        step, scale, _, plateau_steps, plateaus, decays, restarts = state[:7]
         seen = step - bound.warmup_steps
         peak = max(state.peak, level) if 2 * seen >= window else state.peak
         armed = state.armed or seen >= bound.arm_after or peak - level >= ARM_DROP * abs(peak)
@@ -315,11 +299,10 @@ class PlateauSchedule(Schedule):
         """A decay or a restart; the warm-up, which no smoothed loss goes with, is none."""
         return after.scale != before.scale and not math.isnan(after.level)
 
-    def remark(self, before: PlateauState, after: PlateauState, loss: float) -> str | None:
+    def remarks(self, before: PlateauState, after: PlateauState, loss: float) -> list[str]:
         """Of the first loss that is left out."""
-        if after.nonfinite == 1 and before.nonfinite == 0:
-            return f"the loss is {loss}; such losses are left out of the schedule"
-        return None
+        first = after.nonfinite == 1 and before.nonfinite == 0
+        return [f"the loss is {loss}; such losses are left out of the schedule"] * first
 
     def lag(self) -> int:
         """Steps that the (bound) detector needs before its response means something."""
@@ -329,35 +312,13 @@ class PlateauSchedule(Schedule):
     def cautions(self) -> list[str]:
         """Windows or patience that the run is too short for; a run in which no decay is allowed."""
         bound: Any = self
-        needed = bound.warmup_steps + self.lag() + bound.patience + 1
+        run = f"in a run of {bound.total_steps} steps"
         if bound.max_decays == 0 and bound.restart_after == math.inf:
-            return [
-                f"max_decays is 0 in a run of {bound.total_steps} steps: the learning rate stays"
-            ]
-        if needed > bound.total_steps:
-            return [
-                f"warmup_steps {bound.warmup_steps}, windows of {self.lag()} steps and patience "
-                f"{bound.patience} need more than a run of {bound.total_steps} steps: the learning "
-                f"rate cannot decay in time"
-            ]
+            return [f"max_decays is 0 {run}: the learning rate stays as it is"]
+        if bound.warmup_steps + self.lag() + bound.patience >= bound.total_steps:
+            waits = f"warmup_steps {bound.warmup_steps}, windows of {self.lag()} steps"
+            return [f"{waits} and patience {bound.patience} leave no time for a decay {run}"]
         return []
-
-    def describe(self) -> str:
-        """One sentence for the log: what the (bound) schedule will do."""
-        bound: Any = self
-        unit = {"abs": "", "rel": " x the smoothed loss", "peak": " x the highest smoothed loss"}
-        windows = [f"{n} {value}" for n, value in vars(self).items() if n.endswith("_window")]
-        limit = f", at most {bound.max_decays} times" if bound.max_decays < math.inf else ""
-        limit += f", then a cooldown of {bound.cooldown} steps" if bound.cooldown else ""
-        restart = f", at plateau {bound.restart_after} in a row x {bound.restart_factor:g}"
-        warmup = f", after a warm-up of {bound.warmup_steps} steps" if bound.warmup_steps else ""
-        return (
-            f"{type(self).__name__}, {self.variant}: {', '.join(windows)}; flat below "
-            f"{bound.threshold:.3g}{unit[bound.threshold_mode]}; lr x {bound.factor:g} when flat "
-            f"for more than {bound.patience} steps{limit}"
-            f"{restart if bound.restart_after < math.inf else ''}; counts once the smoothed loss "
-            f"fell 5 % or after {bound.arm_after} steps{warmup}"
-        )
 
 
 def scaled_window(total_steps: int) -> int:
@@ -366,22 +327,15 @@ def scaled_window(total_steps: int) -> int:
 
 
 def scaled(schedule: PlateauSchedule, total_steps: int, unit: float = 1.0) -> dict[str, Any]:
-    """Threshold and decays of the scaled variants, by the run's length and the loss's own size.
+    """Threshold and decays of the scaled variants; ``unit`` is the response to a fall of 1 a step.
 
     A short run hardly learns: by this threshold its loss is flat from the beginning, and the rate
     would decay for nothing. So it may decay once in 100 steps, unless its user says what is flat.
-
-    Args:
-        schedule: whose own threshold wins over this one.
-        total_steps: of the run.
-        unit: response to a loss that falls by 1 a step.
     """
     if schedule.threshold is not None:
         return {"max_decays": 8}
-    threshold = 0.4 / total_steps * unit
-    return {
-        "threshold": threshold, "threshold_mode": "peak", "max_decays": min(8, total_steps // 100)
-    }  # fmt: skip
+    flat = {"threshold": 0.4 / total_steps * unit, "threshold_mode": "peak"}
+    return {**flat, "max_decays": min(8, total_steps // 100)}
 
 
 def window_of(window: int | None, rate: float | None) -> int | None:
@@ -392,7 +346,7 @@ def window_of(window: int | None, rate: float | None) -> int | None:
 def check_window(
     name: str, window: int | None, rate_name: str, rate: float | None, least: int = 1
 ) -> None:
-    """A window of at least so many steps, or its rate, 1 / window; raises ValueError."""
+    """A window of at least so many steps, or its rate; raises ValueError."""
     if window is not None:
         check_count(name, window, least, " step" + "s" * (least > 1))
     if rate is not None:

@@ -10,28 +10,27 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 
-def returned_loss(pl_module: LightningModule, outputs: Any, key: str) -> Tensor | None:
+def returned_loss(
+    pl_module: LightningModule, outputs: Any, key: str, needed: bool
+) -> Tensor | None:
     """What training_step returned under ``key``, undivided by the accumulation of gradients.
 
-    Args:
-        pl_module: in its training.
-        outputs: as ``on_train_batch_end`` gets them.
-        key: ``"loss"`` is what Lightning divides by the number of micro-batches.
-
-    Returns:
-        float32 scalar on the module's device, or None where the key is missing.
+    None where it is missing and not ``needed``. ``outputs`` are those of ``on_train_batch_end``,
+    whose ``"loss"`` Lightning has divided by the number of micro-batches.
     """
-    if not isinstance(outputs, dict) or key not in outputs:
-        return None
-    divided_by = pl_module.trainer.accumulate_grad_batches if key == "loss" else 1
-    return scalar(outputs[key], key, pl_module) * divided_by
+    if isinstance(outputs, dict) and key in outputs:
+        divided_by = pl_module.trainer.accumulate_grad_batches if key == "loss" else 1
+        return scalar(outputs[key], key, pl_module) * divided_by
+    if needed:
+        got = ", ".join(map(str, outputs or ())) or "nothing"
+        raise MisconfigurationException(f"training_step must return loss_key={key!r}, got {got}")
+    return None
 
 
-def logged_item(trainer: Trainer, name: str) -> Any:
-    """Lightning's record of what this epoch's training steps log under ``name``, else None.
+def logged_loss(trainer: Trainer, name: str) -> Tensor | None:
+    """What the last training step to log ``name`` logged, a new tensor each time; None if none did.
 
-    Its ``_forward_cache`` is the last micro-batch's value, a new tensor each time. (The trainer's
-    ``callback_metrics`` would read what goes to the progress bar, and wait for the device.)
+    (The trainer's ``callback_metrics`` would read the progress bar's values, and so wait.)
     """
     for item in trainer.fit_loop.epoch_loop._results.values():
         if name in (item.meta.name, item.meta.forked_name(on_step=True)):
@@ -40,7 +39,8 @@ def logged_item(trainer: Trainer, name: str) -> Any:
                     f"monitor={name!r} must be logged with on_step=True in training_step, got an "
                     f"average of the epoch"
                 )
-            return item
+            value: Tensor | None = item._forward_cache
+            return value
     return None
 
 

@@ -633,7 +633,7 @@ def test_checkpoint_of_another_scheduler_is_refused(tmp_path: Path) -> None:
 
 
 def test_checkpoint_without_state_warns_and_starts_anew_for_what_is_left(tmp_path: Path) -> None:
-    """From the rates that the checkpoint's optimizer has, with its warm-up; so when resumed again."""
+    """From the rates of the checkpoint, with its warm-up; also when resumed once more."""
 
     def faster(module: LightningModule) -> Optimizer:
         return SGD(module.parameters(), lr=8 * LR)
@@ -752,6 +752,23 @@ def test_a_schedule_of_ones_own_is_saved_and_resumed(tmp_path: Path) -> None:
     fit(tmp_path, resumed, max_steps=20, ckpt_path=tmp_path / "a.ckpt")
     assert [made.step for made in resumed.changes] == [3, 7, 11, 15, 19]
     assert resumed.changes == replay(LOSSES[:20], HalveEvery(), 20, LR)
+
+
+@dataclass(frozen=True)
+class Scales(HalveEvery):
+    """Whatever scales it is given."""
+
+    scales: tuple[float, ...] = ()
+
+    def update(self, state: Count, loss: float) -> Count:
+        return Count(state.step + 1, self.scales[state.step])
+
+
+@pytest.mark.parametrize("scales", [(0.5, math.nan), (0.5, -1.0), (0.0, 0.5), (1.0, math.inf)])
+def test_a_scale_that_no_rate_can_follow_is_refused(scales: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="scale"):
+        replay([1.0, 1.0], Scales(scales=scales), 2, LR)
+    assert replay([1.0, 1.0], Scales(scales=(0.5, 0.0)), 2, LR)[-1].lr == 0
 
 
 # Reuse -------------------------------------------------------------------------------------------
