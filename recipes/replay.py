@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ def main(cfg: DictConfig) -> None:
     from rich.console import Console
 
     from fastface_lightning.files import write_text
-    from fastface_lightning.report.figures import plot_schedule
+    from fastface_lightning.report.figures import replay_figure
     from fastface_lightning.schedule import read_losses, replay
     from fastface_lightning.schedule.base import Progress
     from fastface_lightning.schedule.fixed import FixedSchedule
@@ -49,14 +48,9 @@ def main(cfg: DictConfig) -> None:
         )
     lr = cfg.lr if cfg.lr is not None else (logged[0] if logged else 1.0)
     changes, in_log = replay(losses, schedule, total_steps, lr), changes_in(logged)
-    progress, scales, metrics = Progress.start(schedule, total_steps), [], []
-    for loss in losses:
-        progress = progress.update(loss)
-        scales.append(progress.state.scale)
-        metrics.append(progress.metrics())
 
     console = Console()
-    console.print(progress.describe())
+    console.print(Progress.start(schedule, total_steps).describe())
     console.print(table_of(changes, in_log))
     result = {
         "log": str(cfg.log),
@@ -66,17 +60,8 @@ def main(cfg: DictConfig) -> None:
         "changes_in_log": [change._asdict() for change in in_log],
     }
     write_text(folder / "replay.json", json.dumps(result, indent=2) + "\n")
-    plot_schedule(
-        folder / "replay.png",
-        steps=range(len(losses)),
-        loss=losses,
-        response=[values.get("response", math.nan) for values in metrics],
-        threshold=[values.get("threshold", math.nan) for values in metrics],
-        lr=[lr * scale for scale in scales],
-        logged_lr=logged or None,
-        changes=[change.step for change in changes],
-        title=f"{type(schedule).__name__} on {len(losses):,} steps: {len(changes)} changes",
-    )
+    figure = replay_figure(losses, schedule, total_steps, lr, logged or None)
+    figure.savefig(folder / "replay.png", dpi=180)
     console.print(f"replay.json and replay.png are in {folder}")
 
 

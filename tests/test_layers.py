@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data": "files",
     "evaluation": "files",
     "optim": "files",
-    "report": "files",
+    "report": "files schedule",
     "classifiers": "files margins optim preprocessing",
     "inference": "files preprocessing margins backbones data evaluation",
     "training": "files preprocessing schedule margins backbones data evaluation optim report"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,41 +11,60 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..files import printable
+from ..schedule.base import Progress
+from ..schedule.replay import replay
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ..schedule import Schedule
+
 MAX_POINTS = 1500
 Curve = tuple[ArrayLike, ArrayLike]  # (N,) optimizer steps and a value at each
 
 
-def plot_schedule(
-    path: str | Path,
-    steps: ArrayLike,
-    loss: ArrayLike,
-    response: ArrayLike,
-    threshold: ArrayLike,
-    lr: ArrayLike,
-    logged_lr: ArrayLike | None = None,
-    changes: Sequence[int] = (),
-    title: str = "",
-) -> None:
-    """Draw :func:`schedule_figure` of values at the same ``steps`` into an image file.
+def replay_figure(
+    losses: Sequence[float],
+    schedule: Schedule,
+    total_steps: int | None = None,
+    lr: float = 1.0,
+    logged_lr: Sequence[float] | None = None,
+) -> Figure:
+    """What a schedule would have done: :func:`schedule_figure` of losses that one already has.
 
     Args:
-        path: image file to write.
-        steps: (N,) optimizer step of each value.
-        loss, response, threshold, lr: (N,) each.
-        logged_lr: (N,) learning rate of a recorded run, to compare.
-        changes: steps at which the learning rate changed.
-        title: of the figure.
+        losses: of all optimizer steps, in order, at least one.
+        schedule: FastFace, MHLR or another schedule.
+        total_steps: optimizer steps of the run; None for as many as there are losses.
+        lr: base learning rate.
+        logged_lr: learning rate of each step in a recorded run, to compare.
+
+    Example:
+        >>> from fastface_lightning import FastFace
+        >>> losses = [5 - min(step, 400) / 100 for step in range(2000)]
+        >>> replay_figure(losses, FastFace(), lr=0.1).savefig("replay.png")  # doctest: +SKIP
     """
-    lrs = {"lr": (steps, lr)}
-    logged = None if logged_lr is None else (steps, logged_lr)
-    figure = schedule_figure((steps, loss), (steps, response), threshold, lrs, changes, logged)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=180)
+    steps, total_steps = range(len(losses)), total_steps or len(losses)
+    changes = replay(losses, schedule, total_steps, lr)
+    progress, lrs, seen = Progress.start(schedule, total_steps), [], []
+    for loss in losses:
+        lrs.append(lr * progress.state.scale)
+        progress = progress.update(loss)
+        metrics = progress.metrics()
+        seen.append([metrics.get(name, math.nan) for name in ("response", "threshold")])
+    response, threshold = np.transpose(seen)
+    figure = schedule_figure(
+        (steps, losses),
+        (steps, response) if np.isfinite(response).any() else None,
+        threshold,
+        {"lr": (steps, lrs)},
+        [change.step for change in changes],
+        None if logged_lr is None else (steps, logged_lr),
+    )
+    name, count = type(schedule).__name__, len(changes)
+    figure.suptitle(f"{name} on {len(losses):,} steps: {count} change{'s' * (count != 1)}")
+    return figure
 
 
 def schedule_figure(
