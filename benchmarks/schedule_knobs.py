@@ -8,21 +8,25 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import runpy
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import show, write
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from fastface_lightning import MHLR, FastFace, replay
 from fastface_lightning.report.figures import thin
 from fastface_lightning.schedule import Change, PlateauSchedule, PlateauState, read_losses, states
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, CURVES = ROOT / "docs", ROOT / "tests" / "schedule" / "curves.py"
 Panel = dict[str, PlateauSchedule]
 
 
@@ -34,7 +38,7 @@ def vary(base: PlateauSchedule, knobs: str, values: dict[str, Any]) -> Panel:
     }
 
 
-FASTFACE, AUTHORS = FastFace(), MHLR(haar_window=4000)
+FASTFACE, AUTHORS = FastFace(), MHLR(variant="paper", haar_window=4000)
 VARIANTS: Panel = {name: FastFace(variant=name) for name in ("scaled", "paper", "released")}
 EMA_WINDOWS = {"250": 250, "1000": 1000, "default 2015": None, "8000": 8000}
 HAAR_WINDOWS = {"2000": 2000, "default 3034": None, "the log's 4000": 4000, "8000": 8000}
@@ -65,7 +69,19 @@ MHLR_KNOBS: dict[str, Panel] = {
         AUTHORS, "restart_factor", {"1": 1.0, "2": 2.0, "default 4": None, "8": 8.0}
     ),
     "max_decays": vary(AUTHORS, "max_decays", {"4": 4, "default: no limit": None}),
+    "cooldown": vary(AUTHORS, "cooldown", {"default 0": None, "4000": 4000, "8000": 8000}),
+    "variant, haar_window": {
+        "scaled": MHLR(),
+        "paper": MHLR(variant="paper"),
+        "paper, 4000": AUTHORS,
+    },
 }
+PAPER = MHLR(variant="paper")
+DEFAULTS: Panel = {"FastFace()": FASTFACE, "MHLR()": MHLR(), "MHLR(variant='paper')": PAPER}
+FAMILY = [*itertools.product(
+    (1560, 6240), (2.0, 45.0), (0.02, 0.1), range(5), (0.0, 0.05, 0.1), (0.1,), (6.0, 40.0)
+)]  # fmt: skip
+"""240 curves: steps, first loss, noise, seed, share of a rise and how far, speed of the fall."""
 WINDOWS = (100, 250, 500, 1000, 2015, 4000, 8000, 16_000)
 BLUES, ORANGES = ("#2171b5", "#6baed6", "#bdd7e7"), ("#d94801", "#fd8d3c", "#fdd0a2")
 FLAT = slice(180_000, 202_000)
@@ -152,7 +168,8 @@ def mhlr_rows(losses: list[float]) -> list[dict[str, Any]]:
     noise, flat = sigma(losses[FLAT]), held(losses)
     rows = []
     for window in (250, 500, 1000, 2000, 4000, 8000):
-        schedule = MHLR(haar_window=window, patience=8000)
+        two_windows = replace(AUTHORS, haar_window=window)
+        schedule = replace(two_windows, patience=8000)
         rows.append(
             {
                 "haar_window": window,
@@ -160,7 +177,7 @@ def mhlr_rows(losses: list[float]) -> list[dict[str, Any]]:
                 "noise found": statistics.pstdev(s.response for s in trace(schedule, losses)[FLAT]),
                 "slope at threshold 0.06": 4 * 0.06 / window,
                 "first change": first(schedule, losses),
-                "first, patience two windows": first(MHLR(haar_window=window), losses),
+                "first, patience two windows": first(two_windows, losses),
                 "first, held flat": first(schedule, flat),
             }
         )
@@ -172,7 +189,9 @@ def run_rows() -> list[dict[str, Any]]:
     rows = []
     for steps in (1000, 6240, 20_000, 50_000, 100_000, 202_320, 500_000):
         fastface, mhlr = FastFace().bind(steps), MHLR().bind(steps)
-        assert fastface.ema_window and fastface.threshold and mhlr.haar_window
+        paper = MHLR(variant="paper").bind(steps)
+        assert fastface.ema_window and fastface.threshold
+        assert mhlr.haar_window and mhlr.threshold and paper.haar_window
         rows.append(
             {
                 "run, steps": steps,
@@ -183,8 +202,13 @@ def run_rows() -> list[dict[str, Any]]:
                 / (2 * fastface.ema_window**1.5)
                 / fastface.threshold,
                 "MHLR's window": mhlr.haar_window,
-                "MHLR's patience": mhlr.patience,
-                "slope at threshold 0.06": 4 * 0.06 / mhlr.haar_window,
+                "MHLR's threshold / highest loss": mhlr.threshold,
+                "MHLR's noise / threshold at 2 %": 0.02
+                / math.sqrt(6 * mhlr.haar_window)
+                / mhlr.threshold,
+                "MHLR paper's window": paper.haar_window,
+                "MHLR paper's patience": paper.patience,
+                "slope at threshold 0.06": 4 * 0.06 / paper.haar_window,
             }
         )
     return rows
@@ -195,10 +219,8 @@ def scale_rows(losses: list[float]) -> list[dict[str, Any]]:
     schedules = {
         "FastFace()": FASTFACE,
         "FastFace(variant='paper')": VARIANTS["paper"],
-        "MHLR(haar_window=4000)": AUTHORS,
-        "MHLR(haar_window=4000, threshold=0.0013, threshold_mode='peak')": replace(
-            AUTHORS, threshold=0.0013, threshold_mode="peak"
-        ),
+        "MHLR()": MHLR(),
+        "MHLR(variant='paper', haar_window=4000)": AUTHORS,
     }
     return [
         {"schedule": name, "loss x": unit, "changes": len(made)}
@@ -216,7 +238,8 @@ def rise_rows(losses: list[float]) -> list[dict[str, Any]]:
             "rise, steps": rise,
             **{name: first(schedule, risen) for name, schedule in VARIANTS.items()},
             "scaled, arm_after=0": first(replace(FASTFACE, arm_after=0), risen),
-            "MHLR, m = 4000": first(AUTHORS, risen),
+            "MHLR": first(MHLR(), risen),
+            "MHLR paper, m = 4000": first(AUTHORS, risen),
         }
         for rise in (5000, 10_000, 15_000, 20_000, 40_000, 60_000)
         for risen in [rising(held(losses), rise)]
@@ -238,6 +261,48 @@ def first_loss_rows(losses: list[float]) -> list[dict[str, Any]]:
             row[f"{name}: first change"] = first(schedule, lowered)
         rows.append(row)
     return rows
+
+
+def last_clear_fall(smooth: NDArray[np.float64]) -> int:
+    """Last step at which a loss without noise falls by 0.4 x its highest value / T or more."""
+    return int(np.flatnonzero(-np.diff(smooth) >= 0.4 * smooth.max() / len(smooth))[-1])
+
+
+def curve_rows() -> list[dict[str, Any]]:
+    """Synthetic losses: how often each default decays, when, and how often too early."""
+    training_curve = runpy.run_path(str(CURVES))["training_curve"]
+    curves = [training_curve(*settings) for settings in FAMILY]
+    rows = []
+    for name, schedule in DEFAULTS.items():
+        made = [changes_of(schedule, curve.losses) for curve in curves]
+        begun = [
+            (c, of_curve[0].step) for c, of_curve in zip(curves, made, strict=True) if of_curve
+        ]
+        rows.append(
+            {
+                "schedule": name,
+                "curves": len(curves),
+                "first while it falls": sum(s <= last_clear_fall(c.smooth) for c, s in begun),
+                "never": len(curves) - len(begun),
+                "changes, median": statistics.median(map(len, made)),
+                "changes, most": max(map(len, made)),
+                "first, median share": statistics.median(s / len(c.losses) for c, s in begun),
+            }
+        )
+    return rows
+
+
+def cross_entropy_rows(steps: int = 20_000) -> list[dict[str, Any]]:
+    """An ordinary cross-entropy, from 2.3 to 0.1: when each default decays, and how often."""
+    smooth = 0.1 + 2.2 * np.exp(-5 * np.arange(steps) / steps)
+    bumps = np.random.default_rng(0).standard_normal(steps)
+    return [
+        {"noise": noise, "schedule": name, "falls until": last_clear_fall(smooth)}
+        | {"first at": made[0].step if made else None, "changes": len(made)}
+        for noise in (0.0, 0.05, 0.2)
+        for name, schedule in DEFAULTS.items()
+        for made in [changes_of(schedule, (smooth * (1 + noise * bumps)).tolist())]
+    ]
 
 
 def nan_facts(losses: list[float]) -> dict[str, Any]:
@@ -396,6 +461,8 @@ def main() -> None:
         "scale": scale_rows(losses),
         "rise": rise_rows(losses),
         "first_loss": first_loss_rows(losses),
+        "curves": curve_rows(),
+        "cross_entropy": cross_entropy_rows(),
     }
     brief = [{k: v for k, v in row.items() if k not in ("steps", "lr")} for row in rows]
     facts = {"steps": len(losses), "sigma": sigma(losses[FLAT]), "nan": nan_facts(losses)}
