@@ -29,7 +29,6 @@ def main(cfg: DictConfig) -> None:
     from fastface_lightning.files import write_text
     from fastface_lightning.report.figures import replay_figure
     from fastface_lightning.schedule import read_losses, replay
-    from fastface_lightning.schedule.base import Progress
     from fastface_lightning.schedule.fixed import FixedSchedule
     from fastface_lightning.schedule.plateau import check_count
 
@@ -50,7 +49,7 @@ def main(cfg: DictConfig) -> None:
     changes, in_log = replay(losses, schedule, total_steps, lr), changes_in(logged)
 
     console = Console()
-    console.print(Progress.start(schedule, total_steps).describe())
+    console.print(f"{schedule.bind(total_steps)!r}", markup=False)
     console.print(table_of(changes, in_log))
     result = {
         "log": str(cfg.log),

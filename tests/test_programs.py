@@ -73,9 +73,9 @@ def test_replay_of_a_csv(run: Run, tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     found = json.loads((ended.folder / "replay.json").read_text())
     assert found["total_steps"] == 2000
-    assert found["changes"][0] == {"step": 516, "factor": 0.5, "lr": 0.05}
+    assert found["changes"][0] == {"step": 559, "factor": 0.5, "lr": 0.05}
     assert (ended.folder / "replay.png").stat().st_size > 10_000
-    assert "516" in ended.out
+    assert "559" in ended.out
 
 
 @pytest.mark.parametrize(
