@@ -203,26 +203,30 @@ class FastFaceCallback(Callback):
             return
         self._trainer, self._global_step = trainer, trainer.global_step
         self._block = self.read_every or (1 if pl_module.device.type == "cpu" else 32)
+        self._rates.read()
         if self._saved:
             self._resume(trainer, self._saved)
         else:
             self._began_at = trainer.global_step
-            self._progress = Progress.start(self.schedule, self._steps_left(trainer))
+            self._start(trainer)
+            self._rates.apply(self.state.scale)
             if self._began_at:
                 rank_zero_warn(
                     f"there is no state of FastFaceCallback to go on from: its schedule starts "
                     f"anew at step {self._began_at}, for what is left of the run"
                 )
-        assert self._progress is not None
-        rank_zero_info(f"the schedule is {self._progress.bound!r}")
-        for caution in self._progress.cautions():
-            rank_zero_warn(caution)
-        self._rates.read()
         self._hook = register_optimizer_step_post_hook(self._on_optimizer_step)
-        if self._progress.losses == 0:
-            self._rates.apply(self.state.scale)
-        self._pace = share_done(trainer), self._progress.losses
-        name, settings = type(self.schedule).__name__, values_of(self._progress.bound)
+        self._pace = share_done(trainer), self._progress.losses if self._progress else 0
+
+    def _start(self, trainer: Trainer, progress: Progress | None = None) -> None:
+        """Begin with the schedule, or go on with it, and say what it is."""
+        progress = progress or Progress.start(self.schedule, self._steps_left(trainer))
+        self._progress = progress
+        of = "validations" if self._validations else "optimizer steps"
+        rank_zero_info(f"the schedule of {of} is {progress.bound!r}")
+        for caution in progress.cautions():
+            rank_zero_warn(caution)
+        name, settings = type(self.schedule).__name__, values_of(progress.bound)
         for logger in trainer.loggers if self.logs else []:
             logger.log_hyperparams({self._prefix: {"schedule": name, **settings}})
 
@@ -232,19 +236,15 @@ class FastFaceCallback(Callback):
         return max(1, total - began_at)
 
     def _resume(self, trainer: Trainer, saved: dict[str, Any]) -> None:
-        self._progress, changed = Progress.load(saved, self.schedule)
+        progress, changed = Progress.load(saved, self.schedule)
         self._rates.applied, self._began_at = saved["applied"], saved["began_at"]
         self._validations = saved["validations"]
+        self._start(trainer, progress)
         self.changes = [Change(*made) for made in saved["changes"]]
         if changed:
             rank_zero_warn(f"the schedule goes on with {'; '.join(changed)}")
         with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
-            if (now := self._steps_left(trainer)) != self._progress.total_steps:
-                self._warn_once(
-                    "length",
-                    f"the run now has {now} steps; its schedule stays as it was made for "
-                    f"{self._progress.total_steps}: {self._progress.bound!r}",
-                )
+            self._compare_length(self._steps_left(trainer))
 
     # Steps -------------------------------------------------------------------------------------
 
@@ -298,8 +298,7 @@ class FastFaceCallback(Callback):
             return
         if not self._validations:  # only now is it known what is monitored
             self._validations = True
-            self._progress = Progress.start(self.schedule, self._steps_left(trainer))
-            rank_zero_info(f"a step is a validation, the schedule {self._progress.bound!r}")
+            self._start(trainer)
         value = trainer.callback_metrics[self.monitor]
         self._unread.append((scalar(value, self.monitor, pl_module), False))
         self._read()
@@ -361,7 +360,8 @@ class FastFaceCallback(Callback):
         # As CPU tensors: Lightning puts a float on the device, where the progress bar waits for it.
         for values, only_bar in ((logged, False), (bar, True)):
             finite = {k: torch.as_tensor(v) for k, v in values.items() if math.isfinite(v)}
-            pl_module.log_dict(finite, prog_bar=only_bar, logger=not only_bar)
+            to_logger = bool(trainer.loggers) and not only_bar
+            pl_module.log_dict(finite, prog_bar=only_bar, logger=to_logger)
 
     # The run's length --------------------------------------------------------------------------
 
@@ -384,10 +384,11 @@ class FastFaceCallback(Callback):
         assert self._progress is not None
         made_for = self._progress.total_steps
         if abs(steps - made_for) > 0.05 * made_for + 2:
+            remedy = f"say so by FastFaceCallback(total_steps={round(steps)})"
             self._warn_once(
                 "length",
                 f"the schedule is made for {made_for} steps and the run gives it {round(steps)}: "
-                f"say so by FastFaceCallback(total_steps={round(steps)})",
+                f"{'it stays as the checkpoint has it' if self._saved else remedy}",
             )
 
     def _warn_once(self, about: str, text: str | None) -> None:

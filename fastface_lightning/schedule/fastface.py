@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from .plateau import PlateauSchedule, PlateauState, check_window, scaled, scaled_window, window_of
 
 ScheduleT = TypeVar("ScheduleT", bound=PlateauSchedule)
-_PUBLISHED = {"threshold": 5e-5, "patience": 0.05, "max_decays": 8, "arm_after": 0}
+_PUBLISHED = {"threshold": 5e-5, "max_decays": 8, "arm_after": 0}
 
 
 def _without_old_names(schedule: type[ScheduleT]) -> type[ScheduleT]:
@@ -93,7 +93,7 @@ class FastFace(PlateauSchedule):
     beta: float | None = None
 
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "scaled": {"patience": 0.05},
+        "scaled": {},
         "paper": _PUBLISHED,
         "released": _PUBLISHED,
     }

@@ -22,7 +22,8 @@ class FastFaceLR(LRScheduler):
     joins later keeps its own.
 
     Under Lightning :class:`~fastface_lightning.FastFaceCallback` is the easier way. Returned from
-    ``configure_optimizers`` this takes the loss that ``training_step`` logs::
+    ``configure_optimizers`` this takes the loss that ``training_step`` logs (with
+    ``sync_dist=True`` where there are several ranks)::
 
         {"scheduler": FastFaceLR(optimizer, self.trainer.estimated_stepping_batches),
          "interval": "step", "monitor": "train/loss", "reduce_on_plateau": True}

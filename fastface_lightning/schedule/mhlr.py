@@ -72,7 +72,7 @@ class MHLR(PlateauSchedule):
     beta: float | None = None
 
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "scaled": {"patience": 0.05},
+        "scaled": {},
         "paper": {"threshold": 0.06, "restart_after": 4, "arm_after": 0},
     }
 

@@ -14,6 +14,7 @@ ARM_DROP = 0.05
 _HUGE = 1e290
 _DURATIONS = ("patience", "cooldown", "arm_after", "warmup_steps")
 DEFAULTS: dict[str, Any] = {
+    "patience": 0.05,
     "factor": 0.5,
     "max_decays": math.inf,
     "restart_after": math.inf,
@@ -96,7 +97,7 @@ class PlateauSchedule(Schedule):
             loss; ``"peak"``: times the highest smoothed loss so far. Only with a threshold;
             None is ``"abs"`` then. Of a loss that may be negative the size counts: \|loss\|, and
             under ``"peak"`` how far it has fallen where that is more.
-        patience: flat steps in a row that are still forgiven, >= 0.
+        patience: flat steps in a row that are still forgiven, >= 0; 0.05.
         factor: multiplies the learning rate at a plateau, in (0, 1); 0.5.
         max_decays: most multiplications by ``factor``, >= 0 or inf.
         restart_after: plateaus in a row that end in a restart, >= 1, or inf for never.
@@ -188,7 +189,10 @@ class PlateauSchedule(Schedule):
         for name in _DURATIONS:
             if isinstance(settings[name], float) and settings[name] < 1:
                 settings[name] = int(settings[name] * total_steps)
-        settings.setdefault("threshold_mode", "abs")
+        if "threshold" not in settings:
+            raise ValueError(f"threshold must be given, or follow from of_length, got {self!r}")
+        if self.threshold is not None or "threshold_mode" not in settings:
+            settings["threshold_mode"] = self.threshold_mode or "abs"
         return replace(self, **settings | {"total_steps": total_steps})
 
     def of_length(self, total_steps: int) -> dict[str, Any]:

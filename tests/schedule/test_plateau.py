@@ -204,6 +204,23 @@ def test_init_asks_for_bind_while_a_setting_is_open(schedule: PlateauSchedule) -
         schedule.init()
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Bare(PlateauSchedule):
+    """A detector of one's own that says no more than a threshold, of the loss's own size."""
+
+    def of_length(self, total_steps: int) -> dict[str, Any]:
+        return {"threshold": 1 / total_steps, "threshold_mode": "peak"}
+
+
+def test_a_detector_of_ones_own_has_every_default() -> None:
+    bound = Bare().bind(100)
+    assert (bound.patience, bound.threshold, bound.threshold_mode) == (5, 0.01, "peak")
+    assert Bare(threshold=0.5).bind(100).threshold_mode == "abs"
+    assert Bare(threshold=0.5, threshold_mode="rel").bind(100).threshold_mode == "rel"
+    with pytest.raises(ValueError, match="threshold must be given"):
+        PlateauSchedule().bind(100)
+
+
 # Refusals ----------------------------------------------------------------------------------------
 
 REFUSALS: list[dict[str, Any]] = [
