@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .base import Change, Progress, Schedule, check_schedule, values_of
 from .fastface import FastFace
-from .length import callbacks_of, share_done, total_steps_of
+from .length import callbacks_of, share_done, steps_left
 from .plateau import check_count
 from .rates import Rates, lr_names
 from .step_loss import logged_loss, returned_loss, scalar
@@ -43,7 +43,7 @@ class FastFaceCallback(Callback):
     Args:
         schedule: ``FastFace(...)``, ``MHLR(...)`` or another
             :class:`~fastface_lightning.schedule.Schedule`; None for ``FastFace()``.
-        total_steps: steps of the schedule in the whole run; None to take them from the trainer.
+        total_steps: steps that the schedule will take; None to find out from the trainer.
         loss_key: key of the loss in what ``training_step`` returns; None for ``"loss"``, and
             needed under manual optimization.
         read_every: optimizer steps between two readings of the losses; None for 1 on CPU and 32
@@ -110,7 +110,6 @@ class FastFaceCallback(Callback):
         self._progress: Progress | None = None
         self._saved: dict[str, Any] = {}  # a checkpoint's state, which only fit takes up
         self._rates = Rates(self._groups, self._rates.min_lr)
-        self._began_at = 0  # optimizer steps of the run before the schedule's first
         self._micro: list[Tensor] = []  # losses of the micro-batches since the last optimizer step
         # Loss, and whether its step was skipped: known here, or only on the device.
         self._unread: list[tuple[Tensor, bool | Tensor]] = []
@@ -207,20 +206,21 @@ class FastFaceCallback(Callback):
         if self._saved:
             self._resume(trainer, self._saved)
         else:
-            self._began_at = trainer.global_step
             self._start(trainer)
             self._rates.apply(self.state.scale)
-            if self._began_at:
+            if trainer.global_step:
                 rank_zero_warn(
                     f"there is no state of FastFaceCallback to go on from: its schedule starts "
-                    f"anew at step {self._began_at}, for what is left of the run"
+                    f"anew at step {trainer.global_step}, for what is left of the run"
                 )
         self._hook = register_optimizer_step_post_hook(self._on_optimizer_step)
         self._pace = share_done(trainer), self._progress.losses if self._progress else 0
 
     def _start(self, trainer: Trainer, progress: Progress | None = None) -> None:
         """Begin with the schedule, or go on with it, and say what it is."""
-        progress = progress or Progress.start(self.schedule, self._steps_left(trainer))
+        if progress is None:
+            length = self.total_steps or steps_left(trainer, self._validations)
+            progress = Progress.start(self.schedule, length)
         self._progress = progress
         of = "validations" if self._validations else "optimizer steps"
         rank_zero_info(f"the schedule of {of} is {progress.bound!r}")
@@ -230,21 +230,16 @@ class FastFaceCallback(Callback):
         for logger in trainer.loggers if self.logs else []:
             logger.log_hyperparams({self._prefix: {"schedule": name, **settings}})
 
-    def _steps_left(self, trainer: Trainer) -> int:
-        total = self.total_steps or total_steps_of(trainer, self._validations)
-        began_at = 0 if self._validations else self._began_at // max(1, len(trainer.optimizers))
-        return max(1, total - began_at)
-
     def _resume(self, trainer: Trainer, saved: dict[str, Any]) -> None:
         progress, changed = Progress.load(saved, self.schedule)
-        self._rates.applied, self._began_at = saved["applied"], saved["began_at"]
-        self._validations = saved["validations"]
+        self._rates.applied, self._validations = saved["applied"], saved["validations"]
         self._start(trainer, progress)
         self.changes = [Change(*made) for made in saved["changes"]]
         if changed:
             rank_zero_warn(f"the schedule goes on with {'; '.join(changed)}")
         with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
-            self._compare_length(self._steps_left(trainer))
+            left = steps_left(trainer, self._validations)
+            self._compare_length(self.total_steps or progress.losses + left)
 
     # Steps -------------------------------------------------------------------------------------
 
@@ -422,7 +417,6 @@ class FastFaceCallback(Callback):
             return self._saved
         return self._progress.dump() | {
             "applied": self._rates.applied,
-            "began_at": self._began_at,
             "validations": self._validations,
             "changes": [list(made) for made in self.changes],
         }

@@ -9,14 +9,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
-def total_steps_of(trainer: Trainer, validations: bool = False) -> int:
-    """Steps of a schedule in the whole run, as the trainer's settings imply.
+def steps_left(trainer: Trainer, validations: bool = False) -> int:
+    """Steps of a schedule in what is left of the run, as the trainer's settings imply; at least 1.
 
     One for each optimizer step. Several optimizers under manual optimization are taken to step
-    together, once a batch: :func:`share_done` tells later whether they do.
+    together, once a batch: the pace (see :func:`share_done`) tells later whether they do.
 
     Args:
-        trainer: set up; its training data may be loaded to count the batches.
+        trainer: about to train; its training data may be loaded to count the batches.
         validations: count validations in the place of optimizer steps.
 
     Raises:
@@ -24,60 +24,75 @@ def total_steps_of(trainer: Trainer, validations: bool = False) -> int:
     """
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
-    per_epoch: float = trainer.num_training_batches
-    epochs: float = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    steps: float = math.inf if trainer.max_steps == -1 else trainer.max_steps
-    steps = math.ceil(steps / max(1, len(trainer.optimizers))) if steps < math.inf else steps
+    together = max(1, len(trainer.optimizers))
+    most = math.inf if trainer.max_steps == -1 else math.ceil(trainer.max_steps / together)
     if validations:
-        batches = min(per_epoch * epochs, steps * trainer.accumulate_grad_batches)
-        total = _validations_in(trainer, batches, per_epoch)
+        left = _validations_left(trainer, most * trainer.accumulate_grad_batches)
     else:
-        total = min(steps, _steps_in(trainer, per_epoch, epochs))
-    if not total < math.inf:
+        left = min(most - trainer.global_step // together, _steps_in_epochs_left(trainer))
+    if not left < math.inf:
         raise MisconfigurationException(
             "FastFaceCallback needs the length of the run, got a trainer without an end: set "
             "max_steps or max_epochs, or FastFaceCallback(total_steps=...)"
         )
-    return int(total)
+    return max(1, int(left))
 
 
-def _steps_in(trainer: Trainer, per_epoch: float, epochs: float) -> float:
-    """Optimizer steps in so many epochs of so many batches, however gradients are accumulated."""
-    scheduling = callbacks_of(trainer, "GradientAccumulationScheduler")
-    if not max(per_epoch, epochs) < math.inf:
+def _steps_in_epochs_left(trainer: Trainer) -> float:
+    """However gradients are accumulated; the first epoch may be a part of one."""
+    per_epoch, last = trainer.num_training_batches, _max_epochs(trainer)
+    if not max(per_epoch, last) < math.inf:
         return math.inf
+    done, scheduling = _epochs_done(trainer), callbacks_of(trainer, "GradientAccumulationScheduler")
+    begun, last = int(done), int(last)
+    if begun >= last:
+        return 0
+    every = trainer.accumulate_grad_batches
+    first = round((begun + 1 - done) * per_epoch)
     if not scheduling:
-        return math.ceil(per_epoch / trainer.accumulate_grad_batches) * max(1, epochs)
-    factors = map(scheduling[0].get_accumulate_grad_batches, range(int(epochs) or 1))
-    return sum(math.ceil(per_epoch / factor) for factor in factors)
+        return math.ceil(first / every) + (last - begun - 1) * math.ceil(per_epoch / every)
+    every_in = scheduling[0].get_accumulate_grad_batches
+    later = sum(math.ceil(per_epoch / every_in(epoch)) for epoch in range(begun + 1, last))
+    return math.ceil(first / every_in(begun)) + later
 
 
-def _validations_in(trainer: Trainer, batches: float, per_epoch: float) -> float:
-    """Validations in so many training batches."""
+def _validations_left(trainer: Trainer, most: float) -> float:
+    """In at most so many batches of the whole run; the one that is under way is left, too."""
+    per_epoch, last = trainer.num_training_batches, _max_epochs(trainer)
     every: Any = trainer.val_check_batch
-    if not batches < math.inf or every is None or every == math.inf:
+    if every is None or every == math.inf:
         return math.inf
     if trainer.check_val_every_n_epoch is None:
-        return max(1, batches // every)
-    epochs = math.ceil(batches / per_epoch) // trainer.check_val_every_n_epoch
-    return max(1, epochs * (per_epoch // every))
+        batches = min(most, last * per_epoch)
+        return batches // every - max(0, trainer.fit_loop.total_batch_idx) // every
+    rarely, last = trainer.check_val_every_n_epoch, min(last, most // per_epoch)
+    return (last // rarely - int(_epochs_done(trainer)) // rarely) * (per_epoch // every)
+
+
+def _max_epochs(trainer: Trainer) -> float:
+    return math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+
+
+def _epochs_done(trainer: Trainer) -> float:
+    """Epochs that are over and, where a checkpoint was of the middle of one, its share."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    done: float = progress.processed
+    if trainer.fit_loop.restarting and progress.ready > done and trainer.num_training_batches:
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        done += batches / trainer.num_training_batches
+    return done
 
 
 def share_done(trainer: Trainer, by_time: bool = True) -> float | None:
     """Share of the run that is over, in [0, 1], by its steps, epochs or time; None if unknown."""
     if callbacks_of(trainer, "GradientAccumulationScheduler"):
         return None  # its epochs differ
-    epoch_loop = trainer.fit_loop.epoch_loop
     timers = callbacks_of(trainer, "Timer") if by_time else []
     shares = [timer.time_elapsed() / timer._duration for timer in timers if timer._duration]
     if trainer.max_steps > 0:
         shares.append(trainer.global_step / trainer.max_steps)
-    if (trainer.max_epochs or -1) > 0:
-        progress: Any = trainer.fit_loop.epoch_progress.current
-        done: float = progress.processed
-        if progress.ready > progress.processed and trainer.num_training_batches:
-            done += epoch_loop.batch_progress.current.ready / trainer.num_training_batches
-        shares.append(done / trainer.max_epochs)  # type: ignore[operator]
+    if 0 < _max_epochs(trainer) < math.inf:
+        shares.append(_epochs_done(trainer) / _max_epochs(trainer))
     return min(1.0, max(shares)) if shares else None
 
 
