@@ -62,7 +62,7 @@ def _validations_left(trainer: Trainer, most: float) -> float:
     every: Any = trainer.val_check_batch
     if every is None or every == math.inf:
         return math.inf
-    if trainer.check_val_every_n_epoch is None:
+    if trainer.check_val_every_n_epoch is None or per_epoch == math.inf:
         batches = min(most, last * per_epoch)
         return batches // every - max(0, trainer.fit_loop.total_batch_idx) // every
     rarely, last = trainer.check_val_every_n_epoch, min(last, most // per_epoch)

@@ -283,6 +283,12 @@ def test_clipped_and_in_bfloat16(tmp_path: Path, precision: str) -> None:
 # Where the loss comes from -----------------------------------------------------------------------
 
 
+class Endless(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            yield torch.zeros(1)
+
+
 class Logs(Scripted):
     """Logs its loss, and a value to validate by; what it returns says nothing."""
 
@@ -331,6 +337,7 @@ def test_a_monitor_that_is_logged_otherwise_or_not_at_all_is_refused(tmp_path: P
         ({"max_epochs": 6, "check_val_every_n_epoch": 2}, 3),
         ({"max_epochs": 3, "val_check_interval": 5}, 6),
         ({"max_steps": 40, "val_check_interval": 4, "check_val_every_n_epoch": None}, 10),
+        ({"max_steps": 40, "val_check_interval": 4, "endless": True}, 10),
     ],
 )
 def test_of_a_validation_value_each_validation_is_a_step(
@@ -340,7 +347,8 @@ def test_of_a_validation_value_each_validation_is_a_step(
     callback = FastFaceCallback(Tape(halve_after=(1,)), monitor="val/loss", read_every=32)
     rates = LearningRates()
     settings = {"num_sanity_val_steps": 2, "max_epochs": -1} | settings
-    loaders = (batches(10), batches(2))
+    train = DataLoader(Endless()) if settings.pop("endless", False) else batches(10)
+    loaders = (train, batches(2))
     messages = told(
         lambda: fit(tmp_path, callback, rates, module=Logs(), loader=loaders, **settings)
     )
@@ -524,12 +532,6 @@ def test_a_second_fit_goes_on_for_what_is_left(tmp_path: Path) -> None:
     trainer.fit_loop.max_epochs = 5
     (message,) = told(lambda: trainer.fit(module, batches(10)))
     assert callback.state_dict()["total_steps"] == callback.state.step == 20
-
-
-class Endless(IterableDataset[Tensor]):
-    def __iter__(self) -> Iterator[Tensor]:
-        while True:
-            yield torch.zeros(1)
 
 
 @pytest.mark.parametrize(
