@@ -61,7 +61,7 @@ class FastFace(PlateauSchedule):
       must be absolute.
 
     In all of them ``patience`` is 0.05, ``max_decays`` 8 and there is no restart; with its own
-    threshold ``"scaled"`` allows one decay in 100 steps of the run, so 8 from 800 steps on.
+    threshold ``"scaled"`` allows none below 300 steps, one there and 8 from 1,000 on.
 
     Args:
         variant: ``"scaled"``, ``"paper"`` or ``"released"``.

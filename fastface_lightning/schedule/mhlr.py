@@ -40,8 +40,8 @@ class MHLR(PlateauSchedule):
 
     - ``"scaled"``: as :class:`~fastface_lightning.FastFace`'s, :math:`m = \max(5, 2000
       (T / 200000)^{2/3})` rounded to even, threshold 0.4 :math:`\times` the highest mean, from
-      step :math:`m/2` on, :math:`/ T \times m / 4`, patience 0.05, at most one decay for every 100
-      steps of the run and 8 in all, no restart.
+      step :math:`m/2` on, :math:`/ T \times m / 4`, patience 0.05, as many decays as
+      FastFace's, no restart.
     - ``"paper"``: the authors' rule, counting from the first response; ``haar_window`` 0.015 T
       (here rounded down to even), threshold 0.06, patience two windows, :math:`\times 4` instead of
       a fourth decay in a row, no limit on decays.

@@ -262,18 +262,29 @@ class PlateauSchedule(Schedule):
             memory: what the detector wants to find in the state's ``memory`` at the next step.
         """
         bound: Any = self  # so no setting is None
-        step, scale, _, plateau_steps, plateaus, decays, restarts = state[:7]
+        (
+            step,
+            scale,
+            _,
+            plateau_steps,
+            plateaus,
+            decays,
+            restarts,
+            _,
+            peak,
+            armed,
+            nonfinite,
+            _,
+            _,
+        ) = state
         seen = step - bound.warmup_steps
-        peak = max(state.peak, level) if 2 * seen >= window else state.peak
-        armed = state.armed or seen >= bound.arm_after or peak - level >= ARM_DROP * abs(peak)
-        flat = armed and response < self._threshold(level, peak)
-        if not flat:
+        if level > peak and 2 * seen >= window:
+            peak = level
+        armed = armed or seen >= bound.arm_after or peak - level >= ARM_DROP * abs(peak)
+        if not (armed and response < self._threshold(level, peak)):
             plateaus = 0
-        if plateau_steps < 0:
-            plateau_steps += 1
-        elif not flat:
-            plateau_steps = 0
-        elif plateau_steps < bound.patience:
+            plateau_steps = plateau_steps + 1 if plateau_steps < 0 else 0
+        elif plateau_steps < bound.patience:  # in a cooldown as well
             plateau_steps += 1
         else:
             plateau_steps = -bound.cooldown
@@ -287,7 +298,7 @@ class PlateauSchedule(Schedule):
                 scale *= bound.factor
         return PlateauState(
             step + 1, scale, response, plateau_steps, plateaus, decays, restarts,
-            level, peak, armed, state.nonfinite, 0, memory,
+            level, peak, armed, nonfinite, 0, memory,
         )  # fmt: skip
 
     def metrics(self, state: PlateauState) -> dict[str, float]:
@@ -334,12 +345,13 @@ def scaled(schedule: PlateauSchedule, total_steps: int, unit: float = 1.0) -> di
     """Threshold and decays of the scaled variants; ``unit`` is the response to a fall of 1 a step.
 
     A short run hardly learns: by this threshold its loss is flat from the beginning, and the rate
-    would decay for nothing. So it may decay once in 100 steps, unless its user says what is flat.
+    would decay for nothing. So it may decay once from 300 steps on, and once more for each 100 that
+    it is longer, unless its user says what is flat.
     """
     if schedule.threshold is not None:
         return {"max_decays": 8}
     flat = {"threshold": 0.4 / total_steps * unit, "threshold_mode": "peak"}
-    return {**flat, "max_decays": min(8, total_steps // 100)}
+    return {**flat, "max_decays": max(0, min(8, total_steps // 100 - 2))}
 
 
 def window_of(window: int | None, rate: float | None) -> int | None:

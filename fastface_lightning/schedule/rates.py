@@ -75,9 +75,9 @@ class Rates:
 
     def overwritten(self) -> str | None:
         """What to warn of where a rate no longer is what the last decision made of it."""
-        lrs = {id(group): lr for group, lr in zip(self.groups(), self.now(), strict=True)}
         for group, left in self._left:
-            now = lrs.get(id(group), left)
+            lr = group["lr"]
+            now = self._read.get(id(lr), left) if isinstance(lr, Tensor) else lr
             if abs(now - left) > 1e-6 * left:  # never of a NaN
                 return (
                     f"the schedule left a learning rate of {left:.6g} and finds {now:.6g}: "

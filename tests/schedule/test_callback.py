@@ -79,8 +79,8 @@ def losses_seen(callback: FastFaceCallback) -> list[float]:
 def test_works_without_an_argument(tmp_path: Path) -> None:
     """It finds length, base rate and loss; on a flat loss the rate falls, as a replay says."""
     callback = FastFaceCallback()
-    trainer = fit(tmp_path, callback, module=Scripted(lambda *_: 4.0), max_epochs=20)
-    assert callback.changes == replay([4.0] * 200, FastFace(), total_steps=200, lr=LR)
+    trainer = fit(tmp_path, callback, module=Scripted(lambda *_: 4.0), max_epochs=40)
+    assert callback.changes == replay([4.0] * 400, FastFace(), total_steps=400, lr=LR)
     assert callback.changes
     assert trainer.optimizers[0].param_groups[0]["lr"] == callback.changes[-1].lr
 

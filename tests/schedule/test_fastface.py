@@ -124,7 +124,7 @@ def scaled_scales(losses: list[float], total_steps: int) -> Iterator[float]:
     Both windows are w = max(5, 2000 (T / 200,000)^(2/3)). LE is an EMA with gain
     max(1/w, 1/(t+1)); E, the EMA of its drop, starts at 0. L_ref is the highest LE from step w/2
     on. Armed once LE <= 0.95 L_ref, or after 0.2 T. Flat below 0.4 L_ref / T; more than 0.05 T
-    flat steps in a row halve the scale; at most 8 times, and once in 100 steps of the run.
+    flat steps in a row halve the scale; at most 8 times, and T // 100 - 2 times.
     """
     window = max(5, round(2000 * (total_steps / 200_000) ** (2 / 3)))
     smooth, response, reference = losses[0], 0.0, -np.inf
@@ -143,7 +143,7 @@ def scaled_scales(losses: list[float], total_steps: int) -> Iterator[float]:
             count = 0
         if count > int(0.05 * total_steps):
             count = 0
-            decays = min(decays + 1, 8, total_steps // 100)
+            decays = min(decays + 1, 8, max(0, total_steps // 100 - 2))
         yield 0.5**decays
 
 

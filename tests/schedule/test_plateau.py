@@ -314,7 +314,7 @@ def test_a_checkpoint_goes_on_with_new_settings_that_its_state_allows() -> None:
         (MHLR(haar_window=4000), 600, "8000"),
         (MHLR(variant="paper", haar_window=100), 400, "patience 200"),
         (FastFace(variant="paper"), 2000, "2000"),
-        (FastFace(patience=99, warmup_steps=80), 150, "patience 99"),
+        (FastFace(patience=99, warmup_steps=280), 350, "patience 99"),
         (FastFace(), 60, "60 steps"),
         (FastFace(max_decays=0), 5000, "max_decays"),
     ],
@@ -333,14 +333,16 @@ def test_says_nothing_of_a_run_that_fits(schedule: PlateauSchedule) -> None:
     assert [schedule.bind(steps).cautions() for steps in (20_000, 202_320)] == [[], []]
 
 
-@pytest.mark.parametrize("total_steps", [20, 60, 150, 300, 799])
+@pytest.mark.parametrize(
+    ("total_steps", "most"), [(20, 0), (60, 0), (150, 0), (299, 0), (300, 1), (624, 4), (999, 7)]
+)
 @pytest.mark.parametrize("detector", [FastFace, MHLR])
-def test_a_short_run_decays_at_most_once_in_a_hundred_steps(
-    detector: type[PlateauSchedule], total_steps: int
+def test_a_short_run_decays_less_often(
+    detector: type[PlateauSchedule], total_steps: int, most: int
 ) -> None:
     """Hardly trained, its loss is flat by the default threshold, which is none of the user's."""
     flat = [3.0] * total_steps
-    assert run(detector(), flat, total_steps)[-1].decays == total_steps // 100
+    assert run(detector(), flat, total_steps)[-1].decays == most
     assert run(detector(patience=0), [3.0] * 5000, 5000)[-1].decays == 8
     assert run(detector(patience=0, threshold=1.0), flat, total_steps)[-1].decays == 8
 
