@@ -234,7 +234,6 @@ class FastFaceCallback(Callback):
         progress, changed = Progress.load(saved, self.schedule)
         self._rates.applied, self._validations = saved["applied"], saved["validations"]
         self._start(trainer, progress)
-        self.changes = [Change(*made) for made in saved["changes"]]
         if changed:
             rank_zero_warn(f"the schedule goes on with {'; '.join(changed)}")
         with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
@@ -423,6 +422,8 @@ class FastFaceCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict
+        if self._progress is None:  # a run that has ended may not train any more
+            self.changes = [Change(*made) for made in state_dict.get("changes", [])]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

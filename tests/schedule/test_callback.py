@@ -614,6 +614,15 @@ def test_longer_resume_keeps_the_windows_it_was_bound_to(tmp_path: Path) -> None
     assert longer.state_dict()["total_steps"] == 60
 
 
+def test_a_run_that_has_ended_keeps_its_changes_when_it_is_resumed(tmp_path: Path) -> None:
+    callback, again = FastFaceCallback(FASTFACE), FastFaceCallback(FASTFACE)
+    fit(tmp_path, callback, max_steps=60).save_checkpoint(tmp_path / "a.ckpt")
+    trainer = fit(tmp_path, again, max_steps=60, ckpt_path=tmp_path / "a.ckpt")
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    assert again.changes == callback.changes != []
+    assert again.state_dict() == callback.state_dict()
+
+
 def test_a_resumed_fit_takes_up_new_settings_that_the_state_allows(tmp_path: Path) -> None:
     fit(tmp_path, FastFaceCallback(FASTFACE), max_steps=60).save_checkpoint(tmp_path / "a.ckpt")
     patient = FastFaceCallback(replace(FASTFACE, patience=10_000, factor=0.1))
