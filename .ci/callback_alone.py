@@ -1,4 +1,4 @@
-"""Train 50 steps with the callback where torch, Lightning and this wheel are all there is.
+"""Train 400 steps with the callback where torch, Lightning and this wheel are all there is.
 
 Run by .ci/run in such an environment, away from the checkout.
 """
@@ -37,16 +37,16 @@ quiet: dict[str, Any] = dict.fromkeys(
 for schedule in (FastFace(), MHLR()):
     module = Line()
     trainer = Trainer(
-        accelerator="cpu", max_steps=50, callbacks=[FastFaceCallback(schedule)], **quiet
+        accelerator="cpu", max_steps=400, callbacks=[FastFaceCallback(schedule)], **quiet
     )
     trainer.fit(module, torch.utils.data.DataLoader(torch.randn(200, 4), batch_size=4))
     (rate,) = (group["lr"] for group in trainer.optimizers[0].param_groups)
-    assert trainer.global_step == 50 and 0 < rate < 0.1, rate
+    assert trainer.global_step == 400 and 0 < rate < 0.1, rate
     print(f"lightning {__version__}, torch {torch.__version__}, {schedule}: 0.1 -> {rate:g}")
 
 optimizer = torch.optim.SGD(Line().parameters(), lr=0.1)
-scheduler = FastFaceLR(optimizer, total_steps=50)
-for _ in range(50):
+scheduler = FastFaceLR(optimizer, total_steps=400)
+for _ in range(400):
     optimizer.step()
     scheduler.step(1.0)
-assert scheduler.get_last_lr()[0] == replay([1.0] * 50, FastFace(), 50, 0.1)[-1].lr
+assert scheduler.get_last_lr()[0] == replay([1.0] * 400, FastFace(), 400, 0.1)[-1].lr

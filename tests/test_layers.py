@@ -160,6 +160,6 @@ import torch
 optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
 scheduler = FastFaceLR(optimizer, total_steps=50)
 L.Trainer(callbacks=[FastFaceCallback(MHLR())], logger=False, enable_checkpointing=False)
-assert replay([1.0] * 50, FastFace(), total_steps=50, lr=0.1)
+assert replay([1.0] * 500, FastFace(), total_steps=500, lr=0.1)
 """
     assert float(fresh(program)) < 0.1, "seconds above `import lightning.pytorch`"

@@ -36,7 +36,8 @@ LR = 0.1
 BATCH = 16  # images a step, of all ranks
 EPOCHS = 15
 STEPS = 12 * EPOCHS
-SCHEDULES = {"fastface": FastFace(), "mhlr": MHLR(haar_window=10, threshold=0.25)}
+WINDOWED = MHLR(variant="paper", haar_window=10, threshold=0.25, arm_after=0.2)
+SCHEDULES = {"fastface": FastFace(max_decays=8), "mhlr": WINDOWED}
 
 
 class Perceptron(nn.Sequential):
@@ -177,6 +178,7 @@ PROGRAM = [
     *("model=timm", "model.name=test_convnext", "model.embedding_size=16"),
     "model.freeze=[neck.bn,neck.features]",  # its batch norms: statistics are of a rank's images
     *("trainer.max_epochs=2", "verify.every_n_epochs=2", "trainer.log_every_n_steps=1"),
+    "schedule.max_decays=8",  # so short a run has none of its own
 ]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=8"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

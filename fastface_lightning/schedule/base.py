@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, NamedTuple
 
 
@@ -197,5 +198,9 @@ def check_schedule(schedule: Any) -> None:
 
 
 def values_of(record: Any) -> dict[str, Any]:
-    """The fields of a NamedTuple or a dataclass by their names."""
-    return record._asdict() if hasattr(record, "_asdict") else dict(vars(record))
+    """The fields of a NamedTuple or a dataclass, or what another object has, by their names."""
+    if hasattr(record, "_asdict"):
+        return dict(record._asdict())
+    if is_dataclass(record):
+        return {field.name: getattr(record, field.name) for field in fields(record)}
+    return dict(vars(record))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .base import Change, Progress, Schedule, check_schedule, values_of
 from .fastface import FastFace
-from .length import callbacks_of, share_done, steps_left
+from .length import Pace, callbacks_of, has_ended, steps_left
 from .plateau import check_count
 from .rates import Rates, lr_names
-from .step_loss import logged_loss, returned_loss, scalar
+from .step_loss import logged_loss, returned_loss, scalar, was_validated
 
 
 class FastFaceCallback(Callback):
@@ -89,6 +90,8 @@ class FastFaceCallback(Callback):
         for name, steps in (("read_every", read_every), ("total_steps", total_steps)):
             if steps is not None:
                 check_count(name, steps, 1, " step")
+        if optimizers is not None and (isinstance(optimizers, int) or not optimizers):
+            raise ValueError(f"optimizers must be a list of indices, got {optimizers}")
         for index in optimizers or ():
             check_count("optimizers", index, 0)
         if loss_key is not None and monitor is not None:
@@ -113,13 +116,13 @@ class FastFaceCallback(Callback):
         self._micro: list[Tensor] = []  # losses of the micro-batches since the last optimizer step
         # Loss, and whether its step was skipped: known here, or only on the device.
         self._unread: list[tuple[Tensor, bool | Tensor]] = []
-        self._stepped, self._global_step = False, 0
+        self._stepped, self._global_step, self._position = False, 0, 0
         self._found_inf: Tensor | None = None
         self._validations = False  # what the schedule's steps are
         self._last_logged: Tensor | None = None
-        self._pace: tuple[float | None, int] = (None, 0)  # share of the run, losses at the start
+        self._validated = False
+        self._pace = Pace(0)
         self._collective = True
-        self._warned: set[str] = set()
 
     @property
     def state(self) -> Any:
@@ -127,7 +130,7 @@ class FastFaceCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """One for each choice of optimizers, so that a trainer may have several callbacks."""
+        # One for each choice of optimizers, so that a trainer may have several callbacks.
         return "FastFaceCallback" + ("" if self.optimizers is None else str([*self.optimizers]))
 
     def __repr__(self) -> str:
@@ -154,7 +157,7 @@ class FastFaceCallback(Callback):
 
     def _groups(self) -> list[dict[str, Any]]:
         drives = self._drives(self._trainer) if self._trainer else []
-        return [group for optimizer in drives for group in optimizer.param_groups]
+        return [group for driven in drives for group in driven.param_groups]
 
     # Start -------------------------------------------------------------------------------------
 
@@ -170,18 +173,16 @@ class FastFaceCallback(Callback):
         schedulers = (config.scheduler for config in trainer.lr_scheduler_configs)
         rivals: list[Any] = [s for s in schedulers if s.optimizer in drives]
         rivals += callbacks_of(trainer, "StochasticWeightAveraging")
-        for other in callbacks_of(trainer, "FastFaceCallback"):
-            rivals += [other] * (
-                other is not self and not set(drives).isdisjoint(other._drives(trainer))
-            )
+        others = [c for c in callbacks_of(trainer, "FastFaceCallback") if c is not self]
+        rivals += [c for c in others if set(drives) & set(c._drives(trainer))]
         if rivals:
             names = ", ".join(type(rival).__name__ for rival in rivals)
             raise MisconfigurationException(
                 f"only one schedule may set the learning rate, got FastFaceCallback and {names}: "
                 f"leave one of them out"
             )
-        groups = [group for optimizer in drives for group in optimizer.param_groups]
-        if not groups or any(group.get("lr") is None for group in groups):
+        lrs = [group.get("lr") for optimizer in drives for group in optimizer.param_groups]
+        if not lrs or any(lr is None for lr in lrs):
             names = ", ".join(type(optimizer).__name__ for optimizer in drives)
             raise MisconfigurationException(
                 f"FastFaceCallback needs an optimizer whose groups all have a learning rate, got "
@@ -200,28 +201,31 @@ class FastFaceCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._trainer, self._global_step = trainer, trainer.global_step
+        self._trainer = trainer
+        self._global_step = self._position = trainer.global_step
         self._block = self.read_every or (1 if pl_module.device.type == "cpu" else 32)
         self._rates.read()
         if self._saved:
             self._resume(trainer, self._saved)
         else:
-            self._start(trainer)
+            self._start(trainer, announce=self.monitor is None)
             self._rates.apply(self.state.scale)
             if trainer.global_step:
-                rank_zero_warn(
-                    f"there is no state of FastFaceCallback to go on from: its schedule starts "
-                    f"anew at step {trainer.global_step}, for what is left of the run"
-                )
+                at = f"at step {trainer.global_step}, for what is left of the run"
+                rank_zero_warn(f"no state to go on from: FastFaceCallback starts anew {at}")
         self._hook = register_optimizer_step_post_hook(self._on_optimizer_step)
-        self._pace = share_done(trainer), self._progress.losses if self._progress else 0
+        if not trainer.fit_loop.restarting:
+            self._pace.note(trainer, self._given())
 
-    def _start(self, trainer: Trainer, progress: Progress | None = None) -> None:
-        """Begin with the schedule, or go on with it, and say what it is."""
-        if progress is None:
-            length = self.total_steps or steps_left(trainer, self._validations)
-            progress = Progress.start(self.schedule, length)
-        self._progress = progress
+    def _start(self, trainer: Trainer, announce: bool = True) -> None:
+        length = self.total_steps or steps_left(trainer, self._validations)
+        self._progress = Progress.start(self.schedule, length)
+        self._pace = Pace(self._progress.total_steps)
+        if announce:
+            self._announce(trainer, self._progress)
+
+    def _announce(self, trainer: Trainer, progress: Progress) -> None:
+        """Say what the schedule is, once it is known what its steps are."""
         of = "validations" if self._validations else "optimizer steps"
         rank_zero_info(f"the schedule of {of} is {progress.bound!r}")
         for caution in progress.cautions():
@@ -231,14 +235,16 @@ class FastFaceCallback(Callback):
             logger.log_hyperparams({self._prefix: {"schedule": name, **settings}})
 
     def _resume(self, trainer: Trainer, saved: dict[str, Any]) -> None:
-        progress, changed = Progress.load(saved, self.schedule)
+        self._progress, changed = Progress.load(saved, self.schedule)
+        self._pace = Pace(self._progress.total_steps, resumed=True)
         self._rates.applied, self._validations = saved["applied"], saved["validations"]
-        self._start(trainer, progress)
+        self._announce(trainer, self._progress)
         if changed:
             rank_zero_warn(f"the schedule goes on with {'; '.join(changed)}")
-        with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
-            left = steps_left(trainer, self._validations)
-            self._compare_length(self.total_steps or progress.losses + left)
+        if not self._validations:
+            with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
+                left = self._progress.losses + steps_left(trainer)
+                self._pace.compare(self.total_steps or left)
 
     # Steps -------------------------------------------------------------------------------------
 
@@ -254,8 +260,8 @@ class FastFaceCallback(Callback):
     ) -> None:
         if self._progress is None:
             return
-        before, self._global_step = self._global_step, trainer.global_step
-        moved = self._global_step != before
+        moved = self._global_step != trainer.global_step
+        self._global_step = trainer.global_step
         # An optimizer that is none of torch's, or wraps one, may call no hooks.
         hooked = all(hasattr(type(driven).step, "hooked") for driven in self._drives(trainer))
         self._stepped |= moved and not hooked
@@ -267,7 +273,9 @@ class FastFaceCallback(Callback):
                 self._unread.append((torch.stack(self._micro).mean(), skipped))
             self._stepped, self._found_inf, self._micro = False, None, []
         # Blocks end at multiples of their length, not once full: at the same steps after a resume.
-        if self._global_step // self._block > before // self._block:
+        # Lightning's counter stands still where its optimizers are stepped behind its back.
+        before, self._position = self._position, self._global_step or self._given()
+        if self._position // self._block > before // self._block:
             self._read()
             self._rates.apply(self.state.scale)
         if self.logs and trainer._logger_connector.should_update_logs:
@@ -281,18 +289,28 @@ class FastFaceCallback(Callback):
         value = logged_loss(trainer, self.monitor)
         if value is self._last_logged:
             return None
+        if self._last_logged is None and self._progress and not self._progress.losses:
+            self._announce(trainer, self._progress)
         self._last_logged = value
         return scalar(value, self.monitor, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._progress is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        self._validated = True
         in_training = self._last_logged is not None or self._progress.losses
-        if self.monitor not in trainer.callback_metrics or (in_training and not self._validations):
+        if self.monitor is None or (in_training and not self._validations):
+            return
+        if not was_validated(trainer, self.monitor):
             return
         if not self._validations:  # only now is it known what is monitored
             self._validations = True
             self._start(trainer)
+            if self.state.scale != 1:
+                raise MisconfigurationException(
+                    f"a warm-up needs the loss of training steps, got monitor={self.monitor!r} of "
+                    f"validations"
+                )
         value = trainer.callback_metrics[self.monitor]
         self._unread.append((scalar(value, self.monitor, pl_module), False))
         self._read()
@@ -313,7 +331,8 @@ class FastFaceCallback(Callback):
         values = block.tolist()
         found_inf = iter(values[len(unread) :])
         self._rates.read(values[len(columns) :])
-        self._warn_once("rates", self._rates.overwritten())
+        if warning := self._rates.overwritten():
+            rank_zero_warn(warning)
         for (_, skipped), loss in zip(unread, values, strict=False):
             # A step that the loss scaler skipped counts only if the loss itself was at fault.
             if isinstance(skipped, Tensor):
@@ -321,7 +340,7 @@ class FastFaceCallback(Callback):
             if not (skipped and math.isfinite(loss)):
                 self._update(loss)
         if self._progress.losses > self._progress.total_steps:
-            self._compare_length(self._progress.losses)
+            self._pace.compare(self._progress.losses, so_far=True)
 
     def _update(self, loss: float) -> None:
         assert self._progress is not None
@@ -362,33 +381,19 @@ class FastFaceCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._progress is None:
             return
-        given, share = self._progress.losses + len(self._unread), share_done(trainer)
-        began, before = self._pace
+        given = self._given()
         if self.monitor and not given:
-            if trainer.current_epoch + 1 >= (trainer.check_val_every_n_epoch or 1):
+            if self._validated or not trainer.fit_loop.epoch_loop.val_loop.max_batches:
                 raise MisconfigurationException(
                     f"monitor must be what training_step or validation_step logs, got "
                     f"{self.monitor!r} of {', '.join(trainer.callback_metrics) or 'nothing'}"
                 )
-        elif share is not None and began is not None and share > began:
-            pace = (given - before) / (share - began)
-            self._compare_length(given + pace * (1 - share))
+        elif not self._validations:
+            self._pace.project(trainer, given)
 
-    def _compare_length(self, steps: float) -> None:
-        assert self._progress is not None
-        made_for = self._progress.total_steps
-        if abs(steps - made_for) > 0.05 * made_for + 2:
-            remedy = f"say so by FastFaceCallback(total_steps={round(steps)})"
-            self._warn_once(
-                "length",
-                f"the schedule is made for {made_for} steps and the run gives it {round(steps)}: "
-                f"{'it stays as the checkpoint has it' if self._saved else remedy}",
-            )
-
-    def _warn_once(self, about: str, text: str | None) -> None:
-        if text and about not in self._warned:
-            self._warned.add(about)
-            rank_zero_warn(text)
+    def _given(self) -> int:
+        """Losses that the schedule was given, those not read yet among them."""
+        return (self._progress.losses if self._progress else 0) + len(self._unread)
 
     # End and checkpoints -----------------------------------------------------------------------
 
@@ -396,9 +401,9 @@ class FastFaceCallback(Callback):
         if self._progress is not None:
             self._read()
             # One that was stopped may go on: what a block has decided then comes at its end.
-            if not trainer.should_stop or share_done(trainer, by_time=False) == 1:
+            if not trainer.should_stop or has_ended(trainer):
                 self._rates.apply(self.state.scale)
-            self._compare_length(self._progress.losses)
+            self._pace.compare(self._progress.losses)
         self._release()
 
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
@@ -413,7 +418,7 @@ class FastFaceCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What this rank knows; losses not read yet come with :meth:`on_save_checkpoint`."""
         if self._progress is None:
-            return self._saved
+            return copy.deepcopy(self._saved)
         return self._progress.dump() | {
             "applied": self._rates.applied,
             "validations": self._validations,
@@ -425,9 +430,7 @@ class FastFaceCallback(Callback):
         if self._progress is None:  # a run that has ended may not train any more
             self.changes = [Change(*made) for made in state_dict.get("changes", [])]
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
         # Here every rank is called, so that they may read their losses together.
         if self._collective and self.state_key in checkpoint.get("callbacks", {}):
             self._read()

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
 def steps_left(trainer: Trainer, validations: bool = False) -> int:
@@ -83,17 +84,65 @@ def _epochs_done(trainer: Trainer) -> float:
     return done
 
 
-def share_done(trainer: Trainer, by_time: bool = True) -> float | None:
+def has_ended(trainer: Trainer) -> bool:
+    """Whether all the steps or epochs that were planned are over."""
+    epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    return 0 < trainer.max_steps <= trainer.global_step or 0 < _max_epochs(trainer) <= epochs
+
+
+def share_done(trainer: Trainer) -> float | None:
     """Share of the run that is over, in [0, 1], by its steps, epochs or time; None if unknown."""
     if callbacks_of(trainer, "GradientAccumulationScheduler"):
         return None  # its epochs differ
-    timers = callbacks_of(trainer, "Timer") if by_time else []
-    shares = [timer.time_elapsed() / timer._duration for timer in timers if timer._duration]
+    timers = [timer for timer in callbacks_of(trainer, "Timer") if timer._duration]
+    shares = [timer.time_elapsed() / timer._duration for timer in timers]
     if trainer.max_steps > 0:
         shares.append(trainer.global_step / trainer.max_steps)
     if 0 < _max_epochs(trainer) < math.inf:
         shares.append(_epochs_done(trainer) / _max_epochs(trainer))
     return min(1.0, max(shares)) if shares else None
+
+
+class Pace:
+    """Compares what a schedule is given with the steps that it is made for, and warns once.
+
+    Args:
+        made_for: steps that the schedule is bound to.
+        resumed: whether by a checkpoint, so that ``total_steps`` does not change it.
+    """
+
+    def __init__(self, made_for: int, resumed: bool = False) -> None:
+        self.made_for, self.resumed = made_for, resumed
+        self._noted: tuple[float, int] | None = None  # share of the run, and steps given by then
+        self._warned = False
+
+    def note(self, trainer: Trainer, given: int) -> None:
+        """Begin at a point of the run."""
+        if (share := share_done(trainer)) is not None:
+            self._noted = share, given
+
+    def project(self, trainer: Trainer, given: int) -> None:
+        """Compare where the run will end at this pace; at the end of an epoch."""
+        share = share_done(trainer)
+        if self._noted is None:  # a checkpoint in the middle of an epoch tells no pace
+            self.note(trainer, given)
+        elif share is not None and share > self._noted[0]:
+            began, before = self._noted
+            self.compare(given + (given - before) / (share - began) * (1 - share))
+
+    def compare(self, steps: float, so_far: bool = False) -> None:
+        """Warn if ``steps`` are others than the schedule is made for, by 5 % and two or more."""
+        if self._warned or abs(steps - self.made_for) <= 0.05 * self.made_for + 2:
+            return
+        self._warned = True
+        text = f"the schedule is made for {self.made_for} steps and the run gives it {round(steps)}"
+        if so_far:
+            text += " so far: total_steps is past"
+        elif self.resumed:
+            text += ": it stays as the checkpoint has it"
+        elif steps:
+            text += f": say so by FastFaceCallback(total_steps={round(steps)})"
+        rank_zero_warn(text)
 
 
 def callbacks_of(trainer: Trainer, kind: str) -> list[Any]:

@@ -68,11 +68,7 @@ class FastFaceLR(LRScheduler):
         self._schedule = schedule
         self.optimizer = optimizer
         self._rates = Rates(self._groups, min_lr)
-        self._overwritten = False
         self._progress = Progress.start(schedule, total_steps)
-        if last_epoch == -1:
-            self._rates.read()
-            self._rates.apply(self.state.scale)
         super().__init__(optimizer, last_epoch)
 
     def __repr__(self) -> str:
@@ -107,6 +103,9 @@ class FastFaceLR(LRScheduler):
         """
         if not self._is_initial:
             self._take(loss)
+        elif self.last_epoch == -1:  # a new run, whose base rates torch has noted
+            self._rates.read()
+            self._rates.apply(self.state.scale)
         super().step()
 
     def _take(self, loss: float | Tensor | None) -> None:
@@ -119,11 +118,11 @@ class FastFaceLR(LRScheduler):
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(loss.shape)}")
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-        rates = self._rates
-        rates.read()
-        warning = None if self._overwritten else rates.overwritten()
-        self._overwritten |= warning is not None
+        rates, warning = self._rates, None
         before, after = self._progress, self._progress.update(value)
+        if rates.watched or after.state.scale != before.state.scale:
+            rates.read()
+            warning = rates.overwritten()
         if after.state.scale < before.state.scale and rates.at_floor(before.state.scale):
             after = after.without_decay(before)
         self._progress = after
@@ -134,7 +133,7 @@ class FastFaceLR(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """Primitives (and the learning rates as they are) to save in a checkpoint."""
         saved = super().state_dict()
-        for name in ("_progress", "_schedule", "_rates", "_overwritten"):
+        for name in ("_progress", "_schedule", "_rates"):
             del saved[name]
         return saved | {"schedule": self._progress.dump(), "applied": self._rates.applied}
 

@@ -29,6 +29,7 @@ class Rates:
         self.min_lr = min_lr
         self.applied = 1.0
         """The scale that the rates have been multiplied by."""
+        self._warned = False
         self._read: dict[int, float] = {}  # rates that are tensors, by id
         self._left: list[tuple[Group, float]] = []  # what the last decision made of each group
 
@@ -41,6 +42,11 @@ class Rates:
         tensors = self.tensors()
         values = map(float, tensors) if values is None else values
         self._read = dict(zip(map(id, tensors), values, strict=True))
+
+    @property
+    def watched(self) -> bool:
+        """Whether a decision has been applied, which something else may overwrite."""
+        return bool(self._left) and not self._warned
 
     def now(self) -> list[float]:
         """The groups' learning rates; a tensor's as last read, NaN before that."""
@@ -61,24 +67,27 @@ class Rates:
         if scale == self.applied:
             return
         groups, left = self.groups(), [self.scaled(lr, scale) for lr in self.now()]
+        for tensor in {
+            id(tensor): tensor for tensor in self.tensors()
+        }.values():  # groups may share
+            floor = tensor.clamp(max=self.min_lr)
+            tensor.mul_(scale / self.applied)  # a capturable optimizer's graph has it
+            if scale < self.applied:
+                torch.maximum(tensor, floor, out=tensor)
         for group, lr in zip(groups, left, strict=True):
-            if isinstance(tensor := group["lr"], Tensor):  # a capturable optimizer's graph has it
-                floor = tensor.clamp(max=self.min_lr)
-                tensor.mul_(scale / self.applied)
-                if scale < self.applied:
-                    torch.maximum(tensor, floor, out=tensor)
-            else:
+            if not isinstance(group["lr"], Tensor):
                 group["lr"] = lr
         self.applied = scale
         self._left = list(zip(groups, left, strict=True))
         self._read = {id(group["lr"]): lr for group, lr in self._left}
 
     def overwritten(self) -> str | None:
-        """What to warn of where a rate no longer is what the last decision made of it."""
-        for group, left in self._left:
+        """What to warn of, once, where a rate no longer is what the last decision made of it."""
+        for group, left in [] if self._warned else self._left:
             lr = group["lr"]
             now = self._read.get(id(lr), left) if isinstance(lr, Tensor) else lr
-            if abs(now - left) > 1e-6 * left:  # never of a NaN
+            if left and abs(now - left) > 1e-6 * left:  # never of a NaN
+                self._warned = True
                 return (
                     f"the schedule left a learning rate of {left:.6g} and finds {now:.6g}: "
                     f"something else sets it too, and may undo the schedule's decays"

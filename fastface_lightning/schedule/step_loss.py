@@ -44,6 +44,15 @@ def logged_loss(trainer: Trainer, name: str) -> Tensor | None:
     return None
 
 
+def was_validated(trainer: Trainer, name: str) -> bool:
+    """Whether the validation that has just ended logged ``name``, and not an earlier one alone."""
+    items = trainer.fit_loop.epoch_loop.val_loop._results.items()
+    names = [key.split(".", 1)[-1] for key, item in items if not item.has_reset]
+    return any(
+        name == n or name == f"{n}_epoch" or name.startswith(f"{n}/dataloader") for n in names
+    )
+
+
 def scalar(value: Any, name: str, pl_module: LightningModule) -> Tensor:
     """A loss as a float32 scalar on the module's device, out of any graph."""
     loss = torch.as_tensor(value, dtype=torch.float32, device=pl_module.device).detach()

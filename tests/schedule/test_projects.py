@@ -7,9 +7,10 @@ import csv
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -825,3 +826,108 @@ def test_the_command_line_builds_the_callback(tmp_path: Path) -> None:
     assert callback.schedule == MHLR(haar_window=4, patience=0.1) and "min_lr=0.01" in repr(
         callback
     )
+
+
+# What a review found -----------------------------------------------------------------------------
+
+
+def test_a_tensor_rate_that_groups_share_is_multiplied_once(tmp_path: Path) -> None:
+    def shared(module: LightningModule) -> Optimizer:
+        parameters = [{"params": [module.first]}, {"params": [module.second]}]
+        return SGD(parameters, lr=torch.tensor(LR))
+
+    callback = FastFaceCallback(HALVES)
+    messages = told(lambda: fit(tmp_path, callback, module=Scripted(optimizers=shared)))
+    assert callback.get_last_lr() == [LR / 4, LR / 4] and messages == []
+
+
+@pytest.mark.parametrize("read_every", [1, 4])
+def test_optimizers_stepped_behind_lightnings_back_count(tmp_path: Path, read_every: int) -> None:
+    class Raw(Manual):
+        def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, float]:
+            self.trainer.optimizers[0].step()
+            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            return {"total": 1.0}
+
+    module = Raw()
+    module.rates = []
+    fit(tmp_path, FastFaceCallback(HALVES, loss_key="total", read_every=read_every), module=module)
+    at = {1: (5, 5, 10), 4: (8, 4, 8)}[read_every]
+    assert module.rates == steps(*zip((1, 0.5, 0.25), at, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    """A schedule with slots, and no base."""
+
+    steps: int = 5
+
+    def bind(self, total_steps: int) -> Slotted:
+        return self
+
+    def init(self) -> Seen:
+        return Seen()
+
+    def update(self, state: Seen, loss: float) -> Seen:
+        return Seen(state.step + 1, 0.5 ** ((state.step + 1) // self.steps))
+
+
+class Seen(NamedTuple):
+    step: int = 0
+    scale: float = 1.0
+
+
+def test_a_schedule_with_slots_is_saved_with_its_settings(tmp_path: Path) -> None:
+    fit(tmp_path, FastFaceCallback(Slotted())).save_checkpoint(tmp_path / "a.ckpt")
+    fit(tmp_path, FastFaceCallback(Slotted()), max_epochs=3, ckpt_path=tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="steps=5"):
+        fit(tmp_path, FastFaceCallback(Slotted(3)), max_epochs=3, ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_validation_that_comes_late_or_logs_nothing(tmp_path: Path) -> None:
+    """The first in the second epoch; then one that leaves the value out is no step."""
+
+    class Rarely(Logs):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            if self.validated % 2 == 0:
+                self.log("val/loss", 10.0 + self.validated)
+
+    loaders, settings = (batches(10), batches(1)), {"check_val_every_n_epoch": None}
+    callback = FastFaceCallback(Tape(), monitor="val/loss")
+    fit(tmp_path, callback, module=Rarely(), loader=loaders, val_check_interval=15,
+        max_epochs=6, **settings)  # fmt: skip
+    assert list(callback.state.memory) == [10.0, 12.0]
+    callback = FastFaceCallback(FastFace(warmup_steps=3), monitor="val/loss")
+    with pytest.raises(MisconfigurationException, match="warm-up"):
+        fit(tmp_path, callback, module=Logs(), loader=loaders)
+
+
+@pytest.mark.parametrize("step", [16, 18, 19, 20])
+def test_a_run_that_goes_on_is_not_said_to_have_another_length(tmp_path: Path, step: int) -> None:
+    loader, settings = batches(61), {"accumulate_grad_batches": 3, "max_epochs": 3}
+    saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(tmp_path, FastFaceCallback(Tape()), saved, loader=loader, **settings)
+    ckpt_path, callback = tmp_path / f"step={step}.ckpt", FastFaceCallback(Tape())
+    run = told(lambda: fit(tmp_path, callback, loader=loader, ckpt_path=ckpt_path, **settings))
+    assert not [text for text in run if "schedule" in text] and callback.state.step == 63
+
+
+def test_a_schedule_that_starts_in_the_middle_of_an_epoch_has_what_is_left(tmp_path: Path) -> None:
+    saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1)
+    fit(tmp_path, saved)
+    callback = FastFaceCallback(Tape())
+    fit(tmp_path, callback, ckpt_path=tmp_path / "step=7.ckpt")
+    assert callback.state_dict()["total_steps"] == callback.state.step == 13
+
+
+def test_a_group_frozen_by_hand_may_be_unfrozen_without_a_word(tmp_path: Path) -> None:
+    callback = FastFaceCallback(HALVES)
+    assert told(lambda: fit(tmp_path, Sets({2: 0.0, 14: LR}), callback)) == []
+    assert callback.get_last_lr() == [LR]
+
+
+def test_fastface_lr_leaves_torchs_base_rates_alone() -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=LR)
+    scheduler = FastFaceLR(optimizer, 100, FastFace(warmup_steps=10))
+    assert optimizer.param_groups[0]["initial_lr"] == LR == scheduler.base_lrs[0]
+    assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0] == LR / 10
