@@ -120,7 +120,7 @@ class Progress(NamedTuple):
     def without_decay(self, before: Progress) -> Progress:
         """This, but for a decay since ``before``: for rates that can fall no further."""
         old = values_of(before.state)
-        kept = {name: old[name] for name in ("scale", "decays") if name in old}
+        kept = {name: old[name] for name in ("scale", "decays", "plateaus") if name in old}
         return self._replace(state=self.state._replace(**kept))
 
     @property

@@ -32,14 +32,12 @@ class FastFaceCallback(Callback):
     micro-batches and ranks. A decision multiplies every rate as it then stands; nothing else is
     ever written, so a warm-up, a frozen group or a scheduler stepped by hand has its way.
 
-    Losses stay on their device and are read in blocks, so that training never waits for them. A
-    decision belongs to its step; the learning rate follows when the block is read, at most
-    ``read_every - 1`` steps late, and at the same steps whether the run was interrupted or not.
+    Losses stay on their device and are read in blocks, so that training never waits for them; the
+    rate follows a decision when its block is read, at the same steps in an interrupted run.
 
     Logged, every ``log_every_n_steps``: ``fastface/lr_scale``, ``response``, ``threshold``,
-    ``plateau_steps`` and, unless a LearningRateMonitor does, ``lr-<optimizer>[/pg<group>]``; in the
-    progress bar ``fastface/lr``, of the first group, and ``plateau``, the progress to the next
-    decay. With ``optimizers`` the names begin with ``fastface-<indices>``.
+    ``plateau_steps``, the rates, and in the progress bar ``lr`` and ``plateau``; see
+    docs/schedules.md.
 
     Args:
         schedule: ``FastFace(...)``, ``MHLR(...)`` or another
@@ -96,10 +94,8 @@ class FastFaceCallback(Callback):
             check_count("optimizers", index, 0)
         if loss_key is not None and monitor is not None:
             raise ValueError(f"give loss_key or monitor, got {loss_key!r} and {monitor!r}")
-        self.total_steps = total_steps
-        self.loss_key = loss_key
-        self.read_every = read_every
-        self.monitor = monitor
+        self.total_steps, self.read_every = total_steps, read_every
+        self.loss_key, self.monitor = loss_key, monitor
         self._rates = Rates(self._groups, min_lr)
         self.optimizers = None if optimizers is None else tuple(optimizers)
         self.logs = log  # Lightning itself sets a callback's `log`
@@ -118,9 +114,8 @@ class FastFaceCallback(Callback):
         self._unread: list[tuple[Tensor, bool | Tensor]] = []
         self._stepped, self._global_step, self._position = False, 0, 0
         self._found_inf: Tensor | None = None
-        self._validations = False  # what the schedule's steps are
+        self._validations = self._validated = False  # whether its steps are; whether one has ended
         self._last_logged: Tensor | None = None
-        self._validated = False
         self._pace = Pace(0)
         self._collective = True
 
@@ -171,7 +166,7 @@ class FastFaceCallback(Callback):
             return
         drives = self._drives(trainer)
         schedulers = (config.scheduler for config in trainer.lr_scheduler_configs)
-        rivals: list[Any] = [s for s in schedulers if s.optimizer in drives]
+        rivals: list[Any] = [s for s in schedulers if getattr(s, "optimizer", None) in drives]
         rivals += callbacks_of(trainer, "StochasticWeightAveraging")
         others = [c for c in callbacks_of(trainer, "FastFaceCallback") if c is not self]
         rivals += [c for c in others if set(drives) & set(c._drives(trainer))]
@@ -212,7 +207,10 @@ class FastFaceCallback(Callback):
             self._rates.apply(self.state.scale)
             if trainer.global_step:
                 at = f"at step {trainer.global_step}, for what is left of the run"
-                rank_zero_warn(f"no state to go on from: FastFaceCallback starts anew {at}")
+                how = "fit(ckpt_path=...) would go on from a checkpoint's"
+                rank_zero_warn(f"without a state FastFaceCallback starts anew {at}; {how}")
+        if self._rates.min_lr and self._rates.at_floor(self._rates.applied):
+            rank_zero_warn(f"no rate is above min_lr={self._rates.min_lr}: none can decay")
         self._hook = register_optimizer_step_post_hook(self._on_optimizer_step)
         if not trainer.fit_loop.restarting:
             self._pace.note(trainer, self._given())
@@ -220,7 +218,7 @@ class FastFaceCallback(Callback):
     def _start(self, trainer: Trainer, announce: bool = True) -> None:
         length = self.total_steps or steps_left(trainer, self._validations)
         self._progress = Progress.start(self.schedule, length)
-        self._pace = Pace(self._progress.total_steps)
+        self._pace = Pace(self._progress.total_steps, advises=self.total_steps is None)
         if announce:
             self._announce(trainer, self._progress)
 
@@ -232,11 +230,13 @@ class FastFaceCallback(Callback):
             rank_zero_warn(caution)
         name, settings = type(self.schedule).__name__, values_of(progress.bound)
         for logger in trainer.loggers if self.logs else []:
-            logger.log_hyperparams({self._prefix: {"schedule": name, **settings}})
+            # TensorBoard's table of hyper-parameters has one row a run: it stays the user's.
+            own: Any = {"metrics": {}} if type(logger).__name__ == "TensorBoardLogger" else {}
+            logger.log_hyperparams({self._prefix: {"schedule": name, **settings}}, **own)
 
     def _resume(self, trainer: Trainer, saved: dict[str, Any]) -> None:
         self._progress, changed = Progress.load(saved, self.schedule)
-        self._pace = Pace(self._progress.total_steps, resumed=True)
+        self._pace = Pace(self._progress.total_steps, advises=False)
         self._rates.applied, self._validations = saved["applied"], saved["validations"]
         self._announce(trainer, self._progress)
         if changed:
@@ -287,7 +287,7 @@ class FastFaceCallback(Callback):
             needed = outputs if pl_module.automatic_optimization else self._stepped
             return returned_loss(pl_module, outputs, self.loss_key or "loss", bool(needed))
         value = logged_loss(trainer, self.monitor)
-        if value is self._last_logged:
+        if value is None or value is self._last_logged:
             return None
         if self._last_logged is None and self._progress and not self._progress.losses:
             self._announce(trainer, self._progress)
@@ -388,7 +388,7 @@ class FastFaceCallback(Callback):
                     f"monitor must be what training_step or validation_step logs, got "
                     f"{self.monitor!r} of {', '.join(trainer.callback_metrics) or 'nothing'}"
                 )
-        elif not self._validations:
+        elif not (self._validations or trainer.should_stop):
             self._pace.project(trainer, given)
 
     def _given(self) -> int:
@@ -403,6 +403,7 @@ class FastFaceCallback(Callback):
             # One that was stopped may go on: what a block has decided then comes at its end.
             if not trainer.should_stop or has_ended(trainer):
                 self._rates.apply(self.state.scale)
+            self._pace.advises &= not trainer.should_stop or bool(callbacks_of(trainer, "Timer"))
             self._pace.compare(self._progress.losses)
         self._release()
 

@@ -91,11 +91,10 @@ def has_ended(trainer: Trainer) -> bool:
 
 
 def share_done(trainer: Trainer) -> float | None:
-    """Share of the run that is over, in [0, 1], by its steps, epochs or time; None if unknown."""
+    """Share of the run that is over, in [0, 1], by its steps or epochs; None if unknown."""
     if callbacks_of(trainer, "GradientAccumulationScheduler"):
         return None  # its epochs differ
-    timers = [timer for timer in callbacks_of(trainer, "Timer") if timer._duration]
-    shares = [timer.time_elapsed() / timer._duration for timer in timers]
+    shares = []
     if trainer.max_steps > 0:
         shares.append(trainer.global_step / trainer.max_steps)
     if 0 < _max_epochs(trainer) < math.inf:
@@ -108,11 +107,11 @@ class Pace:
 
     Args:
         made_for: steps that the schedule is bound to.
-        resumed: whether by a checkpoint, so that ``total_steps`` does not change it.
+        advises: whether ``total_steps=`` would mend it: not what a checkpoint or the user has set.
     """
 
-    def __init__(self, made_for: int, resumed: bool = False) -> None:
-        self.made_for, self.resumed = made_for, resumed
+    def __init__(self, made_for: int, advises: bool = False) -> None:
+        self.made_for, self.advises = made_for, advises
         self._noted: tuple[float, int] | None = None  # share of the run, and steps given by then
         self._warned = False
 
@@ -138,14 +137,17 @@ class Pace:
         text = f"the schedule is made for {self.made_for} steps and the run gives it {round(steps)}"
         if so_far:
             text += " so far: total_steps is past"
-        elif self.resumed:
-            text += ": it stays as the checkpoint has it"
-        elif steps:
+        elif self.advises and steps:
             text += f": say so by FastFaceCallback(total_steps={round(steps)})"
         rank_zero_warn(text)
 
 
 def callbacks_of(trainer: Trainer, kind: str) -> list[Any]:
     """The trainer's callbacks of a class of that name, of Lightning under either of its names."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [c for c in callbacks if any(base.__name__ == kind for base in type(c).__mro__)]
+    packages = ("lightning", "pytorch_lightning", __name__.split(".")[0])
+    return [
+        callback
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        for base in type(callback).__mro__
+        if base.__name__ == kind and base.__module__.split(".")[0] in packages
+    ]

@@ -34,7 +34,8 @@ class FastFaceLR(LRScheduler):
         schedule: ``FastFace(...)``, ``MHLR(...)`` or another
             :class:`~fastface_lightning.schedule.Schedule`; None for ``FastFace()``.
         last_epoch: as in torch: -1 for a new run; otherwise the groups' rates are those of the run
-            that goes on, and :meth:`load_state_dict` must follow.
+            that goes on, and :meth:`load_state_dict` must follow. (As any warm-up of torch's does,
+            one of ``schedule`` sets the rates here: load the optimizer's state afterwards.)
         min_lr: no decay takes a rate below it, >= 0; a rate that is lower already stays. Once
             every rate stands there no decay counts.
 

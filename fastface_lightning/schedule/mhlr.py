@@ -86,6 +86,11 @@ class MHLR(PlateauSchedule):
         else:
             default = max(2, int(0.015 * total_steps) // 2 * 2)
         m = window_of(self.haar_window, self.beta) or default
+        if self.variant == "scaled" and self.threshold is None and m % 2:
+            raise ValueError(
+                f"haar_window must be even where the threshold is the scaled one, got {m}: an odd "
+                f"one's response is low by a share of the loss"
+            )
         settings: dict[str, Any] = {"haar_window": m, "beta": 1 / m}
         if self.variant == "scaled":  # a loss that falls by s a step has the response s m / 4
             return settings | scaled(self, total_steps, unit=m / 4)

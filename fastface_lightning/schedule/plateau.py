@@ -329,9 +329,12 @@ class PlateauSchedule(Schedule):
         bound: Any = self
         run = f"in a run of {bound.total_steps} steps"
         if bound.max_decays == 0 and bound.restart_after == math.inf:
-            return [f"max_decays is 0 {run}: the learning rate stays as it is"]
+            return [
+                f"the learning rate stays as it is {run}, as max_decays is 0: that or a threshold "
+                f"may be given"
+            ]
         if bound.warmup_steps + self.lag() + bound.patience >= bound.total_steps:
-            waits = f"warmup_steps {bound.warmup_steps}, windows of {self.lag()} steps"
+            waits = f"warmup_steps {bound.warmup_steps}, {self.lag()} steps until the windows tell"
             return [f"{waits} and patience {bound.patience} leave no time for a decay {run}"]
         return []
 

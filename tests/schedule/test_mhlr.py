@@ -20,7 +20,7 @@ LOSSES = st.lists(st.floats(-60, 60), max_size=80)
 
 
 def responses(losses: Sequence[float], m: int) -> list[float]:
-    schedule = MHLR(haar_window=m).bind(max(len(losses), 1))
+    schedule = MHLR(variant="paper", haar_window=m).bind(max(len(losses), 1))
     return [state.response for state in states(losses, schedule)]
 
 
@@ -60,7 +60,7 @@ def test_response_stays_exact_over_a_long_run(m: int) -> None:
 
 def test_level_is_the_mean_of_the_last_m_losses() -> None:
     losses = np.random.default_rng(0).uniform(0, 50, 30).tolist()
-    bound = MHLR(haar_window=7).bind(30)
+    bound = MHLR(variant="paper", haar_window=7).bind(30)
     levels = [state.level for state in states(losses, bound)]
     means = [math.fsum(losses[max(0, i - 6) : i + 1]) / min(i + 1, 7) for i in range(30)]
     np.testing.assert_allclose(levels, means, rtol=0, atol=1e-13)
@@ -139,7 +139,9 @@ def visible(state: PlateauState) -> str:
 @settings(max_examples=40, deadline=None)
 def test_an_old_state_can_be_continued_in_several_ways(data: st.DataObject) -> None:
     # update(state, loss) leaves the state as it was: branches of a run never see one another.
-    bound = MHLR(haar_window=data.draw(st.integers(2, 5)), arm_after=0, patience=1).bind(100)
+    bound = MHLR(
+        variant="paper", haar_window=data.draw(st.integers(2, 5)), arm_after=0, patience=1
+    ).bind(100)
     runs: list[tuple[list[float], PlateauState]] = [([], bound.init())]
     for _ in range(data.draw(st.integers(1, 12))):
         seen, state = runs[data.draw(st.integers(0, len(runs) - 1))]
@@ -154,7 +156,7 @@ def test_an_old_state_can_be_continued_in_several_ways(data: st.DataObject) -> N
 
 @pytest.mark.parametrize("m", [2, 3, 50])
 def test_memory_stays_within_four_windows(m: int) -> None:
-    bound = MHLR(haar_window=m).bind(1000)
+    bound = MHLR(variant="paper", haar_window=m).bind(1000)
     lengths = [len(state.memory[1]) for state in states([1.0] * 1000, bound)]
     assert max(lengths) <= 4 * m + 6
     assert len(bound.dump(follow(bound, bound.init(), [1.0] * 999))["memory"][1]) <= 2 * m + 2
@@ -176,8 +178,8 @@ def through_a_file(saved: dict[str, Any]) -> dict[str, Any]:
             FastFace(),
             FastFace(variant="paper", ema_window=9, haar_window=5),
             FastFace(variant="released", warmup_steps=4, ema_window=9),
-            MHLR(haar_window=2, arm_after=0, patience=1),
-            MHLR(haar_window=5, warmup_steps=3),
+            MHLR(variant="paper", haar_window=2, arm_after=0, patience=1),
+            MHLR(variant="paper", haar_window=5, warmup_steps=3),
         ]
     ),
     losses=st.lists(st.floats(-1e280, 1e280) | st.floats(0, 50) | st.just(math.nan), max_size=60),

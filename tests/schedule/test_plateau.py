@@ -133,7 +133,7 @@ SCHEDULES = [
     FastFace(alpha=0.003, haar_window=7, threshold=0.1, threshold_mode="rel"),
     FastFace(ema_window=49, warmup_steps=0.1, arm_after=3),
     MHLR(),
-    MHLR(haar_window=5, max_decays=3, restart_after=math.inf),
+    MHLR(haar_window=6, max_decays=3, restart_after=math.inf),
 ]
 
 
@@ -251,6 +251,12 @@ def test_refuses_a_setting_out_of_its_range(
 
 
 def test_refuses_what_one_detector_cannot_have() -> None:
+    for odd in (
+        {"haar_window": 101},
+        {"beta": 0.003},
+    ):  # its response is low by a share of the loss
+        with pytest.raises(ValueError, match=r"haar_window must be even.*(101|333)"):
+            MHLR(**odd).bind(4000)
     with pytest.raises(ValueError, match="haar_window must be at least 2 steps, got 1"):
         MHLR(haar_window=1)
     with pytest.raises(ValueError, match=r"released.*rel"):

@@ -831,6 +831,39 @@ def test_the_command_line_builds_the_callback(tmp_path: Path) -> None:
 # What a review found -----------------------------------------------------------------------------
 
 
+def test_restarts_do_not_climb_from_a_floor(tmp_path: Path) -> None:
+    """A decay that the floor takes back is none of the plateaus in a row that end in a restart."""
+    schedule = MHLR(variant="paper", haar_window=2, threshold=99.0, patience=2)
+    callback, rates = FastFaceCallback(schedule, min_lr=LR / 2), LearningRates()
+    fit(tmp_path, callback, rates, max_epochs=6)
+    assert set(rates.first_group.values()) == {LR, LR / 2}
+
+
+class Timer(Callback):
+    """A user's own, of a name that Lightning has too."""
+
+
+def test_callbacks_of_other_packages_are_not_lightnings(tmp_path: Path) -> None:
+    fit(tmp_path, FastFaceCallback(HALVES), Timer())
+
+
+def test_a_monitor_may_be_logged_now_and_then(tmp_path: Path) -> None:
+    class Sometimes(Scripted):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            if batch_idx % 3 == 2:
+                self.log("train/loss", float(self.trainer.global_step), on_step=True)
+            return self.scripted_loss()
+
+    callback = FastFaceCallback(Tape(), monitor="train/loss")
+    fit(tmp_path, callback, module=Sometimes())
+    assert list(callback.state.memory) == [2.0, 5.0, 8.0, 12.0, 15.0, 18.0]
+
+
+def test_a_floor_above_every_rate_is_warned_of(tmp_path: Path) -> None:
+    (message,) = told(lambda: fit(tmp_path, FastFaceCallback(FLAT, min_lr=1.0)))
+    assert "min_lr" in message
+
+
 def test_a_tensor_rate_that_groups_share_is_multiplied_once(tmp_path: Path) -> None:
     def shared(module: LightningModule) -> Optimizer:
         parameters = [{"params": [module.first]}, {"params": [module.second]}]
