@@ -828,7 +828,7 @@ def test_the_command_line_builds_the_callback(tmp_path: Path) -> None:
     )
 
 
-# What a review found -----------------------------------------------------------------------------
+# Rarer cases -------------------------------------------------------------------------------------
 
 
 def test_restarts_do_not_climb_from_a_floor(tmp_path: Path) -> None:
