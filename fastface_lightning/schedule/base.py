@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, NamedTuple
 
 
-class Schedule:
+class Schedule(ABC):
     """A frozen dataclass of settings with pure steps over a NamedTuple of primitives.
 
     ``FastFaceCallback``, ``FastFaceLR`` and ``replay`` need ``bind``, ``init`` and ``update``, and
@@ -43,20 +44,20 @@ class Schedule:
     adjustable: ClassVar[frozenset[str]] = frozenset()
     """Settings that a run may take up anew when it resumes: those that no state depends on."""
 
+    @abstractmethod
     def bind(self, total_steps: int) -> Any:
         """The schedule for a run of ``total_steps`` optimizer steps, every None resolved."""
-        raise NotImplementedError
 
+    @abstractmethod
     def init(self) -> Any:
         """State before the first step; its scale holds for that step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, state: Any, loss: float) -> Any:
         """State after the optimizer step whose mean loss was ``loss``; ``state`` stays as it was.
 
         NaN and infinite losses come too.
         """
-        raise NotImplementedError
 
     def cautions(self) -> list[str]:
         """What of the (bound) schedule cannot act in its run, a sentence each."""
@@ -97,6 +98,8 @@ class Progress(NamedTuple):
     total_steps: int
     """Optimizer steps that it is bound to."""
     state: Any
+    optional: Any
+    """The class whose optional methods are the schedule's: its own, or else Schedule."""
     losses: int = 0
     """Losses given so far, those that it left out among them."""
 
@@ -104,8 +107,9 @@ class Progress(NamedTuple):
     def start(cls, schedule: Schedule, total_steps: int) -> Progress:
         """Before the first of ``total_steps`` optimizer steps."""
         bound = schedule.bind(total_steps)
-        told = bound.total_steps if isinstance(bound, Schedule) else None
-        return cls(bound, told or total_steps, bound.init())
+        if not isinstance(bound, Schedule):
+            return cls(bound, total_steps, bound.init(), Schedule)
+        return cls(bound, bound.total_steps or total_steps, bound.init(), type(bound))
 
     def update(self, loss: float) -> Progress:
         """After one more optimizer step."""
@@ -122,11 +126,6 @@ class Progress(NamedTuple):
         old = values_of(before.state)
         kept = {name: old[name] for name in ("scale", "decays", "plateaus") if name in old}
         return self._replace(state=self.state._replace(**kept))
-
-    @property
-    def optional(self) -> Any:
-        """The schedule's optional methods; one that is no Schedule has Schedule's."""
-        return type(self.bound) if isinstance(self.bound, Schedule) else Schedule
 
     def change(self, before: Progress, lr: float) -> Change | None:
         """The decay or restart since ``before``, of a base learning rate; warm-up is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -226,9 +227,9 @@ class PlateauSchedule(Schedule):
             return state._replace(step=step, scale=scale, nonfinite_run=0)
         return self.detect(state, loss)
 
+    @abstractmethod
     def detect(self, state: PlateauState, loss: float) -> PlateauState:
         """State after a finite loss past the warm-up: the answer of :meth:`decide`."""
-        raise NotImplementedError
 
     def threshold_at(self, state: PlateauState) -> float:
         """The threshold in the response's unit, as it stands at ``state``; not finite at first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from fastface_lightning.schedule import PlateauSchedule, PlateauState
 
@@ -77,6 +77,27 @@ class LearningRates(Callback):
     @property
     def first_group(self) -> dict[int, float]:
         return {step: rates[0] for step, rates in self.at.items()}
+
+
+class StopAt(Callback):
+    """Stops a run after a step, as a timer does, or raises an error there."""
+
+    def __init__(self, step: int, error: type[BaseException] | None = None) -> None:
+        self.step, self.error = step, error
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.error is None:
+            trainer.should_stop |= trainer.global_step >= self.step
+        elif trainer.global_step == self.step:
+            raise self.error
+
+
+class Endless(IterableDataset[Tensor]):
+    """Data without a length or an end."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            yield torch.zeros(1)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -4,7 +4,7 @@ import csv
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +24,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from scripted import (
     LR,
+    Endless,
     LearningRates,
     Scripted,
+    StopAt,
     Tape,
     batches,
     by_hand,
@@ -37,7 +39,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from fastface_lightning import MHLR, FastFace, FastFaceCallback, replay
 
@@ -104,20 +106,6 @@ def test_total_steps_are_those_the_trainer_takes(
     trainer = fit(tmp_path, callback, *accumulation, **settings)
     assert callback.state_dict()["bound"]["total_steps"] == steps
     assert trainer.global_step == callback.state.step == steps
-
-
-class Endless(IterableDataset[Tensor]):
-    def __iter__(self) -> Iterator[Tensor]:
-        while True:
-            yield torch.zeros(1)
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        trainer.should_stop = trainer.global_step >= self.step
 
 
 @pytest.mark.parametrize("scheduling", [None, {0: 4, 2: 1}])

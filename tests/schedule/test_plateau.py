@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 
 from fastface_lightning import MHLR, FastFace
-from fastface_lightning.schedule import PlateauSchedule, PlateauState, states
+from fastface_lightning.schedule import PlateauSchedule, PlateauState, Schedule, states
 from fastface_lightning.schedule.base import Progress
 
 
@@ -205,8 +205,10 @@ def test_init_asks_for_bind_while_a_setting_is_open(schedule: PlateauSchedule) -
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Bare(PlateauSchedule):
+class Bare(Drop):
     """A detector of one's own that says no more than a threshold, of the loss's own size."""
+
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
 
     def of_length(self, total_steps: int) -> dict[str, Any]:
         return {"threshold": 1 / total_steps, "threshold_mode": "peak"}
@@ -217,8 +219,20 @@ def test_a_detector_of_ones_own_has_every_default() -> None:
     assert (bound.patience, bound.threshold, bound.threshold_mode) == (5, 0.01, "peak")
     assert Bare(threshold=0.5).bind(100).threshold_mode == "abs"
     assert Bare(threshold=0.5, threshold_mode="rel").bind(100).threshold_mode == "rel"
+    for incomplete in (Schedule, PlateauSchedule):
+        with pytest.raises(TypeError, match="abstract"):
+            incomplete()  # type: ignore[abstract]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Thresholdless(Bare):
+    def of_length(self, total_steps: int) -> dict[str, Any]:
+        return {}
+
+
+def test_a_detector_without_a_threshold_is_refused() -> None:
     with pytest.raises(ValueError, match="threshold must be given"):
-        PlateauSchedule().bind(100)
+        Thresholdless().bind(100)
 
 
 # Refusals ----------------------------------------------------------------------------------------

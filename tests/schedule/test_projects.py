@@ -6,7 +6,7 @@ import copy
 import csv
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,11 +26,22 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from scripted import LR, LearningRates, Scripted, Tape, batches, one_sgd, quiet_trainer, stairs
+from scripted import (
+    LR,
+    Endless,
+    LearningRates,
+    Scripted,
+    StopAt,
+    Tape,
+    batches,
+    one_sgd,
+    quiet_trainer,
+    stairs,
+)
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, StepLR
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from fastface_lightning import MHLR, FastFace, FastFaceCallback, FastFaceLR, replay
 
@@ -284,12 +295,6 @@ def test_clipped_and_in_bfloat16(tmp_path: Path, precision: str) -> None:
 # Where the loss comes from -----------------------------------------------------------------------
 
 
-class Endless(IterableDataset[Tensor]):
-    def __iter__(self) -> Iterator[Tensor]:
-        while True:
-            yield torch.zeros(1)
-
-
 class Logs(Scripted):
     """Logs its loss, and a value to validate by; what it returns says nothing."""
 
@@ -507,17 +512,6 @@ def test_total_steps_long_past_is_warned_of_when_it_is(tmp_path: Path) -> None:
         lambda: fit(tmp_path, FastFaceCallback(Tape(), total_steps=5), StopAt(30), **settings)
     )
     assert "5 steps" in message
-
-
-class StopAt(Callback):
-    def __init__(self, step: int, error: type[BaseException] | None = None) -> None:
-        self.step, self.error = step, error
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self.error is None:
-            trainer.should_stop |= trainer.global_step >= self.step
-        elif trainer.global_step == self.step:
-            raise self.error
 
 
 def test_a_second_fit_goes_on_for_what_is_left(tmp_path: Path) -> None:
