@@ -7,8 +7,10 @@ a metric can drop the repeats that a distributed sampler pads with.
 """
 
 import logging
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +333,22 @@ class LFWData(FaceDataModule):
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
         faces = self.faces()
         return faces, {"lfw_view1": read_pairs(self.root / "pairsDevTest.txt", self.home)}
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Whether a share of all people, chosen by their names alone, holds the one of this name.
+
+    It does where the name's BLAKE2b hash of 64 bits (of its NFC form in UTF-8, read as a big-endian
+    integer) lies below ``share`` x 2^64: more people, or others renamed, move nobody else. The
+    share is met only approximately.
+
+    Args:
+        name: of the identity.
+        share: in [0, 1].
+    """
+    text = unicodedata.normalize("NFC", name).encode(errors="surrogateescape")  # any folder name
+    digest = blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def split_identities(names: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:

@@ -262,21 +262,40 @@ def held_out_pairs(dataset: FaceDataset, num_pairs: int, seed: int = 0) -> Verif
         ValueError: ``num_pairs`` is odd or below 2, nobody has two images, there is but one
             person, or no pair can be read.
     """
+    counts = np.bincount(dataset.labels)
+    if not (counts > 1).any():
+        raise ValueError(f"pairs of one person need two images of someone in {dataset}")
+    if (counts > 0).sum() < 2:
+        raise ValueError(f"pairs of two people need two people in {dataset}, got 1")
+    pairs = draw_pairs(dataset.labels, num_pairs, seed)
+    return _read_alternating(dataset, pairs[0::2], pairs[1::2])
+
+
+def draw_pairs(labels: NDArray[np.integer], num_pairs: int, seed: int = 0) -> NDArray[np.int64]:
+    """The draw of :func:`held_out_pairs`, as image indices.
+
+    Args:
+        labels: (N,) who each image shows; somebody has two images, and there are two people.
+        num_pairs: even, at least 2.
+        seed: at least 0.
+
+    Returns:
+        (P, 2): of one person in even rows, of two in odd rows.
+
+    Raises:
+        ValueError: ``num_pairs`` is odd or below 2.
+    """
     if num_pairs < 2 or num_pairs % 2:
         raise ValueError(f"num_pairs must be even and at least 2, got {num_pairs}")
-    counts = np.bincount(dataset.labels)
+    counts = np.bincount(labels)
     num_same = int((counts * (counts - 1) // 2).sum())
     num_different = int((counts.sum() ** 2 - (counts**2).sum()) // 2)
-    if not num_same:
-        raise ValueError(f"pairs of one person need two images of someone in {dataset}")
-    if not num_different:
-        raise ValueError(f"pairs of two people need two people in {dataset}, got 1")
     wanted = min(num_pairs // 2, num_same, num_different)
     rng = np.random.default_rng(seed)
     same = _draw_same(counts, wanted, rng)
     different = _draw_different(counts, wanted, rng)
-    by_person = dataset.labels.argsort(kind="stable")  # the draw counts person by person
-    return _read_alternating(dataset, by_person[same], by_person[different])
+    by_person = labels.argsort(kind="stable")  # the draw counts person by person
+    return by_person[np.stack([same, different], axis=1).reshape(-1, 2)]
 
 
 def synthetic_pairs(

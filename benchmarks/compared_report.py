@@ -1,0 +1,171 @@
+"""What the runs of the comparison show: a table, its JSON and two figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from compared_run import FIGURES, Row
+from rich.console import Console
+from rich.table import Table
+
+from fastface_lightning.files import write_text
+
+BASELINE, PLANNED = "baseline", "planned_"
+SHOWN = {"accuracy": "accuracy", "tar": "TAR at FAR 1e-2", "tar_1e-3": "TAR at 1e-3"}
+# Student's t: the 95 % interval of a mean of n values is T95[n] standard errors to each side; of
+# more than ten it is taken as wide as of ten.
+T95 = [math.nan, math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+
+
+class Line(NamedTuple):
+    """Runs of one way and one rate, seed by seed, and which weights of theirs are judged."""
+
+    rows: list[Row]
+    weights: str
+
+
+class Mean(NamedTuple):
+    """A mean over seeds, and how far its 95 % interval reaches to each side; None of one seed."""
+
+    value: float
+    reach: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        n = len(values)
+        if n == 1:
+            return cls(values[0], None)
+        return cls(mean(values), T95[min(n, len(T95) - 1)] * stdev(values) / math.sqrt(n))
+
+    def percent(self) -> str:
+        reach = "" if self.reach is None else f" ± {100 * self.reach:.1f}"
+        return f"{100 * self.value:.1f}{reach}"
+
+
+def report(lines: dict[str, Line], rivals: list[str], folder: Path) -> None:
+    """Print what the runs show, keep it as ``summary.json``, draw ``curves.png``, ``ends.png``."""
+    table = Table(title="People not trained on, mean over seeds and 95 % interval (%)")
+    summary = sorted(
+        (summary_of(name, lines, rivals) for name in lines), key=lambda line: -line["tar"].value
+    )
+    for column in summary[0]:
+        table.add_column(column)
+    for line in summary:
+        table.add_row(*(v.percent() if isinstance(v, Mean) else str(v) for v in line.values()))
+    Console(width=200).print(table)
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    draw_curves(lines, folder / "curves.png")
+    draw_ends(lines, folder / "ends.png")
+
+
+def summary_of(name: str, lines: dict[str, Line], rivals: list[str]) -> Row:
+    """What a line shows, also above some others."""
+    line = lines[name]
+    rows = line.rows
+    summary: Row = {"way": name, "lr": rows[0]["lr"], "weights": line.weights, "seeds": len(rows)}
+    summary |= {figure: Mean.of(ends(line, figure)) for figure in SHOWN}
+    for rival in rivals:
+        for figure in ("accuracy", "tar"):
+            other = lines.get(rival)
+            above = None if other is None or other is line else difference(line, other, figure)
+            summary[f"{figure} - {rival}"] = above
+    summary["images"] = share_to_reach(line, lines.get(BASELINE))
+    first = [f"{row['changes'][0][0] / row['steps']:.2f}" for row in rows if row["changes"]]
+    summary["changes"] = " ".join(str(len(row["changes"])) for row in rows) if first else ""
+    summary["first at"] = " ".join(first)
+    return summary
+
+
+def ends(line: Line, figure: str) -> list[float]:
+    """A figure of every run's last weights."""
+    place = FIGURES.index(figure)
+    return [row["points"][-1][1][line.weights][place] for row in line.rows]
+
+
+def difference(line: Line, other: Line, figure: str) -> Mean | None:
+    """A figure above that of another line, seed by seed: equal seeds on processors of one type
+    begin with the same weights and differ by the way alone."""
+    values, theirs = (
+        {
+            (row["seed"], row["processor"]): end
+            for row, end in zip(each.rows, ends(each, figure), strict=True)
+        }
+        for each in (line, other)
+    )
+    pairs = [value - theirs[pair] for pair, value in values.items() if pair in theirs]
+    return Mean.of(pairs) if pairs else None
+
+
+def share_to_reach(line: Line, baseline: Line | None) -> float | None:
+    """Images until the mean TAR is within a point of where the baseline's ends, and stays there,
+    over the baseline's images; None if it never is."""
+    if baseline is None:
+        return None
+    goal = mean(ends(baseline, "tar")) - 0.01
+    all_images = baseline.rows[0]["points"][-1][0]
+    curve = mean_curve(line, "tar")
+    short = [i for i, (_, value) in enumerate(curve) if value < goal]
+    first = short[-1] + 1 if short else 0
+    return None if first == len(curve) else round(curve[first][0] / all_images, 3)
+
+
+def mean_curve(line: Line, figure: str) -> list[tuple[int, float]]:
+    """A figure over the images seen, the mean over the seeds."""
+    place = FIGURES.index(figure)
+    return [
+        (points[0][0], mean(figures[line.weights][place] for _, figures in points))
+        for points in zip(*(row["points"] for row in line.rows), strict=True)
+    ]
+
+
+def draw_curves(lines: dict[str, Line], path: Path) -> None:
+    """Accuracy and TAR over the images seen; runs planned for other lengths by their ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    curves = {name: line for name, line in lines.items() if not name.startswith(PLANNED)}
+    for axis, which in zip(figure.subplots(1, 2), ("tar", "accuracy"), strict=True):
+        for number, (name, line) in enumerate(curves.items()):
+            images, values = zip(*mean_curve(line, which), strict=True)
+            style = {"color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10 % 3]}
+            axis.plot([n / 1e6 for n in images], [100 * v for v in values], label=name, **style)
+        planned = [
+            (line.rows[0]["points"][-1][0] / 1e6, Mean.of([100 * v for v in ends(line, which)]))
+            for name, line in lines.items()
+            if name.startswith(PLANNED) and " + " not in name
+        ]
+        if planned:
+            images, means = zip(*sorted(planned), strict=True)
+            reaches = [end.reach or 0 for end in means]
+            values = [end.value for end in means]
+            axis.errorbar(images, values, reaches, fmt="ko", capsize=3, label="runs of that length")
+        axis.set(xlabel="images seen, millions", ylabel=f"{SHOWN[which]}, %", xscale="log")
+        axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_ends(lines: dict[str, Line], path: Path) -> None:
+    """Where every run ended."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1 + 0.24 * len(lines)), layout="constrained")
+    order = sorted(lines, key=lambda name: mean(ends(lines[name], "tar")))
+    for axis, which in zip(figure.subplots(1, 2, sharey=True), ("tar", "accuracy"), strict=True):
+        for place, name in enumerate(order):
+            values = [100 * value for value in ends(lines[name], which)]
+            end: Any = Mean.of(values)
+            color = "C1" if " + " in name else "C0"
+            axis.plot(values, [place] * len(values), ".", color="0.7")
+            axis.errorbar(end.value, place, xerr=end.reach, fmt="o", color=color, capsize=3)
+        reached = [100 * value for line in lines.values() for value in ends(line, which)]
+        axis.set_xlim(min(reached) - 2, max(reached) + 2)  # two seeds' interval may be far wider
+        axis.set(xlabel=f"{SHOWN[which]} at the end, %")
+        axis.set(yticks=range(len(order)), yticklabels=order)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
