@@ -67,7 +67,7 @@ def main(cfg: DictConfig) -> None:
         for way in ways
         for kind, (lr, weights) in chosen[way].items()
     }
-    report(lines, list(cfg.rivals or []), folder)
+    report(lines, list(cfg.rivals), folder)
 
 
 def check(cfg: DictConfig) -> list[str]:
@@ -82,8 +82,10 @@ def check(cfg: DictConfig) -> list[str]:
     ways = list(cfg.ways) if cfg.only is None else cfg.only
     if isinstance(ways, str) or not ways or not set(ways) <= set(cfg.ways):
         raise ValueError(f"only must be a list of some of {', '.join(cfg.ways)}, got {ways}")
-    for key in ("rates_of", "times", "tuned_as"):
-        names = {*cfg[key], *cfg[key].values()} if key == "tuned_as" else set(cfg[key])
+    rivals = {str(rival).removesuffix(" + average") for rival in cfg.rivals}
+    for key in ("rates_of", "times", "tuned_as", "rivals"):
+        names = rivals if key == "rivals" else set(cfg[key])
+        names |= set(cfg.tuned_as.values()) if key == "tuned_as" else set()
         if not names <= set(cfg.ways):
             raise ValueError(f"{key} must be of some of {', '.join(cfg.ways)}, got {cfg[key]}")
     grids = {"rates": cfg.rates} | {f"rates_of.{way}": grid for way, grid in cfg.rates_of.items()}

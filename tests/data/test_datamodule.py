@@ -27,6 +27,7 @@ from fastface_lightning.data import (
     epoch_permutation,
     split_identities,
 )
+from fastface_lightning.data.datamodule import is_held_out
 
 Tree = Callable[..., Path]
 
@@ -158,6 +159,17 @@ def test_a_split_is_one_and_depends_on_nothing_else(names: list[str], share: flo
     assert sorted(kept + held_out) == names and len(held_out) == count
     assert kept == sorted(kept) and held_out == sorted(held_out)
     assert (kept, held_out) == split_identities(names, share)
+
+
+def test_who_is_held_out_is_a_function_of_the_name() -> None:
+    # b2sum -l 64 of the names in UTF-8: 2408415a125a9f1b and dbfdd8f55175fdad
+    for name, place in (("José", 0x2408415A125A9F1B), ("Aaron_Peirsol", 0xDBFDD8F55175FDAD)):
+        share = place / 2**64
+        assert [is_held_out(name, s) for s in (0, share - 1e-9, share + 1e-9, 1)] == [0, 0, 1, 1]
+    assert is_held_out("Jose\u0301", 0.141) and not is_held_out("Jose\u0301", 0.140)
+    assert is_held_out("no UTF-8 \udcff", 1.0)
+    share = np.mean([is_held_out(str(number), 0.3) for number in range(5000)])
+    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 5000) ** 0.5
 
 
 def test_lfw_data(shared_data: Path) -> None:
