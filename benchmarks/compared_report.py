@@ -140,10 +140,15 @@ def draw_curves(lines: dict[str, Line], path: Path) -> None:
             if name.startswith(PLANNED) and " + " not in name
         ]
         if planned:
-            images, means = zip(*sorted(planned), strict=True)
-            reaches = [end.reach or 0 for end in means]
-            values = [end.value for end in means]
-            axis.errorbar(images, values, reaches, fmt="ko", capsize=3, label="runs of that length")
+            lengths, means = zip(*sorted(planned), strict=True)
+            axis.errorbar(
+                lengths,
+                [end.value for end in means],
+                [end.reach or 0 for end in means],
+                fmt="ko",
+                capsize=3,
+                label="runs of that length",
+            )
         axis.set(xlabel="images seen, millions", ylabel=f"{SHOWN[which]}, %", xscale="log")
         axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)

@@ -124,18 +124,18 @@ class Judge:
         self.pair_same = labels[self.pairs[:, 0]] == labels[self.pairs[:, 1]]
 
     @torch.no_grad()
-    def __call__(self, backbone: nn.Module) -> tuple[float, float, float]:
+    def __call__(self, backbone: nn.Module) -> list[float]:
         """Accuracy, TAR at FAR 1e-2 and at 1e-3; of a network that diverged, of chance."""
         training = backbone.training
         backbone.eval()
         embeddings = torch.cat([embed(backbone, part) for part in self.images.split(128)])
         backbone.train(training)
         if not embeddings.isfinite().all():
-            return 0.5, 0.0, 0.0
+            return [0.5, 0.0, 0.0]
         scores = (embeddings @ embeddings.T).flatten()[self.cells]
         a, b = (embeddings[side] for side in self.pairs.T)
         accuracy = verification_accuracy(a, b, self.pair_same).accuracy
-        return accuracy, *tar_at_far(scores, self.same, [1e-2, 1e-3])
+        return [accuracy, *tar_at_far(scores, self.same, [1e-2, 1e-3])]
 
 
 def embed(backbone: nn.Module, images: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def train(
     sampler = EpochSampler(faces.seen, run.seed)
     loader = FaceLoader(faces.seen, batch_size, sampler)  # type: ignore[arg-type]
     last = len(loader) * round(epochs * times)
-    optimizer = functools.partial(SGD, lr=run.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer: Any = functools.partial(SGD, lr=run.lr, momentum=0.9, weight_decay=5e-4)
     if free := built if isinstance(built, ScheduleFree) else None:
         optimizer = functools.partial(free.optimizer, lr=run.lr, steps=last)
         averages = {}  # its weights are a mean already
