@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .inference.embedder import load_embedder
+    from .schedule.autowu import AutoWU
     from .schedule.callback import FastFaceCallback
     from .schedule.fastface import FastFace
     from .schedule.lr_scheduler import FastFaceLR
@@ -22,13 +23,22 @@ else:  # a type checker that saw this __getattr__ would take any name for one of
         return value
 
 
-__all__ = ["MHLR", "FastFace", "FastFaceCallback", "FastFaceLR", "load_embedder", "replay"]
+__all__ = [
+    "MHLR",
+    "AutoWU",
+    "FastFace",
+    "FastFaceCallback",
+    "FastFaceLR",
+    "load_embedder",
+    "replay",
+]
 __version__ = "0.1.0"
 
 _MODULE = {
     "FastFaceCallback": "schedule.callback",
     "FastFaceLR": "schedule.lr_scheduler",
     "FastFace": "schedule.fastface",
+    "AutoWU": "schedule.autowu",
     "MHLR": "schedule.mhlr",
     "load_embedder": "inference.embedder",
     "replay": "schedule.replay",

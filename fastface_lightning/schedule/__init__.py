@@ -1,5 +1,6 @@
 """Loss in, learning rate out: plateau schedules that know nothing of faces."""
 
+from .autowu import AutoWU
 from .base import Change, Schedule
 from .fastface import FastFace
 from .mhlr import MHLR
@@ -8,6 +9,7 @@ from .replay import read_losses, replay, states
 
 __all__ = [
     "MHLR",
+    "AutoWU",
     "Change",
     "FastFace",
     "PlateauSchedule",

@@ -75,6 +75,13 @@ class Schedule(ABC):
         """Whether a step decayed or restarted the learning rate."""
         return bool(after.scale != before.scale)
 
+    def scale_after(self, state: Any, steps: int) -> float:
+        """The scale so many steps after a state, as far as no loss decides it.
+
+        While it moves by more than 5 % in a block of losses the callback reads every loss at once.
+        """
+        return float(state.scale)
+
     def dump(self, state: Any) -> dict[str, Any]:
         """A state's fields as a checkpoint keeps them."""
         return values_of(state)
@@ -133,6 +140,11 @@ class Progress(NamedTuple):
         if not self.optional.is_change(self.bound, old, new):
             return None
         return Change(before.losses, new.scale / old.scale, lr * new.scale)
+
+    def moves(self, steps: int) -> bool:
+        """Whether the scale moves by more than 5 % in so many steps, whatever the losses are."""
+        later = self.optional.scale_after(self.bound, self.state, steps)
+        return bool(abs(later - self.state.scale) > 0.05 * self.state.scale)
 
     def metrics(self) -> dict[str, float]:
         """What to log besides the scale, by name."""

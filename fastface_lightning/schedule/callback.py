@@ -40,13 +40,13 @@ class FastFaceCallback(Callback):
     docs/schedules.md.
 
     Args:
-        schedule: ``FastFace(...)``, ``MHLR(...)`` or another
+        schedule: ``FastFace(...)``, ``MHLR(...)``, ``AutoWU(...)`` or another
             :class:`~fastface_lightning.schedule.Schedule`; None for ``FastFace()``.
         total_steps: steps that the schedule will take; None to find out from the trainer.
         loss_key: key of the loss in what ``training_step`` returns; None for ``"loss"``, and
             needed under manual optimization.
         read_every: optimizer steps between two readings of the losses; None for 1 on CPU and 32
-            on accelerators.
+            on accelerators. Every loss is read where a block moves the scale by more than 5 %.
         monitor: instead of ``loss_key``, the name under which ``training_step`` logs the loss; or
             ``validation_step`` a value to be lowered: each validation then is one step.
         min_lr: no decay takes a rate below it, >= 0; a rate that is lower already stays. Once
@@ -112,7 +112,8 @@ class FastFaceCallback(Callback):
         self._micro: list[Tensor] = []  # losses of the micro-batches since the last optimizer step
         # Loss, and whether its step was skipped: known here, or only on the device.
         self._unread: list[tuple[Tensor, bool | Tensor]] = []
-        self._stepped, self._global_step, self._position = False, 0, 0
+        self._global_step = self._position = 0
+        self._stepped = self._moves = False  # whether a block moves the scale, as last applied
         self._found_inf: Tensor | None = None
         self._validations = self._validated = False  # whether its steps are; whether one has ended
         self._last_logged: Tensor | None = None
@@ -204,12 +205,11 @@ class FastFaceCallback(Callback):
             self._resume(trainer, self._saved)
         else:
             self._start(trainer, announce=self.monitor is None)
-            self._rates.apply(self.state.scale)
+            self._rates.begin(self.state.scale)
             if trainer.global_step:
-                at = f"at step {trainer.global_step}, for what is left of the run"
-                how = "fit(ckpt_path=...) would go on from a checkpoint's"
-                rank_zero_warn(f"without a state FastFaceCallback starts anew {at}; {how}")
-        if self._rates.min_lr and self._rates.at_floor(self._rates.applied):
+                how = "for what is left of the run; fit(ckpt_path=...) would go on from a state"
+                rank_zero_warn(f"FastFaceCallback starts anew at step {trainer.global_step}, {how}")
+        if self._rates.min_lr and self._rates.at_floor(1.0):
             rank_zero_warn(f"no rate is above min_lr={self._rates.min_lr}: none can decay")
         self._hook = register_optimizer_step_post_hook(self._on_optimizer_step)
         if not trainer.fit_loop.restarting:
@@ -218,6 +218,7 @@ class FastFaceCallback(Callback):
     def _start(self, trainer: Trainer, announce: bool = True) -> None:
         length = self.total_steps or steps_left(trainer, self._validations)
         self._progress = Progress.start(self.schedule, length)
+        self._moves = self._progress.moves(self._block)
         self._pace = Pace(self._progress.total_steps, advises=self.total_steps is None)
         if announce:
             self._announce(trainer, self._progress)
@@ -238,13 +239,13 @@ class FastFaceCallback(Callback):
         self._progress, changed = Progress.load(saved, self.schedule)
         self._pace = Pace(self._progress.total_steps, advises=False)
         self._rates.applied, self._validations = saved["applied"], saved["validations"]
+        self._moves = saved["moves"]
         self._announce(trainer, self._progress)
         if changed:
             rank_zero_warn(f"the schedule goes on with {'; '.join(changed)}")
         if not self._validations:
             with contextlib.suppress(MisconfigurationException):  # without an end, but a schedule
-                left = self._progress.losses + steps_left(trainer)
-                self._pace.compare(self.total_steps or left)
+                self._pace.compare(self.total_steps or self._progress.losses + steps_left(trainer))
 
     # Steps -------------------------------------------------------------------------------------
 
@@ -275,9 +276,11 @@ class FastFaceCallback(Callback):
         # Blocks end at multiples of their length, not once full: at the same steps after a resume.
         # Lightning's counter stands still where its optimizers are stepped behind its back.
         before, self._position = self._position, self._global_step or self._given()
-        if self._position // self._block > before // self._block:
+        block = 1 if self._moves else self._block
+        if self._position // block > before // block:
             self._read()
             self._rates.apply(self.state.scale)
+            self._moves = self._progress.moves(self._block)
         if self.logs and trainer._logger_connector.should_update_logs:
             self._log(trainer, pl_module)
 
@@ -298,10 +301,8 @@ class FastFaceCallback(Callback):
         if self._progress is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._validated = True
-        in_training = self._last_logged is not None or self._progress.losses
-        if self.monitor is None or (in_training and not self._validations):
-            return
-        if not was_validated(trainer, self.monitor):
+        trained = (self._last_logged is not None or self._progress.losses) and not self._validations
+        if self.monitor is None or trained or not was_validated(trainer, self.monitor):
             return
         if not self._validations:  # only now is it known what is monitored
             self._validations = True
@@ -335,9 +336,8 @@ class FastFaceCallback(Callback):
             rank_zero_warn(warning)
         for (_, skipped), loss in zip(unread, values, strict=False):
             # A step that the loss scaler skipped counts only if the loss itself was at fault.
-            if isinstance(skipped, Tensor):
-                skipped = next(found_inf) > 0
-            if not (skipped and math.isfinite(loss)):
+            skips = next(found_inf) > 0 if isinstance(skipped, Tensor) else skipped
+            if not (skips and math.isfinite(loss)):
                 self._update(loss)
         if self._progress.losses > self._progress.total_steps:
             self._pace.compare(self._progress.losses, so_far=True)
@@ -423,6 +423,7 @@ class FastFaceCallback(Callback):
         return self._progress.dump() | {
             "applied": self._rates.applied,
             "validations": self._validations,
+            "moves": self._moves,
             "changes": [list(made) for made in self.changes],
         }
 

@@ -106,7 +106,7 @@ class FastFaceLR(LRScheduler):
             self._take(loss)
         elif self.last_epoch == -1:  # a new run, whose base rates torch has noted
             self._rates.read()
-            self._rates.apply(self.state.scale)
+            self._rates.begin(self.state.scale)
         super().step()
 
     def _take(self, loss: float | Tensor | None) -> None:

@@ -154,13 +154,7 @@ class PlateauSchedule(Schedule):
         check_number("factor", factor, "lie in (0, 1)", lambda x: 0 < x < 1)
         check_number("restart_factor", restart_factor, "be at least 1", lambda x: 1 <= x < math.inf)
         for name in _DURATIONS:
-            value = settings.get(name, 0)
-            never = name == "arm_after" and value == math.inf
-            share = isinstance(value, float) and 0 <= value < 1
-            if not (never or share or (type(value) is int and value >= 0)):
-                raise ValueError(
-                    f"{name} must be whole steps or a share of the run below 1, got {value}"
-                )
+            check_duration(name, settings.get(name, 0), never=name == "arm_after")
         for name, least in (("max_decays", 0), ("restart_after", 1), ("max_nonfinite", 1)):
             if settings[name] != math.inf:
                 check_count(name, settings[name], least)
@@ -212,14 +206,8 @@ class PlateauSchedule(Schedule):
         A NaN or infinite loss (beyond 1e290, that is) is counted and else left out; raises
         ValueError at more than ``max_nonfinite`` of them in a row.
         """
-        if not -_HUGE < loss < _HUGE:
-            run = state.nonfinite_run + 1
-            if run > self.max_nonfinite:  # type: ignore[operator]
-                raise ValueError(
-                    f"at most max_nonfinite={self.max_nonfinite} losses in a row may be NaN or "
-                    f"infinite, got {run} after {state.step} finite ones"
-                )
-            return state._replace(nonfinite=state.nonfinite + 1, nonfinite_run=run)
+        if not is_loss(loss):
+            return left_out(state, self.max_nonfinite)
         warmup_steps: Any = self.warmup_steps
         if state.step < warmup_steps:
             step = state.step + 1
@@ -376,6 +364,29 @@ def check_window(
             raise ValueError(
                 f"give {name} or {rate_name} = 1/{name}, got {name}={window}, {rate_name}={rate}"
             )
+
+
+def is_loss(loss: float) -> bool:
+    """Whether a loss is neither NaN nor infinite, nor beyond 1e290."""
+    return -_HUGE < loss < _HUGE
+
+
+def left_out(state: Any, most: Any) -> Any:
+    """State with one more NaN or infinite loss counted; raises ValueError if over ``most``."""
+    run = state.nonfinite_run + 1
+    if run > most:
+        raise ValueError(
+            f"at most max_nonfinite={most} losses in a row may be NaN or infinite, got {run} after "
+            f"{state.step} finite ones"
+        )
+    return state._replace(nonfinite=state.nonfinite + 1, nonfinite_run=run)
+
+
+def check_duration(name: str, value: Any, never: bool = False) -> None:
+    """Whole steps, a share of the run, or inf where that may be; raises ValueError."""
+    share = isinstance(value, float) and 0 <= value < 1
+    if not (share or (never and value == math.inf) or (type(value) is int and value >= 0)):
+        raise ValueError(f"{name} must be whole steps or a share of the run below 1, got {value}")
 
 
 def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:

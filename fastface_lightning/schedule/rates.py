@@ -62,6 +62,12 @@ class Rates:
         """Whether no rate can fall below where ``scale`` takes it."""
         return all(self.scaled(lr, scale) <= self.min_lr for lr in self.now())
 
+    def begin(self, scale: float) -> None:
+        """Apply a schedule's first scale: that of a warm-up is no decay, and has no floor."""
+        floor, self.min_lr = self.min_lr, 0.0
+        self.apply(scale)
+        self.min_lr = floor
+
     def apply(self, scale: float) -> None:
         """Multiply every rate by what ``scale`` has changed by, in place where it is a tensor."""
         if scale == self.applied:
