@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> None:
 
     from fastface_lightning.files import write_text
     from fastface_lightning.report.figures import replay_figure
-    from fastface_lightning.schedule import read_losses, replay
+    from fastface_lightning.schedule import AutoWU, read_losses, replay
     from fastface_lightning.schedule.fixed import FixedSchedule
     from fastface_lightning.schedule.plateau import check_count
 
@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     check_numbers(cfg, "lr")
     schedule = instantiate(cfg.schedule)
     if isinstance(schedule, FixedSchedule):
-        raise ValueError(f"schedule must be fastface or mhlr, got {schedule}")
+        raise ValueError(f"schedule must be fastface, mhlr or autowu, got {schedule}")
     losses, logged = read_losses(cfg.log, None if cfg.column is None else str(cfg.column))
     total_steps = len(losses) if cfg.total_steps is None else cfg.total_steps
     if total_steps < len(losses):
@@ -51,6 +51,12 @@ def main(cfg: DictConfig) -> None:
     console = Console()
     console.print(f"{schedule.bind(total_steps)!r}", markup=False)
     console.print(table_of(changes, in_log))
+    if isinstance(schedule, AutoWU):
+        console.print(
+            "A change is where AutoWU's test would have ended the growth of the rate; without one "
+            "it never would. The loss was not made with its rates, so this is its test on that "
+            "loss, and not what its run would have done."
+        )
     result = {
         "log": str(cfg.log),
         "schedule": repr(schedule),

@@ -127,7 +127,7 @@ def newly_imported(statements: str, first: str = "") -> set[str]:
 
 
 def test_schedules_alone_need_no_torch() -> None:
-    loaded = newly_imported("from fastface_lightning import FastFace, MHLR, replay")
+    loaded = newly_imported("from fastface_lightning import AutoWU, FastFace, MHLR, replay")
     assert loaded <= {*sys.stdlib_module_names, PACKAGE.name}
 
 

@@ -64,17 +64,18 @@ class AutoWU(Schedule):
     0.2 of the time seen, and noise is fitted to all losses so far. With :math:`f_i` its value at
     the :math:`i`-th of :math:`n` places, the test is positive where
 
-    .. math:: p = \max_i \min\bigl( P(f_i < f_1), P(f_i < f_n) \bigr)
+    .. math:: p = \max_{j < i} \min\bigl( P(f_i < f_j), P(f_i < f_n) \bigr)
 
     exceeds ``confidence``: the loss has fallen and turned up again. ``positive_tests`` of them in a
-    row end the growth. The scale then is what it was where the posterior mean is lowest, and falls
-    by half a cosine to 0 at step :math:`T`. If the loss never turns up the growth ends at step
-    :math:`K`, and the cosine falls from 1, as in the authors' release.
+    row end the growth. The scale then is what it was where, from the top before the fall on, the
+    posterior mean is lowest, and falls by half a cosine to 0 at step :math:`T`. If the loss never
+    turns up the growth ends at step :math:`K`, and the cosine falls from 1, as in the authors'
+    release.
 
     Adapted: the release fits five random subsets of the losses, here it is the means of at most
     128 bins, without a random draw; it tests once an epoch, so never thrice within half of six
     epochs; it asks for :math:`P(f_i < f_n)` alone, and a loss that rises first is then trained at
-    :math:`s_0` to the end. And a loss counts as at most as far above the top before the lowest as
+    :math:`s_0` to the end. And no loss counts as further above the highest of the first half than
     the lowest is below it, so that an explosion leaves the fall in sight.
 
     Args:
@@ -191,10 +192,10 @@ class AutoWU(Schedule):
         return not before.peak and 0 < after.peak < 1
 
     def metrics(self, state: AutoWUState) -> dict[str, float]:
-        """While the rate grows, 1 - p as the response: below the threshold a test is positive."""
-        if state.peak:
-            return {}
-        return {"response": 1 - state.probability, "threshold": 1 - float(self.confidence or 0)}
+        """1 - p as the response: a test is positive below the threshold; 1 after the growth."""
+        over = state.peak and state.step > state.peak_step
+        response = 1.0 if over else 1 - state.probability
+        return {"response": response, "threshold": 1 - float(self.confidence or 0)}
 
     remarks = PlateauSchedule.remarks
 
@@ -211,24 +212,23 @@ class AutoWU(Schedule):
 
 
 def valley(losses: Sequence[float]) -> tuple[float, int]:
-    """The probability :math:`p` of :class:`AutoWU` for equally spaced losses, and which is lowest
-    by the posterior mean."""
+    """The probability :math:`p` of :class:`AutoWU` for equally spaced losses, and the index of the
+    lowest after the fall, by the posterior mean."""
     import numpy as np
 
-    if not losses or losses[0] <= min(losses):
-        return 0.0, 0  # never below the first
-    y = np.array(losses) - min(losses)
-    y = np.minimum(y, 2 * y[: y.argmin()].max())
+    y = np.array(losses) - min(losses, default=0.0)
+    y = np.minimum(y, 2 * y[: (len(y) + 1) // 2].max(initial=0.0))
+    if not y.any():
+        return 0.0, 0
     y = y / y.max()  # its square is finite
     mean, covariance = posterior((y - y.mean()) / y.std())
     variance = np.diag(covariance)
     # 1e-4, as in the release: of mere noise both sides of the ratio are almost 0.
-    to_first, to_last = (
-        (mean[end] - mean) / np.sqrt(variance + variance[end] - 2 * covariance[end] + 1e-4)
-        for end in (0, -1)
-    )
-    z = float(np.minimum(to_first, to_last).max())
-    return math.erfc(-z / math.sqrt(2)) / 2, int(mean.argmin())
+    below = mean[:, None] - mean  # how far the second place is below the first, in deviations
+    below /= np.sqrt(variance[:, None] + variance - 2 * covariance + 1e-4)
+    valleys = np.minimum(np.triu(below, 1).max(axis=0), below[-1])
+    top = int(mean[: valleys.argmax() + 1].argmax())
+    return math.erfc(-valleys.max() / math.sqrt(2)) / 2, top + int(mean[top:].argmin())
 
 
 def posterior(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

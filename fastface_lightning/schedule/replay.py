@@ -34,9 +34,12 @@ def replay(
 ) -> list[Change]:
     """Changes of the learning rate that ``schedule`` would take on a recorded loss.
 
+    A loss does not answer: from the first change on, and with AutoWU, whose rates moved all along,
+    from the start, this is the rule's opinion on a loss that other rates have made.
+
     Args:
         losses: loss of every optimizer step, in order.
-        schedule: FastFace, MHLR or another :class:`Schedule`, bound or not.
+        schedule: FastFace, MHLR, AutoWU or another :class:`Schedule`, bound or not.
         total_steps: optimizer steps of the run that was recorded, >= 1.
         lr: base learning rate.
 
