@@ -44,7 +44,7 @@ def test_a_run_leaves_what_the_readme_promises(run: Run) -> None:
 def test_help_is_for_people(run: Run) -> None:
     ended = run("--help")
     assert ended.code == 0
-    assert "Choose a part" in ended.out and "schedule: constant, cosine, fastface" in ended.out
+    assert "Choose a part" in ended.out and "schedule: autowu, constant, cosine" in ended.out
 
 
 @pytest.mark.parametrize(

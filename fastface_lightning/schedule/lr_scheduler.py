@@ -31,7 +31,7 @@ class FastFaceLR(LRScheduler):
     Args:
         optimizer: its groups' learning rates are those of the run.
         total_steps: optimizer steps of the whole run, >= 1.
-        schedule: ``FastFace(...)``, ``MHLR(...)`` or another
+        schedule: ``FastFace(...)``, ``MHLR(...)``, ``AutoWU(...)`` or another
             :class:`~fastface_lightning.schedule.Schedule`; None for ``FastFace()``.
         last_epoch: as in torch: -1 for a new run; otherwise the groups' rates are those of the run
             that goes on, and :meth:`load_state_dict` must follow. (As any warm-up of torch's does,

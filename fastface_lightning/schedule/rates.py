@@ -55,7 +55,7 @@ class Rates:
 
     def scaled(self, lr: float, scale: float) -> float:
         """A learning rate, as found, once ``scale`` is applied."""
-        ratio = scale / self.applied
+        ratio = scale / self.applied if self.applied else 1.0  # 0 is for good
         return lr * ratio if ratio >= 1 else max(lr * ratio, min(lr, self.min_lr))
 
     def at_floor(self, scale: float) -> bool:

@@ -336,6 +336,17 @@ def test_blocks_are_left_where_the_scale_moves_fast(
 WEIGHT_NOISE = 0.1 * torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("min_lr", [0.0, 1e-9])
+def test_a_run_made_longer_stays_where_the_cosine_ended(tmp_path: Path, min_lr: float) -> None:
+    rates = LearningRates()
+    for steps, file in ((30, None), (50, tmp_path / "a.ckpt")):
+        callback = FastFaceCallback(AutoWU(), min_lr=min_lr)
+        trainer = quiet_trainer(tmp_path, [callback, rates], max_steps=steps)
+        trainer.fit(Scripted(), batches(10), ckpt_path=file)
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert {rates.first_group[step] for step in range(30, 50)} == {min_lr}
+
+
 class Quadratic(LightningModule):
     """A few noisy quadratics, trained by SGD: too high a rate really diverges, up to a clipping."""
 
