@@ -66,6 +66,7 @@ def main(cfg: DictConfig) -> None:
         f"{way} + {kind}" if kind else way: Line(kept.of(runs, way, lr), weights)
         for way in ways
         for kind, (lr, weights) in chosen[way].items()
+        if all(weights in row["points"][-1][1] for row in kept.of(runs, way, lr))
     }
     report(lines, list(cfg.rivals), folder)
 
