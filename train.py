@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parent / "conf"
 NUMBERS = (
     *("seed", "plan", "data.batch_size", "data.num_workers", "optimizer.lr", "classifier.lr"),
+    *("averaging.window", "averaging.decay", "averaging.every_n_steps"),
     *("checkpoint.every_n_steps", "verify.every_n_steps", "verify.every_n_epochs"),
     *("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches"),
 )
@@ -80,6 +81,8 @@ def main(cfg: DictConfig) -> float | None:
         raise
     if data.verify_names and record.verified_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
+    if data.verify_names:
+        record.verify_raw(trainer, module, data)
     results = record.write(trainer)
     if trainer.is_global_zero:
         print_summary(results, folder)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .schedule.lr_scheduler import FastFaceLR
     from .schedule.mhlr import MHLR
     from .schedule.replay import replay
+    from .training.averaging import WeightAverage
 else:  # a type checker that saw this __getattr__ would take any name for one of ours
 
     def __getattr__(name: str) -> object:
@@ -29,6 +30,7 @@ __all__ = [
     "FastFace",
     "FastFaceCallback",
     "FastFaceLR",
+    "WeightAverage",
     "load_embedder",
     "replay",
 ]
@@ -40,6 +42,7 @@ _MODULE = {
     "FastFace": "schedule.fastface",
     "AutoWU": "schedule.autowu",
     "MHLR": "schedule.mhlr",
+    "WeightAverage": "training.averaging",
     "load_embedder": "inference.embedder",
     "replay": "schedule.replay",
 }

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "training": "files preprocessing schedule margins backbones data evaluation optim report"
     " classifiers",
     "cli": "files report",
-    "__init__": "schedule inference",
+    "__init__": "schedule inference training",
 }
 # What only the faces need: with torch, Lightning and the wheel alone none of it is there.
 FACES_ALONE = "timm hydra omegaconf torchvision matplotlib simplejpeg PIL safetensors rich jinja2"

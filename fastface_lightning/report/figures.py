@@ -222,9 +222,13 @@ def print_summary(results: dict[str, Any], folder: str | Path) -> None:
         if verified["untrained_accuracy"] is not None:
             accuracy += f" (untrained {verified['untrained_accuracy']:.2%}, chance 50 %)"
         table.add_row(f"verification {name}", accuracy)
+        if "raw_accuracy" in verified:
+            table.add_row("by the raw weights", f"{verified['raw_accuracy']:.2%}")
     if results["best"]:
         best = results["best"]
         table.add_row("best checkpoint", f"{best['accuracy']:.2%} at step {best['step']:,}")
+    if results["averaging"]:
+        table.add_row("averaging", results["averaging"])
     if results["final_loss"] is not None:
         table.add_row("loss", f"{results['final_loss']:.4f} (mean of the last 100 batches)")
     changes = ", ".join(f"step {c['step']}: {c['lr']:.3g}" for c in results["lr_changes"])
@@ -260,6 +264,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         "optimizer's temporaries": "update",
     }.items():
         held.add_row(row, _size(plan["backbone"][key]), _size(heads[chosen][key]))
+    if plan["average"]:
+        held.add_row("averaged weights", _size(plan["average"]), "")
     fits = Table(box=None, padding=(0, 2))
     fits.add_column("with")
     fits.add_column("peak", justify="right")

@@ -241,6 +241,9 @@ def verification(run: Run) -> Figure | None:
     late = []  # what the second half of each set's curve spans
     for name, (steps, accuracy) in sets.items():
         (line,) = axis.plot(steps, accuracy, marker="o", markersize=3.5, label=legend_label(name))
+        if raw := run.metrics.get(f"verify_raw/{name}/accuracy"):
+            hollow: Any = {"markerfacecolor": "none", "color": line.get_color(), "linestyle": ""}
+            axis.plot(*raw, marker="o", label=f"{legend_label(name)}, raw weights", **hollow)
         _, std = run.metrics.get(f"verify/{name}/std", (steps, np.zeros(len(steps))))
         if len(std) == len(accuracy):
             low, high = accuracy - std, accuracy + std

@@ -76,6 +76,8 @@ def build_trainer(
         callbacks.append(FastFaceCallback(schedule))
     elif loggers:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
+    if cfg.averaging:
+        callbacks.append(instantiate(cfg.averaging))
     verify = {"check_val_every_n_epoch": cfg.verify.every_n_epochs}
     if cfg.verify.every_n_steps is not None:
         batches = cfg.verify.every_n_steps * cfg.trainer.accumulate_grad_batches

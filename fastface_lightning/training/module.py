@@ -22,6 +22,7 @@ from ..classifiers import DynamicClassPool, MomentumClassifier, PartialClassifie
 from ..data.augment import Augment
 from ..evaluation import ROC, ROCCurve, VerificationAccuracy
 from ..optim import SGD, match_memory_format
+from ..schedule.length import callbacks_of
 
 log = logging.getLogger(__name__)
 LEFT_OVER = 0.1  # highest share of its first weights that a momentum encoder should end with
@@ -53,6 +54,7 @@ class FaceModule(LightningModule):
     Attributes:
         curves: ROC of each set at the last verification, by its name; a set whose pairs are all of
             one person, or all of two, has none.
+        verify_as: what the names of a verification's figures begin with, ``verify``.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class FaceModule(LightningModule):
         self.metrics = nn.ModuleList(VerificationAccuracy() for _ in verify_names)
         self.rocs = nn.ModuleList(ROCCurve() for _ in verify_names)
         self.curves: dict[str, ROC] = {}
+        self.verify_as = "verify"
         self._resumed_from: list[str] | None = None
         self._reduce_loss = False
 
@@ -156,14 +159,16 @@ class FaceModule(LightningModule):
         for name, metric, roc in zip(self.verify_names, self.metrics, self.rocs, strict=True):
             accuracies.append(metric.compute())
             # Every rank has the same result; sync_dist only tells Lightning so.
-            self.log(f"verify/{name}/accuracy", accuracies[-1], prog_bar=True, sync_dist=True)
-            self.log(f"verify/{name}/std", metric.result.std, sync_dist=True)
+            logged = f"{self.verify_as}/{name}"
+            self.log(f"{logged}/accuracy", accuracies[-1], prog_bar=True, sync_dist=True)
+            self.log(f"{logged}/std", metric.result.std, sync_dist=True)
             with suppress(ValueError):  # pairs of one kind; what else may be wrong has been raised
                 self.curves[name] = roc.compute()
             metric.reset()
             roc.reset()
         if accuracies:
-            self.log("verify/accuracy", torch.stack(accuracies).mean(), sync_dist=True)
+            mean = torch.stack(accuracies).mean()
+            self.log(f"{self.verify_as}/accuracy", mean, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer, world_size = self.build_optimizer(), self.trainer.world_size
@@ -263,6 +268,12 @@ class FaceModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._resumed_from = checkpoint.get("torch_schedulers")
+        raw, trainer = checkpoint.get("current_model_state"), self._trainer
+        if raw is None or trainer is None or trainer.state.fn != "fit":
+            return
+        if not callbacks_of(trainer, "WeightAverage"):
+            log.warning("the checkpoint has averaged weights: the run goes on from the raw ones")
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **raw}
 
     def on_fit_start(self) -> None:
         self._followed_step = None

@@ -87,10 +87,11 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     backbone = plan_backbone(
         lambda: instantiate(model), make_optimizer, parts[name].images, cfg.trainer.precision
     )
+    average = backbone.weights if cfg.averaging else 0
     heads = {}
     for other, part in parts.items():
         network, head = combined(backbone, part)
-        total = peak(network, head, cfg.trainer.accumulate_grad_batches) + reserve
+        total = peak(network, head, cfg.trainer.accumulate_grad_batches) + reserve + average
         fits = HEADROOM * total <= capacity
         chunk = configs[other].get("chunk")
         heads[other] = {**head._asdict(), "chunk": chunk, "peak": total, "fits": fits}
@@ -102,6 +103,7 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
         "precision": cfg.trainer.precision,
         "classifier": name,
         "backbone": backbone._asdict(),
+        "average": average,
         "heads": heads,
         "device": device_name(device) if cfg.plan is True else "a GPU",
         "capacity": capacity,

@@ -13,15 +13,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ..data import FaceDataset
+from ..data import FaceDataModule, FaceDataset
 from ..files import write_text
 from ..report.curves import thin_curve
 from ..report.page import write_report
 from ..schedule.callback import FastFaceCallback
 from ..schedule.replay import Change
+from .averaging import WeightAverage
 from .checkpoints import LastAndBest
 from .environment import commit, device_name, environment, peak_memory
-from .module import images_in
+from .module import FaceModule, images_in
 
 C = TypeVar("C", bound=Callback)
 
@@ -39,7 +40,8 @@ class RunRecord(Callback):
 
     Attributes:
         verification: by the name of each set ``accuracy`` at the last verification, its ``std``
-            over the folds and ``untrained_accuracy``, None where that is not known.
+            over the folds and ``untrained_accuracy``, None where that is not known; once a run with
+            averaged weights has ended, ``raw_accuracy``, of the weights as they were trained.
         verified_step: optimizer steps done at the last verification.
         images: trained on so far, by all ranks.
         train_seconds: of training with data loading, without verification.
@@ -89,8 +91,11 @@ class RunRecord(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
+        if module.verify_as != "verify":
+            return
         for name in module.verify_names:
             verified = self.verification.setdefault(name, {"untrained_accuracy": None})
+            verified.pop("raw_accuracy", None)  # of an earlier part of the run
             for key in ("accuracy", "std"):
                 verified[key] = trainer.callback_metrics[f"verify/{name}/{key}"].item()
             if not trainer.global_step and not trainer.sanity_checking:
@@ -103,6 +108,18 @@ class RunRecord(Callback):
                 points[name] = {"far": roc.far[taken].tolist(), "tar": roc.tar[taken].tolist()}
             write_text(self.folder / "roc.json", json.dumps(points) + "\n")
         self._last = time.perf_counter()
+
+    def verify_raw(self, trainer: Trainer, module: FaceModule, data: FaceDataModule) -> None:
+        """Where weights are averaged verify the raw ones too, logged as ``verify_raw/...``."""
+        averaging = _callback(trainer, WeightAverage)
+        if averaging is None:
+            return
+        averaging.judges, module.verify_as = False, "verify_raw"
+        trainer.validate(module, data, verbose=False)
+        averaging.judges, module.verify_as = True, "verify"
+        for name in module.verify_names:
+            accuracy = trainer.callback_metrics[f"verify_raw/{name}/accuracy"].item()
+            self.verification[name]["raw_accuracy"] = accuracy
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -130,7 +147,10 @@ class RunRecord(Callback):
         device = trainer.strategy.root_device
         losses = [loss.item() for loss in self._losses]
         checkpoints = _callback(trainer, LastAndBest)
-        schedule = _callback(trainer, FastFaceCallback)
+        schedule, averaging = (
+            _callback(trainer, FastFaceCallback),
+            _callback(trainer, WeightAverage),
+        )
         changes = self._lr_changes if schedule is None else schedule.changes
         if schedule is None and 10 * len(changes) >= trainer.global_step:
             changes = []  # it always changes
@@ -140,6 +160,7 @@ class RunRecord(Callback):
             "final_loss": sum(losses) / len(losses) if losses else None,
             "verification": self.verification,
             "best": None if checkpoints is None else checkpoints.best,
+            "averaging": None if averaging is None else repr(averaging),
             "lr_changes": [change._asdict() for change in changes],
             "final_lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "images": self.images,
