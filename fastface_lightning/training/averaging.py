@@ -225,17 +225,16 @@ class WeightAverage(Callback):
 
     # Checkpoints -------------------------------------------------------------------------------
 
-    def _keyed(self, tensors: list[Tensor], prefix: str = "") -> dict[str, Tensor]:
-        """Tensors in the order of _floats, by all their keys in a state_dict."""
-        prefix += f"{self._name}." if self._name else ""
-        names = _named(self._part)
-        of = dict(zip(dict.fromkeys(map(id, names.values())), tensors, strict=True))
-        return {prefix + name: of[id(w)] for name, w in names.items()}
+    def _keyed(self, tensors: list[Tensor], pl_module: LightningModule) -> dict[str, Tensor]:
+        """Tensors in the order of _floats, by all their keys in the module's state_dict."""
+        of = dict(zip(map(id, _named(self._part, every=False).values()), tensors, strict=True))
+        return {name: of[id(w)] for name, w in _named(pl_module).items() if id(w) in of}
 
     def _replace(self, pl_module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         if self._has(pl_module):
-            average = self._keyed(self._average, prefix)
-            state_dict.update((key, a) for key, a in average.items() if key in state_dict)
+            for name, a in self._keyed(self._average, pl_module).items():
+                if prefix + name in state_dict:
+                    state_dict[prefix + name] = a
 
     def state_dict(self) -> dict[str, Any]:
         at = {"module": self._name, "start": self._start, "updated": self._updated}
@@ -245,10 +244,10 @@ class WeightAverage(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._has(pl_module):
-            raw = self._keyed(self._raw or _floats(self._part))
+            raw = self._keyed(self._raw or _floats(self._part), pl_module)
             state, prefix = checkpoint["state_dict"], f"{self._name}." if self._name else ""
             checkpoint["current_model_state"] = {
-                key: raw.get(key, value) for key, value in state.items() if key.startswith(prefix)
+                k: raw.get(k, v) for k, v in state.items() if k in raw or k.startswith(prefix)
             }
             self._replace(pl_module, state, "", None)
 
@@ -269,24 +268,25 @@ class WeightAverage(Callback):
             if saved["settings"] != repr(self):
                 rank_zero_warn(f"the average by {saved['settings']} goes on by {self}")
             self._start, self._updated = saved["start"], saved["updated"]
-            state, keys = checkpoint["state_dict"], self._keyed(_floats(self._part))
-            self._average = list({id(w): state.get(key, w) for key, w in keys.items()}.values())
+            weights, state = _floats(self._part), checkpoint["state_dict"]
+            keys = {id(w): key for key, w in self._keyed(weights, pl_module).items()}
+            self._average = [state.get(keys[id(w)], w) for w in weights]
         elif step:
             rank_zero_warn(f"the checkpoint has no average: one begins at step {step}")
         if raw := checkpoint.get("current_model_state"):
             pl_module.load_state_dict(raw, strict=False)
 
 
-def _named(module: nn.Module) -> dict[str, Tensor]:
-    """The floating-point parameters and buffers; a tied one has several names."""
-    every = (module.named_parameters, module.named_buffers)
-    pairs = chain.from_iterable(names(remove_duplicate=False) for names in every)
+def _named(module: nn.Module, every: bool = True) -> dict[str, Tensor]:
+    """The floating-point parameters and buffers; ``every`` name of a tied one, or its first."""
+    parts = (module.named_parameters, module.named_buffers)
+    pairs = chain.from_iterable(names(remove_duplicate=not every) for names in parts)
     return {name: w for name, w in pairs if w.is_floating_point()}
 
 
 def _floats(module: nn.Module) -> list[Tensor]:
     """Each of them once, to be written to."""
-    return [w.detach() for w in {id(w): w for w in _named(module).values()}.values()]
+    return [w.detach() for w in _named(module, every=False).values()]
 
 
 @torch.no_grad()

@@ -1,0 +1,661 @@
+"""WeightAverage: the average obeys its equation, is judged and saved; training never sees it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from ranks import on_two_ranks
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fastface_lightning import WeightAverage
+from fastface_lightning.classifiers import (
+    AttentionClassifier,
+    DynamicClassPool,
+    FullClassifier,
+    MomentumClassifier,
+)
+from fastface_lightning.training.checkpoints import LastAndBest
+from fastface_lightning.training.module import FaceModule
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.* is deprecated",
+    "ignore:You're resuming from a checkpoint that ended before",
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+BATCHES = 12
+
+
+class Net(LightningModule):
+    """Regression; remembers every step's raw weights and what each evaluation saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+        self.head = nn.Linear(3, 1)
+        self.raw: dict[int, dict[str, Tensor]] = {}
+        self.judged: list[dict[str, Tensor]] = []
+        self.fails = False
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.backbone(x)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        # Of noise by its number: a plain loader begins anew at a resume.
+        g = torch.Generator().manual_seed(1000 * self.global_rank + self.trainer.global_step)
+        x = batch.new_tensor(torch.randn(8, 4, generator=g).tolist())
+        return (self.head(self.embed(x)) - x.sum(1, keepdim=True)).square().mean()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.global_step:
+            self.raw.setdefault(self.trainer.global_step, weights_of(self))
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.judged.append(weights_of(self))
+        if self.fails:
+            raise RuntimeError("in the validation")
+
+    test_step = predict_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.5)
+
+
+def weights_of(module: nn.Module, part: str = "backbone") -> dict[str, Tensor]:
+    """As they stand, copied."""
+    module = module.get_submodule(part)
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
+    return {name: value.detach().clone() for name, value in tensors}
+
+
+def loader(batches: int = BATCHES) -> DataLoader[Any]:
+    torch.manual_seed(1)
+    return DataLoader(torch.randn(8 * batches, 4), batch_size=8)
+
+
+def trainer_of(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    quiet = dict.fromkeys(
+        ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+    )
+    settings = {"max_epochs": 2, "accelerator": "cpu", "num_sanity_val_steps": 0} | settings
+    if any(isinstance(callback, Checkpoint) for callback in callbacks):
+        quiet["enable_checkpointing"] = True
+    return Trainer(default_root_dir=root, callbacks=list(callbacks), **quiet | settings)
+
+
+def fit(
+    root: Path, *callbacks: Callback, module: Any = None, ckpt_path: Any = None, **settings: Any
+) -> tuple[Any, Trainer]:
+    """Two epochs of twelve batches, validated after each."""
+    module, trainer = module or Net(), trainer_of(root, *callbacks, **settings)
+    trainer.fit(module, loader(), loader(1), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def averaged(callback: WeightAverage, part: str = "backbone", make: Any = Net) -> dict[str, Tensor]:
+    module = make()
+    callback.copy_to(module)
+    return weights_of(module, part)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor], floats: bool = False) -> bool:
+    names = [name for name in a if not floats or a[name].is_floating_point()]
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in names)
+
+
+def twin(
+    raw: dict[int, dict[str, Tensor]], length: Callable[[int], float], every: int = 1
+) -> dict[str, Tensor]:
+    """Weights after each step, one by one and in float64, averaged over ``length(step)``."""
+    average: dict[str, Tensor] = {}
+    updated = 0
+    for n, weights in raw.items():
+        k = n - updated
+        if k < every:
+            continue
+        updated, gain = n, min(1, k / min(length(n), n))
+        for name, w in weights.items():
+            if w.is_floating_point():
+                before = average.get(name, w.double())
+                average[name] = before + gain * (w.double() - before)
+    return average
+
+
+def assert_is(average: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert expected
+    for name, value in expected.items():
+        torch.testing.assert_close(average[name].double(), value, atol=1e-6, rtol=1e-6)
+
+
+# The equation ------------------------------------------------------------------------------------
+
+RULES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
+    "default": ({}, lambda n: 0.1 * n),
+    "share": ({"window": 0.4}, lambda n: 0.4 * n),
+    "steps": ({"window": 5}, lambda n: 5),
+    "decay": ({"decay": 0.9}, lambda n: 10),
+    "no decay": ({"decay": 0}, lambda n: 1),
+    "rarely": ({"window": 0.4, "every_n_steps": 3}, lambda n: 0.4 * n),
+    "rarely, steps": ({"window": 10, "every_n_steps": 5}, lambda n: 10),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_average_is_that_of_a_plain_twin(tmp_path: Path, rule: str) -> None:
+    settings, length = RULES[rule]
+    callback = WeightAverage(**settings)
+    module, _ = fit(tmp_path, callback)
+    assert list(module.raw) == list(range(1, 2 * BATCHES + 1))
+    assert_is(averaged(callback), twin(module.raw, length, settings.get("every_n_steps", 1)))
+
+
+def test_averages_with_a_name(tmp_path: Path) -> None:
+    """A window that is not yet full is a mean; half of the run weighs step i by i - 1."""
+    for settings, weight in (({"window": 100}, lambda i: 1.0), ({"window": 0.5}, lambda i: i - 1)):
+        module, _ = fit(tmp_path, callback := WeightAverage(**settings))
+        total = sum(weight(i) for i in module.raw)
+        name = "0.weight"
+        mean = sum(weight(i) / total * w[name].double() for i, w in module.raw.items())
+        assert_is(averaged(callback), {name: mean})
+
+
+def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
+    callback = WeightAverage(window=0.4)
+    module, trainer = fit(tmp_path, callback, accumulate_grad_batches=5)
+    assert trainer.global_step == 6 == len(module.raw)
+    assert_is(averaged(callback), twin(module.raw, lambda n: 0.4 * n))
+
+
+class TwoOptimizers(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.02) for part in (self.backbone, self.head)]
+
+
+def test_the_steps_of_several_optimizers_are_counted_as_the_trainer_does(tmp_path: Path) -> None:
+    callback = WeightAverage(window=0.4)
+    module, _ = fit(tmp_path, callback, module=TwoOptimizers())
+    assert list(module.raw) == list(range(2, 4 * BATCHES + 1, 2))
+    assert_is(averaged(callback), twin(module.raw, lambda n: 0.4 * n))
+
+
+# What is averaged --------------------------------------------------------------------------------
+
+
+class Stranger(Net):
+    """No backbone; two linear layers share one weight; a buffer that no checkpoint has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"trunk": self.backbone, "tied": nn.Linear(6, 3)})
+        del self.backbone
+        self.net["tied"].weight = self.net["trunk"][2].weight
+        self.register_buffer("fixed", torch.ones(2), persistent=False)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.net["trunk"](x)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.raw[self.trainer.global_step] = weights_of(self, "")
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", [None, "", "net.trunk"])
+def test_a_project_without_a_backbone_averages_all_or_a_part(
+    tmp_path: Path, name: str | None
+) -> None:
+    callback = WeightAverage(window=0.4, module=name)
+    module, trainer = fit(tmp_path, callback, module=Stranger())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    prefix, expected = name or "", twin(module.raw, lambda n: 0.4 * n)
+    assert expected.pop("fixed").tolist() == [1, 1] and "fixed" not in saved
+    assert_is(saved, {key: value for key, value in expected.items() if key.startswith(prefix)})
+    assert torch.equal(saved["net.tied.weight"], saved["net.trunk.2.weight"])
+    assert torch.equal(saved["head.weight"], module.head.weight) == bool(name)
+    # And a resume has the raw ones, the tied among them.
+    again = Stranger()
+    fit(tmp_path, WeightAverage(0.4, module=name), module=again, ckpt_path=tmp_path / "last.ckpt")
+    assert same(weights_of(again, ""), weights_of(module, ""))
+
+
+def test_a_part_that_is_not_there_or_has_no_weights_is_refused(tmp_path: Path) -> None:
+    for name in ("trunk", "backbone.7"):
+        with pytest.raises(MisconfigurationException, match=name):
+            fit(tmp_path, WeightAverage(module=name))
+    module = Net()
+    module.empty = nn.Identity()
+    with pytest.raises(MisconfigurationException, match="empty"):
+        fit(tmp_path, WeightAverage(module="empty"), module=module)
+
+
+def test_counters_are_the_newest_and_frozen_weights_stay(tmp_path: Path) -> None:
+    module = Net()
+    module.backbone[0].requires_grad_(False)
+    before = weights_of(module)
+    _, trainer = fit(tmp_path, callback := WeightAverage(), module=module)
+    average = averaged(callback)
+    assert torch.equal(average["0.weight"], before["0.weight"])
+    assert not torch.equal(average["1.running_mean"], module.backbone[1].running_mean)
+    trainer.validate(module, loader(1), verbose=False)
+    assert module.judged[-1]["1.num_batches_tracked"] == 2 * BATCHES
+
+
+def test_low_precision_weights_are_averaged_in_float32(tmp_path: Path) -> None:
+    """Where 1 + 1/500 is 1, an average over 1,000 steps would stand still."""
+    callback = WeightAverage(window=1000)
+    module, trainer = fit(tmp_path, callback, precision="bf16-true")
+    expected = twin(module.raw, lambda n: 1000)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert_is(saved, {f"backbone.{name}": value for name, value in expected.items()})
+    trainer.validate(module, loader(1), verbose=False)
+    assert torch.equal(module.judged[-1]["0.weight"], saved["backbone.0.weight"].bfloat16())
+
+
+# Where it stands ---------------------------------------------------------------------------------
+
+
+def test_it_is_judged_in_place_and_training_goes_on_without_it(tmp_path: Path) -> None:
+    plain, _ = fit(tmp_path)
+    module = Net()
+    places = {id(p): p.data_ptr() for p in module.parameters()}
+    callback = WeightAverage(window=0.4)
+    _, trainer = fit(tmp_path, callback, module=module, num_sanity_val_steps=1)
+    assert {id(p): p.data_ptr() for p in module.parameters()} == places
+    assert all(same(module.raw[step], plain.raw[step]) for step in plain.raw)
+    # The sanity check sees the first weights; the end of each epoch the average; the rest is raw.
+    assert same(module.judged[0], weights_of(Net()))
+    after_one = {step: module.raw[step] for step in range(1, BATCHES + 1)}
+    assert_is(module.judged[1], twin(after_one, lambda n: 0.4 * n))
+    assert same(module.judged[2], averaged(callback), floats=True)
+    assert same(weights_of(module), module.raw[2 * BATCHES])
+    for evaluate in (trainer.validate, trainer.test, partial(trainer.predict)):
+        evaluate(module, loader(1), **({} if evaluate.__class__ is partial else {"verbose": False}))
+        assert same(module.judged[-1], averaged(callback), floats=True)
+        assert same(weights_of(module), module.raw[2 * BATCHES])
+    callback.judges = False
+    trainer.validate(module, loader(1), verbose=False)
+    assert same(module.judged[-1], weights_of(module))
+    trainer.validate(other := Net(), loader(1), verbose=False)  # another module's own weights
+    assert same(other.judged[-1], weights_of(Net()))
+
+
+@pytest.mark.parametrize("where", ["fit", "validate"])
+def test_an_exception_leaves_the_raw_weights(tmp_path: Path, where: str) -> None:
+    module, trainer = fit(tmp_path, WeightAverage(), max_epochs=1)
+    module.fails = True
+    trainer.fit_loop.max_epochs = 2
+    go = (
+        partial(trainer.fit, module, loader())
+        if where == "fit"
+        else partial(trainer.validate, module)
+    )
+    with pytest.raises(RuntimeError, match="in the validation"):
+        go(loader(1))
+    assert not same(module.judged[-1], weights_of(module))
+    assert same(weights_of(module), module.raw[max(module.raw)])
+    assert same({k: v for k, v in module.state_dict().items() if "backbone" in k},
+                {f"backbone.{k}": v for k, v in weights_of(module).items()})  # fmt: skip
+
+
+def test_before_the_first_step_there_is_none(tmp_path: Path) -> None:
+    callback, module = WeightAverage(), Net()
+    trainer = trainer_of(tmp_path, callback)
+    trainer.validate(module, loader(1), verbose=False)
+    assert same(module.judged[-1], weights_of(module))
+    with pytest.raises(ValueError, match="average"):
+        callback.copy_to(module)
+
+
+def test_a_loaded_checkpoint_is_judged_as_it_is(tmp_path: Path) -> None:
+    module, trainer = fit(tmp_path, WeightAverage(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    first = module.judged[-1]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(), loader(1))
+    assert not same(module.judged[-1], first)
+    for callbacks in ([], [WeightAverage()], trainer.callbacks):
+        trainer = trainer if callbacks is trainer.callbacks else trainer_of(tmp_path, *callbacks)
+        trainer.validate(module, loader(1), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+        assert same(module.judged[-1], first)
+        trainer.test(module, loader(1), verbose=False)
+        assert same(module.judged[-1], first)
+
+
+def test_a_second_fit_goes_on_or_begins_anew(tmp_path: Path) -> None:
+    callback, module = WeightAverage(window=0.4), Net()
+    _, trainer = fit(tmp_path, callback, module=module, max_epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(), loader(1))
+    assert_is(averaged(callback), twin(module.raw, lambda n: 0.4 * n))
+    module.raw = {}
+    fit(tmp_path, callback, module=module, max_epochs=1)
+    assert list(module.raw) == list(range(1, BATCHES + 1))
+    assert_is(averaged(callback), twin(module.raw, lambda n: 0.4 * n))
+
+
+class Spoils(Callback):
+    """Weights that are not finite at one step, and as before after it."""
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        weight = pl_module.backbone[0].weight.data
+        if trainer.global_step == 3:
+            self.kept = weight.clone()
+            weight.fill_(float("nan"))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 4:
+            pl_module.backbone[0].weight.data.copy_(self.kept)
+            for tensor in (*pl_module.parameters(), *pl_module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data.nan_to_num_()
+            for state in trainer.optimizers[0].state.values():
+                state["momentum_buffer"].nan_to_num_()
+
+
+def test_weights_that_are_not_finite_do_not_stay(tmp_path: Path) -> None:
+    callback = WeightAverage(window=0.9)
+    with pytest.warns(UserWarning, match="finite"):
+        module, _ = fit(tmp_path, callback, Spoils(), max_epochs=2)
+    assert not module.raw[4]["0.weight"].isfinite().all()
+    assert module.raw[12]["0.weight"].isfinite().all()
+    # Dropped at the first validation, begun anew after it.
+    later = {n - BATCHES: w for n, w in module.raw.items() if n > BATCHES}
+    assert_is(averaged(callback), twin(later, lambda n: 0.9 * (n + BATCHES)))
+
+
+# Checkpoints -------------------------------------------------------------------------------------
+
+
+class Saves(Callback):
+    """Within the validation; and what the module itself gives, to whoever saves that."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / "inside.ckpt")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        torch.save({"state_dict": pl_module.state_dict()}, self.folder / "module.ckpt")
+
+
+def test_a_checkpoint_holds_the_average_and_the_raw_weights(tmp_path: Path) -> None:
+    files = ModelCheckpoint(tmp_path, "full", enable_version_counter=False)
+    light = ModelCheckpoint(
+        tmp_path, "light", every_n_train_steps=1, save_weights_only=True, save_top_k=-1
+    )
+    light.filename = "light-{step}"
+    callback = WeightAverage(window=0.4)
+    module, trainer = fit(tmp_path, callback, Saves(tmp_path), files, light)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    average = {f"backbone.{k}": v for k, v in twin(module.raw, lambda n: 0.4 * n).items()}
+    raw = {f"backbone.{k}": v for k, v in module.raw[2 * BATCHES].items()}
+    for name in ("module", "full", "inside", "after", f"light-step={2 * BATCHES}"):
+        saved = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        assert list(saved["state_dict"]) == list(Net().state_dict())
+        assert_is(saved["state_dict"], average)
+        assert torch.equal(saved["state_dict"]["head.weight"], module.head.weight)
+        assert same(saved.get("current_model_state", raw), raw)
+        assert ("current_model_state" in saved) == (name in ("full", "inside", "after"))
+    loaded = Net.load_from_checkpoint(tmp_path / "full.ckpt", weights_only=True)
+    assert_is({f"backbone.{k}": v for k, v in weights_of(loaded).items()}, average)
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rule", ["share", "decay", "rarely"])
+def test_a_run_killed_anywhere_ends_as_one_that_was_not(
+    tmp_path: Path, seed: int, rule: str
+) -> None:
+    settings = {"val_check_interval": 5, "check_val_every_n_epoch": None, "max_epochs": 3}
+    whole = WeightAverage(**RULES[rule][0])
+    expected, _ = fit(tmp_path, whole, **settings)
+    every = 1 + seed
+    generator = torch.Generator().manual_seed(seed)
+    kills = torch.randint(every, 3 * BATCHES, (3,), generator=generator).sort().values.tolist()
+    last = tmp_path / "last.ckpt"
+    for kill in (*kills, -1):
+        files = LastAndBest(tmp_path, every)
+        callback, module = WeightAverage(**RULES[rule][0]), Net()
+        try:
+            resumed = last if last.exists() else None
+            fit(
+                tmp_path,
+                KillAt(kill),
+                callback,
+                files,
+                module=module,
+                ckpt_path=resumed,
+                **settings,
+            )
+        except Killed:
+            continue
+    assert same(module.raw[3 * BATCHES], expected.raw[3 * BATCHES])
+    assert same(averaged(callback), averaged(whole))
+    assert module.judged or kills[-1] > 3 * BATCHES - 5
+    for seen, known in zip(module.judged[::-1], expected.judged[::-1], strict=False):
+        assert same(seen, known)
+
+
+def resumable(root: Path, *callbacks: Callback, module: Any = None) -> Path:
+    _, trainer = fit(root, *callbacks, module=module, max_epochs=1)
+    trainer.save_checkpoint(root / "one.ckpt")
+    return root / "one.ckpt"
+
+
+def test_changed_settings_at_a_resume(tmp_path: Path) -> None:
+    file = resumable(tmp_path, WeightAverage(window=0.4))
+    first = torch.load(file, weights_only=True)
+    with pytest.warns(UserWarning, match="window=0.4.*decay=0.5"):
+        module, _ = fit(tmp_path, callback := WeightAverage(decay=0.5), ckpt_path=file)
+    average = {k: first["state_dict"][f"backbone.{k}"].double() for k in weights_of(module)}
+    for weights in module.raw.values():
+        average = {k: (a + weights[k].double()) / 2 for k, a in average.items()}
+    assert_is(averaged(callback), {k: v for k, v in average.items() if "num_" not in k})
+    with pytest.raises(ValueError, match=r"'backbone'.*'head'"):
+        fit(tmp_path, WeightAverage(module="head"), ckpt_path=file)
+
+
+def test_an_average_that_begins_at_a_resume(tmp_path: Path) -> None:
+    file = resumable(tmp_path)
+    with pytest.warns(UserWarning, match=f"begins at step {BATCHES}"):
+        module, _ = fit(tmp_path, callback := WeightAverage(window=0.9), ckpt_path=file)
+    later = {n - BATCHES: w for n, w in module.raw.items()}
+    assert_is(averaged(callback), twin(later, lambda n: 0.9 * (n + BATCHES)))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_a_run_of_lightnings_averaging_goes_on_from_its_raw_weights(tmp_path: Path) -> None:
+    module, _ = fit(tmp_path, EMAWeightAveraging(), LastAndBest(tmp_path), max_epochs=1)
+    raw = {f"backbone.{k}": v for k, v in module.raw[BATCHES].items()}
+    fresh = Net()
+    fit(tmp_path, WeightAverage(), module=fresh, ckpt_path=tmp_path / "last.ckpt", max_epochs=1)
+    assert same({f"backbone.{k}": v for k, v in weights_of(fresh).items()}, raw)
+
+
+# Faces -------------------------------------------------------------------------------------------
+
+
+def batches_for(classifier: nn.Module) -> DataLoader[Any]:
+    """Nine batches of noise."""
+    g = torch.Generator().manual_seed(0)
+    sizes = {None: 8}
+    if isinstance(classifier, MomentumClassifier):
+        sizes = {name: len(labels) for name, (_, labels) in classifier.sample_batch(4).items()}
+    batches = []
+    for _ in range(9):
+        parts = {
+            name: (torch.randint(0, 256, (size, 3, 4, 4), dtype=torch.uint8, generator=g), labels)
+            for name, size in sizes.items()
+            for labels in [torch.arange(size) // 3]
+        }
+        batches.append(parts.get(None, parts))
+    return DataLoader(batches, batch_size=None)
+
+
+def faces(classifier: nn.Module) -> FaceModule:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5))
+    return FaceModule(backbone, classifier, partial(torch.optim.SGD, lr=0.1), augment=nn.Identity())
+
+
+@pytest.mark.parametrize("kind", [DynamicClassPool, AttentionClassifier])
+def test_a_momentum_encoder_follows_the_raw_weights(tmp_path: Path, kind: Any) -> None:
+    runs = []
+    for callbacks in ([], [WeightAverage(window=0.5)]):
+        size = {"pool_size": 8} if kind is DynamicClassPool else {"queue_size": 8}
+        module = faces(kind(10, 5, momentum=0.5, **size))
+        trainer = trainer_of(tmp_path, *callbacks, max_epochs=1)
+        trainer.fit(module, batches_for(module.classifier))
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        runs.append((module, torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]))
+    (plain, raw), (_, saved) = runs
+    assert same(plain.classifier.state_dict(), runs[1][0].classifier.state_dict())
+    for key, value in raw.items():
+        assert torch.equal(value, saved[key]) == (key.startswith("classifier") or "num_" in key)
+
+
+def test_a_run_without_averaging_goes_on_from_the_raw_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(*callbacks: Callback, epochs: int, file: Path | None = None) -> Any:
+        trainer = trainer_of(tmp_path, *callbacks, max_epochs=epochs)
+        module = faces(FullClassifier(10, 5))
+        trainer.fit(module, batches_for(module.classifier), ckpt_path=file)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module
+
+    train(WeightAverage(), epochs=1)
+    whole = train(epochs=2)
+    assert "raw" not in caplog.text
+    assert same(weights_of(train(epochs=2, file=tmp_path / "1.ckpt")), weights_of(whole))
+    assert "raw" in caplog.text
+    averaged_file = torch.load(tmp_path / "1.ckpt", weights_only=True)
+    started = faces(FullClassifier(10, 5))
+    started.start_from(tmp_path / "1.ckpt")  # weights=FILE
+    for name, value in weights_of(started).items():
+        assert torch.equal(value, averaged_file["state_dict"][f"backbone.{name}"])
+
+
+# Two ranks, refusals, the other package ----------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_have_one_average(tmp_path: Path) -> None:
+    """Also of batch norm's statistics, which a rank takes of its own images."""
+
+    def check(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = str(rank)
+        callback = WeightAverage(window=0.4)
+        module, trainer = fit(tmp_path, callback, strategy="ddp", devices=2)
+        average = trainer.strategy.broadcast(found := averaged(callback))
+        assert same(found, average, floats=True)
+        assert_is(found, {k: v for k, v in twin(module.raw, lambda n: 0.4 * n).items()
+                          if rank == 0 or "running" not in k})  # fmt: skip
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+        assert same({k.removeprefix("backbone."): v for k, v in saved.items() if "bone" in k},
+                    found, floats=True)  # fmt: skip
+
+    (tmp_path / "meet").mkdir()
+    on_two_ranks(check, tmp_path / "meet")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"window": 0.0}, "0.0"),
+        ({"window": 1.5}, "1.5"),
+        ({"window": 0}, "window.*0"),
+        ({"window": True}, "True"),
+        ({"decay": 1.0}, "decay.*1.0"),
+        ({"decay": -0.1}, "-0.1"),
+        ({"window": 5, "decay": 0.9}, "5.*0.9"),
+        ({"every_n_steps": 0}, "every_n_steps.*0"),
+    ],
+)
+def test_arguments_out_of_range(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        WeightAverage(**settings)
+
+
+class AnotherAverage(WeightAverage):
+    """Lightning itself refuses two of one class."""
+
+
+class FSDPStrategy(SingleDeviceStrategy):
+    pass
+
+
+def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
+    for rival in (AnotherAverage(), EMAWeightAveraging()):
+        with pytest.raises(MisconfigurationException, match=type(rival).__name__):
+            fit(tmp_path, WeightAverage(), rival)
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy"):
+        fit(tmp_path, WeightAverage(), strategy=FSDPStrategy(torch.device("cpu")))
+
+
+def test_pytorch_lightnings_trainer(tmp_path: Path) -> None:
+    """The package under its other name: other classes of the same names."""
+    package = pytest.importorskip("pytorch_lightning")
+    body = {name: value for name, value in vars(Net).items() if callable(value)}
+    init = "super().__init__()"
+    assert init
+
+    def start(self: Any) -> None:
+        package.LightningModule.__init__(self)
+        self.backbone = Net().backbone
+        self.head, self.raw, self.judged, self.fails = Net().head, {}, [], False
+
+    kind = type("Twin", (package.LightningModule,), {**body, "__init__": start})
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    callback, module = WeightAverage(window=0.4), kind()
+    trainer = package.Trainer(
+        callbacks=[callback], accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, **quiet
+    )
+    trainer.fit(module, loader(), loader(1))
+    expected = twin(module.raw, lambda n: 0.4 * n)
+    assert_is(module.judged[-1], expected)
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert_is(saved["state_dict"], {f"backbone.{k}": v for k, v in expected.items()})
+    assert [b - a for a, b in pairwise(module.raw)] == [1] * (BATCHES - 1)
