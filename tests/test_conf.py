@@ -130,13 +130,20 @@ def test_every_option_names_a_class_and_its_arguments(group: str) -> None:
         assert isinstance(built, get_class(part["_target_"]))
 
 
+def test_every_average_builds() -> None:
+    built = {option: composed(f"averaging={option}").averaging for option in OPTIONS["averaging"]}
+    assert built.pop("none") == {} == composed().averaging
+    said = {option: repr(instantiate(averaging)) for option, averaging in built.items()}
+    assert "window=0.1" in said["power"] and "decay=0.999" in said["ema"]
+
+
 def test_every_target_exists() -> None:
     for file in CONF.rglob("*.yaml"):
         for target in re.findall(r"^ *_target_: (\S+)", file.read_text(), re.MULTILINE):
             assert callable(get_object(target)), file
 
 
-@pytest.mark.parametrize("group", ["trainer", "logger", "callbacks", "model"])
+@pytest.mark.parametrize("group", ["trainer", "logger", "callbacks", "model", "averaging"])
 def test_every_option_composes(group: str) -> None:
     for option in OPTIONS[group]:
         assert group in composed(f"{group}={option}")

@@ -169,6 +169,17 @@ def test_a_whole_run_has_every_part(run: Path) -> None:
     assert {"loss", "response", "learning rate", "accuracy", "images/s", "lfw"} <= set(drawn)
 
 
+def test_a_run_with_averaged_weights_shows_both(run: Path) -> None:
+    averaged = rows()
+    averaged[-1] |= {"verify_raw/lfw/accuracy": 0.88}
+    write_metrics(run, averaged)
+    verified = {"accuracy": 0.9, "std": 0.0123, "untrained_accuracy": 0.55, "raw_accuracy": 0.88}
+    (run / "results.json").write_text(json.dumps(results(verification={"lfw": verified})))
+    page = Page(write_report(run))
+    assert page.of("small")[0] == "± 1.23%, raw weights 88.00%, untrained 55.00%"
+    assert "lfw, raw weights" in page.of("text")
+
+
 def test_the_page_needs_no_other_file(run: Path) -> None:
     """And what its figures refer to is there, once."""
     page = Page(write_report(run))

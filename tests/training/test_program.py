@@ -11,9 +11,11 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from programs import SMALL, Ended, Run
+from safetensors.torch import load_file
 
 from fastface_lightning.data import encode_jpeg, write_verification_bin
 from fastface_lightning.data.datasets.synthetic_faces import draw_face
+from fastface_lightning.inference.embedder import load_embedder
 
 pytestmark = pytest.mark.program
 QUIET = "trainer.enable_progress_bar=false"
@@ -99,6 +101,54 @@ def test_resume_goes_on_with_its_settings_its_metrics_and_its_schedule(run: Run)
     assert results_of(third)["steps"] == 9
 
 
+def test_the_average_is_what_is_verified_saved_exported_and_started_from(run: Run) -> None:
+    averaging = ["averaging=power", "averaging.window=0.9", "optimizer.lr=0.2"]
+    ended = run(*SMALL, *averaging, "trainer.max_epochs=3")
+    results, checkpoint = results_of(ended), saved(ended)
+    verified = results["verification"]["synthetic"]
+    assert results["averaging"] == "WeightAverage(window=0.9, every_n_steps=1)"
+    # Both figures, in the console, the log and the page.
+    last = rows(ended.folder)[-1]
+    assert float(last["verify_raw/synthetic/accuracy"]) == pytest.approx(verified["raw_accuracy"])
+    raw = f"{verified['raw_accuracy']:.2%}"
+    assert raw in ended.out and f"raw weights {raw}" in (ended.folder / "report.html").read_text()
+    assert set(checkpoint["run"]["verification"].values()) == {verified["accuracy"]}
+
+    averaged = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("backbone.")}
+    raw_weights = checkpoint["current_model_state"]
+    assert raw_weights.keys() == averaged.keys()
+    assert not torch.equal(*(w["backbone.conv1.weight"] for w in (averaged, raw_weights)))
+    file = str(ended.folder / "checkpoints" / "last.ckpt")
+    embedded = load_embedder(file).network.state_dict()
+    target = ended.folder / "model.safetensors"
+    exported = run(
+        f"checkpoint={file}", f"target={target}", program="recipes/export.py", folder="e"
+    )
+    assert exported.code == 0, exported.err
+    written = load_file(target)
+    evaluated = run(f"checkpoint={file}", program="recipes/evaluate.py", folder="evaluated")
+    assert evaluated.code == 0, evaluated.err
+    told = json.loads((evaluated.folder / "evaluation.json").read_text())["sets"]["synthetic"]
+    assert told["accuracy"] == pytest.approx(verified["accuracy"], abs=1e-6)
+    started = run(*SMALL, f"weights={file}", "optimizer.lr=0", "trainer.max_steps=1", folder="next")
+    assert started.code == 0, started.err
+    begun = saved(started)["state_dict"]
+    for key, value in averaged.items():
+        name = key.removeprefix("backbone.")
+        assert torch.equal(embedded[name], value) and torch.equal(written[name], value)
+        assert torch.equal(begun[key], value) or "running" in key or "num_" in key
+
+    # Without averaging the run goes on from the raw weights; its results say what held.
+    more = ["averaging=none", "optimizer.lr=0", "trainer.max_epochs=4"]
+    ended = run("resume=auto", *more)
+    assert results_of(ended)["averaging"] is None
+    assert "raw_accuracy" not in results_of(ended)["verification"]["synthetic"]
+    gone_on = saved(ended)
+    assert "current_model_state" not in gone_on
+    name = "backbone.conv1.weight"
+    assert torch.equal(gone_on["state_dict"][name], raw_weights[name])
+
+
 def test_a_refused_resume_leaves_the_run_as_it_was(run: Run) -> None:
     first = run(*SMALL, "schedule=cosine", "trainer.max_steps=1")
     settings = (first.folder / "overrides.yaml").read_text()
@@ -173,7 +223,13 @@ def test_plan_of_the_papers_run_without_its_data(run: Run) -> None:
     network = plan["backbone"]["weights"]
     assert pool["weights"] == pytest.approx(2 * 61_797 * 512 * 4 + network, rel=1e-6)
     assert (pool["gradients"], pool["states"], pool["images"]) == (0, 0, 3 * 128)
-    assert "classifier=partial" in said
+    assert "classifier=partial" in said and "averaged" not in said
+    averaged, said = planned(run, "model=r100", "data=webface12m", "plan=24", "averaging=power")
+    more = {
+        name: averaged["heads"][name]["peak"] - plan["heads"][name]["peak"]
+        for name in plan["heads"]
+    }
+    assert "averaged" in said and set(more.values()) == {network} == {averaged["average"]}
     smaller, said = planned(run, "model=r100", "data=webface12m", "plan=13.5")
     assert {name for name, head in smaller["heads"].items() if head["fits"]} == {"attfc", "partial"}
     assert "classifier=attfc or classifier=partial would fit" in said

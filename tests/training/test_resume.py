@@ -30,6 +30,7 @@ CASES = {
     "margin=curricularface trainer=ddp trainer.accelerator=cpu trainer.devices=2 "
     "trainer.accumulate_grad_batches=4",
     "by steps": "trainer.max_epochs=-1 trainer.max_steps=15",
+    "averaged": "averaging=ema averaging.decay=0.8 averaging.every_n_steps=3",
 }
 
 
@@ -86,7 +87,9 @@ def inputs(folder: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    raw = saved.get("current_model_state", {})
+    return {**saved["state_dict"], **{f"raw {name}": value for name, value in raw.items()}}
 
 
 @pytest.mark.program
