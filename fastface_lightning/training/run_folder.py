@@ -38,8 +38,12 @@ def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, l
     overrides = list(HydraConfig.get().overrides.task)
     earlier = folder / "overrides.yaml"
     if cfg.resume == "auto" and earlier.exists():
-        both = [*OmegaConf.load(earlier), *overrides]
-        overrides = list({text.partition("=")[0]: text for text in both}.values())
+        before = {text.partition("=")[0]: text for text in map(str, OmegaConf.load(earlier))}
+        now = {text.partition("=")[0]: text for text in overrides}
+        # Another option for a group comes without the settings of the one before.
+        changed = {group for group in before.keys() & now if before[group] != now[group]}
+        kept = {key: text for key, text in before.items() if key.split(".")[0] not in changed}
+        overrides = list((kept | now).values())
         cfg = compose("train", overrides)
     return cfg, [text for text in overrides if not text.startswith("resume=")]
 
