@@ -1,4 +1,4 @@
-"""Train 400 steps with the callback where torch, Lightning and this wheel are all there is.
+"""Train 400 steps with the callbacks where torch, Lightning and this wheel are all there is.
 
 Run by .ci/run in such an environment, away from the checkout.
 """
@@ -10,7 +10,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, __version__
 from torch import Tensor, nn
 
-from fastface_lightning import MHLR, FastFace, FastFaceCallback, FastFaceLR, replay
+from fastface_lightning import (
+    MHLR,
+    FastFace,
+    FastFaceCallback,
+    FastFaceLR,
+    WeightAverage,
+    replay,
+)
 
 for absent in ("timm", "hydra", "omegaconf", "torchvision", "matplotlib", "PIL", "rich"):
     assert importlib.util.find_spec(absent) is None, f"{absent} is here: this check checks nothing"
@@ -35,13 +42,15 @@ quiet: dict[str, Any] = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
 )
 for schedule in (FastFace(), MHLR()):
-    module = Line()
-    trainer = Trainer(
-        accelerator="cpu", max_steps=400, callbacks=[FastFaceCallback(schedule)], **quiet
-    )
+    module, average = Line(), WeightAverage()
+    callbacks = [FastFaceCallback(schedule), average]
+    trainer = Trainer(accelerator="cpu", max_steps=400, callbacks=callbacks, **quiet)
     trainer.fit(module, torch.utils.data.DataLoader(torch.randn(200, 4), batch_size=4))
     (rate,) = (group["lr"] for group in trainer.optimizers[0].param_groups)
     assert trainer.global_step == 400 and 0 < rate < 0.1, rate
+    raw = module.line.weight.clone()
+    average.copy_to(module)
+    assert 0 < (module.line.weight - raw).abs().max() < 0.1
     print(f"lightning {__version__}, torch {torch.__version__}, {schedule}: 0.1 -> {rate:g}")
 
 optimizer = torch.optim.SGD(Line().parameters(), lr=0.1)

@@ -236,9 +236,16 @@ def main() -> None:
                 rows += table(network, centres, "epoch", sides, images, arguments.repeats)
             del programs
         facts |= trainer_overhead(make(100, ["model=tiny"]))
-    cost = facts["trainer_ms_a_step"]
+        for network in ("r18", "mbf"):
+            ways = {
+                way: make(CENTRES, [f"model={network}", *FAST, f"averaging={way}"])
+                for way in ("none", "power")
+            }
+            cost = averaging_overhead(ways, repeats=arguments.repeats)
+            facts |= {f"averaging_{network}_{name}": value for name, value in cost.items()}
+    overhead = facts["trainer_ms_a_step"]
     shares = {
-        f"{row['network']}, {row['centres']:,} centres": 100 * cost / row["ms a step"]
+        f"{row['network']}, {row['centres']:,} centres": 100 * overhead / row["ms a step"]
         for row in rows
         if row["way"] == "train.py"
     }
@@ -370,6 +377,22 @@ def trainer_overhead(program: Program, steps: int = 100, repeats: int = 7) -> di
     return {
         "trainer_ms_a_step": taken["trainer"] - taken["bare"],
         "bare_ms_a_small_step": taken["bare"],
+    }
+
+
+def averaging_overhead(
+    ways: Mapping[str, Program], steps: int = 5, repeats: int = 3
+) -> dict[str, float]:
+    """What averaging the backbone's weights adds to a step, and what it holds in memory."""
+    batches = [ways["none"].batch()] * steps
+    taken = medians({way: partial(own.train, batches) for way, own in ways.items()}, repeats)
+    update = taken["power"] - taken["none"]
+    backbone = ways["none"].module.backbone
+    floats = (w for w in (*backbone.parameters(), *backbone.buffers()) if w.is_floating_point())
+    return {
+        "ms_a_step": 1000 * update / steps,
+        "percent_of_a_step": 100 * update / taken["none"],
+        "bytes": sum(w.nbytes for w in floats),
     }
 
 

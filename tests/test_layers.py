@@ -154,12 +154,13 @@ import sys, time
 import lightning.pytorch as L
 sys.modules.update(dict.fromkeys({FACES_ALONE.split()}))  # None: an import of it fails
 start = time.perf_counter()
-from fastface_lightning import MHLR, FastFace, FastFaceCallback, FastFaceLR, replay
+from fastface_lightning import MHLR, FastFace, FastFaceCallback, FastFaceLR, WeightAverage, replay
 print(time.perf_counter() - start)
 import torch
 optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
 scheduler = FastFaceLR(optimizer, total_steps=50)
-L.Trainer(callbacks=[FastFaceCallback(MHLR())], logger=False, enable_checkpointing=False)
+callbacks = [FastFaceCallback(MHLR()), WeightAverage()]
+L.Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False)
 assert replay([1.0] * 500, FastFace(), total_steps=500, lr=0.1)
 """
     assert float(fresh(program)) < 0.1, "seconds above `import lightning.pytorch`"
