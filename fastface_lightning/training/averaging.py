@@ -48,10 +48,10 @@ class WeightAverage(Callback):
 
     Args:
         window: a float below 1 is q, an int w; None for 0.1.
-        decay: of an EMA, in [0, 1), in the place of ``window``: w = 1 / (1 - decay).
+        decay: of an EMA, in (0, 1), in the place of ``window``: w = 1 / (1 - decay).
         module: what to average, a name that ``get_submodule`` takes (``""`` is the whole); None for
             ``backbone`` where the LightningModule has one, else the whole.
-        every_n_steps: optimizer steps between two updates; None for 1.
+        every_n_steps: optimizer steps between two updates, fewer than w; None for 1.
 
     Attributes:
         judges: False to validate, test and predict with the raw weights.
@@ -76,8 +76,8 @@ class WeightAverage(Callback):
     ) -> None:
         if window is not None and decay is not None:
             raise ValueError(f"give window or decay, got window={window} and decay={decay}")
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        if decay is not None and not 0 < decay < 1:
+            raise ValueError(f"decay must lie in (0, 1), got {decay}")
         if isinstance(window, float) and not 0 < window < 1:
             raise ValueError(f"window must be a share in (0, 1) or whole steps, got {window}")
         for name, steps in (("window", window), ("every_n_steps", every_n_steps)):
@@ -85,6 +85,13 @@ class WeightAverage(Callback):
                 check_count(name, steps, 1, " step")
         self.window = 0.1 if window is None and decay is None else window
         self.decay, self.module, self.every_n_steps = decay, module, every_n_steps or 1
+        # A share of the run below 1, else steps.
+        self._window: float = self.window or 1 / (1 - (decay or 0))
+        if 1 <= self._window <= self.every_n_steps:
+            raise ValueError(
+                f"the window must be longer than every_n_steps, got {self._window:g} and "
+                f"{self.every_n_steps}: the average would be the newest weights"
+            )
         self.judges = True
         self._hook: Any = None
         self._drop()
@@ -167,9 +174,9 @@ class WeightAverage(Callback):
         else:
             pairs = zip(weights, self._average, strict=True)
             weights = [w.to(a.dtype) for w, a in pairs]  # most often w itself
-            window: float = self.window or 1 / (1 - (self.decay or 0))
-            steps = min(window if window >= 1 else window * step, step - self._start)
-            torch._foreach_lerp_(self._average, weights, min(1.0, elapsed / steps))
+            window = self._window if self._window >= 1 else self._window * step
+            gain = elapsed / min(window, step - self._start)
+            torch._foreach_lerp_(self._average, weights, min(1.0, gain))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check(trainer)
@@ -205,7 +212,7 @@ class WeightAverage(Callback):
             self._check(trainer)
         elif trainer.ckpt_path:  # the module holds what the file holds
             self._drop()
-        if self.judges and self._has(pl_module):
+        if self.judges and self._raw is None and self._has(pl_module):
             self._raw = [w.clone() for w in _floats(self._part)]
             _copy(self._average, self._part)
 
