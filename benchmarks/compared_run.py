@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -17,9 +18,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from rivals import ScheduleFree
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 
-from fastface_lightning import FastFaceCallback
+from fastface_lightning import FastFaceCallback, WeightAverage
 from fastface_lightning.backbones import normalise
 from fastface_lightning.backbones.iresnet import iresnet_tiny
 from fastface_lightning.classifiers import FullClassifier
@@ -83,27 +83,6 @@ def split(seen: Any, others: Any) -> Faces:
     return Faces(*(downsampled(part, PIXELS) for part in parts))
 
 
-class AveragedWeights:
-    """TEMPORARY"""
-
-    def __init__(self, network: nn.Module, window: float) -> None:
-        self.network, self.window, self.step = network, window, 0
-        self.average = AveragedModel(network, multi_avg_fn=self._lerp, use_buffers=True)
-        self.module = self.average.module
-
-    def update(self, step: int) -> None:
-        self.step = step
-        self.average.update_parameters(self.network)
-
-    def _lerp(self, averaged: Any, current: Any, _: Any) -> None:
-        n = self.step
-        steps = self.window * n if self.window < 1 else min(self.window, n)
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, min(1.0, 1 / steps))
-        else:
-            torch._foreach_copy_(averaged, current)
-
-
 # ------------------------------------------------------------------------------------- judging
 
 
@@ -149,7 +128,8 @@ class Curves(Callback):
 
     Args:
         faces: people to judge by.
-        averages: averaged copies of the backbone by name, which are judged like the weights.
+        averages: of the backbone, by name; they are kept and judged like the weights.
+        other: a copy of the module, in which an average is judged.
         free: judges the mean weights of Schedule-Free in the place of the last ones.
         steps: optimizer steps of E epochs, in which there are ``LOSSES`` and ``JUDGED`` points.
         last: the run's own last step.
@@ -162,17 +142,22 @@ class Curves(Callback):
     def __init__(
         self,
         faces: Faces,
-        averages: dict[str, AveragedWeights],
+        averages: dict[str, WeightAverage],
+        other: Any,
         free: ScheduleFree | None,
         steps: int,
         last: int,
     ) -> None:
         self.judges = Judge(faces.unseen), Judge(faces.tuning)
-        self.averages, self.free = averages, free
+        self.averages, self.other, self.free = averages, other, free
         self.steps, self.last = steps, last
         self.losses: list[Tensor] = []
         self.loss: list[tuple[int, float]] = []
         self.points: list[tuple[int, dict[str, list[float]]]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for average in self.averages.values():  # the trainer itself takes one alone
+            average.on_train_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -180,20 +165,21 @@ class Curves(Callback):
         step = trainer.global_step
         self.losses.append(outputs["loss"])
         for average in self.averages.values():
-            average.update(step)
+            average.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._due(step, LOSSES):
             mean = torch.stack(self.losses).mean().item()
             self.loss.append((step * len(batch[1]), round(mean, 4)))
             self.losses.clear()
         if self._due(step, JUDGED) or step == self.last:
-            backbone: Any = pl_module.backbone
-            networks = {RAW: backbone} | {k: each.module for k, each in self.averages.items()}
             with self.free.averaged(trainer, pl_module) if self.free else contextlib.nullcontext():
-                figures = {name: self._judge(network) for name, network in networks.items()}
+                figures = {RAW: self._judge(pl_module)}
+            for name, average in self.averages.items():
+                average.copy_to(self.other)
+                figures[name] = self._judge(self.other)
             self.points.append((step * len(batch[1]), figures))
 
-    def _judge(self, network: nn.Module) -> list[float]:
-        unseen, tuning = (judge(network) for judge in self.judges)
+    def _judge(self, module: Any) -> list[float]:
+        unseen, tuning = (judge(module.backbone) for judge in self.judges)
         return [round(value, 5) for value in (*unseen, *tuning[:2])]
 
     def _due(self, step: int, points: int) -> bool:
@@ -243,8 +229,9 @@ def train(
         optimizer,
         built if isinstance(built, FixedSchedule) else None,
     )
-    held = {name: AveragedWeights(module.backbone, **each) for name, each in averages.items()}
-    curves = Curves(faces, held, free, len(loader) * epochs, last)
+    held = {name: WeightAverage(**each) for name, each in averages.items()}
+    other = copy.deepcopy(module)
+    curves = Curves(faces, held, other, free, len(loader) * epochs, last)
     watching: list[Any] = []
     if isinstance(built, Callback):
         watching = [built]
