@@ -6,6 +6,7 @@ judged on people it was not trained on; its averaged weights too, in the same ru
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import math
@@ -21,7 +22,17 @@ from typing import Any
 
 import torch
 from compared_report import Line, report
-from compared_run import FIGURES, RAW, Row, Run, lfw, synthetic_faces, train
+from compared_run import (
+    MOST,
+    PAIRS,
+    RAW,
+    TUNING_SHARE,
+    Row,
+    Run,
+    lfw,
+    synthetic_faces,
+    train,
+)
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -48,25 +59,23 @@ def main(cfg: DictConfig) -> None:
         settings = {"epochs": cfg.epochs, "batch_size": cfg.batch_size, "file": file}
         job = functools.partial(train, **settings, averages=kept.settings["averages"])
         steps = len(faces.seen) // cfg.batch_size * cfg.epochs
-        tuning = [
-            Run(way, lr, TUNING)
-            for way in dict.fromkeys(kept.tuned_as(way) for way in ways)
-            for lr in kept.grid(way)
-            if len(kept.grid(way)) > 1
-        ]
-        kept.add(tuning, job, steps, cfg.jobs, more=cfg.seeds * len(ways))
+        tuned = dict.fromkeys(kept.tuned_as(way) for way in ways)
+        tuning = [Run(way, lr, TUNING) for way in tuned for lr in kept.grid(way)]
+        kept.plan(tuning, ways, steps)
+        kept.add(tuning, job, cfg.jobs)
         chosen = {way: kept.choose(way) for way in ways}
         runs = [
             Run(way, lr, seed)
             for seed, way in product(range(cfg.seeds), ways)
             for lr in dict.fromkeys(lr for lr, _ in chosen[way].values())
         ]
-        kept.add(runs, job, steps, cfg.jobs)
+        kept.add(runs, job, cfg.jobs)
     lines = {
-        f"{way} + {kind}" if kind else way: Line(kept.of(runs, way, lr), weights)
+        f"{way} + {kind}" if kind != RAW else way: Line(
+            kept.of(runs, way, lr), weights, lr in (min(kept.grid(way)), max(kept.grid(way)))
+        )
         for way in ways
         for kind, (lr, weights) in chosen[way].items()
-        if all(weights in row["points"][-1][1] for row in kept.of(runs, way, lr))
     }
     report(lines, list(cfg.rivals), folder)
 
@@ -83,9 +92,13 @@ def check(cfg: DictConfig) -> list[str]:
     ways = list(cfg.ways) if cfg.only is None else cfg.only
     if isinstance(ways, str) or not ways or not set(ways) <= set(cfg.ways):
         raise ValueError(f"only must be a list of some of {', '.join(cfg.ways)}, got {ways}")
-    rivals = {str(rival).removesuffix(" + average") for rival in cfg.rivals}
-    for key in ("rates_of", "times", "tuned_as", "rivals"):
-        names = rivals if key == "rivals" else set(cfg[key])
+    rivals = {str(rival).partition(" + ")[0] for rival in cfg.rivals}
+    if not rivals <= set(ways):
+        raise ValueError(
+            f"rivals must be of the ways that are run, {', '.join(ways)}, got {rivals}"
+        )
+    for key in ("rates_of", "times", "tuned_as"):
+        names = set(cfg[key])
         names |= set(cfg.tuned_as.values()) if key == "tuned_as" else set()
         if not names <= set(cfg.ways):
             raise ValueError(f"{key} must be of some of {', '.join(cfg.ways)}, got {cfg[key]}")
@@ -120,6 +133,7 @@ class Kept:
             "epochs": cfg.epochs,
             "batch_size": cfg.batch_size,
             "averages": OmegaConf.to_container(cfg.averages),
+            "judged": [TUNING_SHARE, MOST, PAIRS],
         }
         ways: Any = OmegaConf.to_container(cfg.ways, resolve=False)
         ways = {way: [each, float(cfg.times.get(way, 1))] for way, each in ways.items()}
@@ -134,29 +148,27 @@ class Kept:
                     f"hydra.run.dir"
                 )
 
-    def add(
-        self, runs: Sequence[Run], job: Callable[..., Row], steps: int, jobs: int, more: int = 0
-    ) -> None:
-        """Make the runs that are not there, so many at a time, the longest first.
-
-        Args:
-            runs: wanted.
-            job: makes one, from it and its way's config and length.
-            steps: of E epochs.
-            jobs: runs at a time.
-            more: further runs of E that will be wanted, for the plan that is printed.
-        """
-        done = {key(row) for row in self.rows}
-        times = {way: length for way, (_, length) in self.ways.items()}
-        todo = sorted((run for run in runs if run not in done), key=lambda run: -times[run.way])
+    def plan(self, tuning: Sequence[Run], ways: Sequence[str], steps: int) -> None:
+        """Print what is to come: the tuning runs, and of each way and seed a run for its last
+        weights and one for each kind of average that wants another rate."""
+        kinds = 1 + len({kind_of(name) for name in self.settings["averages"]})
+        seeds = [run for run in map(key, self.rows) if run.seed != TUNING]
+        wanted = {
+            "tuning": [run.way for run in tuning if run not in map(key, self.rows)],
+            "seeds, at least": [way for way in ways for _ in range(self.cfg.seeds)],
+        }
+        wanted["seeds, at most"] = kinds * wanted["seeds, at least"]
         taken = [row["seconds"] / row["steps"] for row in self.rows]
         second = median(taken) if taken else SECONDS
-        hours = [
-            round(sum(steps * each * second for each in part) / 3600, 1)
-            for part in ([times[run.way] for run in todo], [1.0] * more)
-        ]
-        print(f"{len(todo)} runs, about {hours[0]} core-hours", end="")
-        print(f", then about {more} of {hours[1]}" if more else "", flush=True)
+        for name, of in wanted.items():
+            hours = sum(steps * self.ways[way][1] * second for way in of) / 3600
+            made = "" if name == "tuning" else f", {len(seeds)} of them made"
+            print(f"{name}: {len(of)} runs, about {hours:.1f} core-hours{made}", flush=True)
+
+    def add(self, runs: Sequence[Run], job: Callable[..., Row], jobs: int) -> None:
+        """Make the runs that are not there, so many at a time, the longest first."""
+        done = {key(row) for row in self.rows}
+        todo = sorted((r for r in runs if r not in done), key=lambda run: -self.ways[run.way][1])
         pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
         try:
             started = [pool.submit(job, run, *self.ways[run.way]) for run in todo]
@@ -164,8 +176,8 @@ class Kept:
                 row = done_job.result()
                 self._keep(row)
                 ended = ", ".join(
-                    f"{weights} {100 * values[0]:.1f} {100 * values[1]:.1f}"
-                    for weights, values in row["points"][-1][1].items()
+                    f"{weights} {100 * figures['accuracy']:.1f} {100 * figures['tar']:.1f}"
+                    for weights, figures in row["points"][-1][1].items()
                 )
                 print(
                     f"{number} of {len(todo)}: {row['way']}, lr {row['lr']:g}, seed {row['seed']}, "
@@ -185,11 +197,14 @@ class Kept:
         )
 
     def _keep(self, row: Row) -> None:
-        before = self._read()  # another program may have added to it
-        self.rows = [*before["runs"], row]
-        content = {"settings": self.settings, "ways": before["ways"] | self.ways}
-        lines = ",\n".join(json.dumps(row) for row in self.rows)
-        write_text(self.file, f'{json.dumps(content)[:-1]}, "runs": [\n{lines}\n]}}\n')
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another program may add to it
+            before = self._read()
+            self.rows = [*before["runs"], row]
+            content = {"settings": self.settings, "ways": before["ways"] | self.ways}
+            lines = ",\n".join(json.dumps(row) for row in self.rows)
+            write_text(self.file, f'{json.dumps(content)[:-1]}, "runs": [\n{lines}\n]}}\n')
 
     def tuned_as(self, way: str) -> str:
         """The way whose tuning runs choose for this one."""
@@ -200,25 +215,26 @@ class Kept:
         return list(dict.fromkeys(self.cfg.rates_of.get(self.tuned_as(way), self.cfg.rates)))
 
     def choose(self, way: str) -> dict[str, tuple[float, str]]:
-        """The rate for a way's last weights, and the rate and the average for averaged ones: with
-        which the tuning people were recognised best."""
+        """By the kind of weights, the rate and the weights with which the tuning people were
+        recognised best."""
         grid, tuned_as = self.grid(way), self.tuned_as(way)
-        place = FIGURES.index("tuning_tar")
-        tar = {
-            (row["lr"], weights): figures[place]
-            for row in self.rows
-            if row["way"] == tuned_as and row["seed"] == TUNING and row["lr"] in grid
-            for weights, figures in row["points"][-1][1].items()
-        }
-        if len(grid) == 1:  # nothing was tuned
-            tar = {(grid[0], weights): 0.0 for weights in (RAW, *self.settings["averages"])}
-        kinds = {"": [c for c in tar if c[1] == RAW], "average": [c for c in tar if c[1] != RAW]}
-        return {name: max(kind, key=lambda c: tar[c]) for name, kind in kinds.items() if kind}
+        kinds: dict[str, dict[tuple[float, str], float]] = {}
+        for row in self.rows:
+            if row["way"] == tuned_as and row["seed"] == TUNING and row["lr"] in grid:
+                for weights, figures in row["points"][-1][1].items():
+                    kind = kinds.setdefault(kind_of(weights), {})
+                    kind[row["lr"], weights] = figures["tuning_tar"]
+        return {name: max(kind, key=lambda choice: kind[choice]) for name, kind in kinds.items()}
 
     def of(self, runs: Sequence[Run], way: str, lr: float) -> list[Row]:
         """The rows of those runs that have a way and a rate."""
         rows = {key(row): row for row in self.rows}
         return [rows[run] for run in runs if (run.way, run.lr) == (way, lr)]
+
+
+def kind_of(weights: str) -> str:
+    """Which kind of average has a name: ``power`` of ``power_10``; or raw weights."""
+    return weights.partition("_")[0]
 
 
 def key(row: Row) -> Run:

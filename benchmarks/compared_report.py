@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from compared_run import FIGURES, Row
+from compared_run import Row
 from rich.console import Console
 from rich.table import Table
 
 from fastface_lightning.files import write_text
 
-BASELINE, PLANNED = "baseline", "planned_"
+BASELINE, PLANNED = "baseline", ("planned_", "trapezoid_20")
 SHOWN = {"accuracy": "accuracy", "tar": "TAR at FAR 1e-2", "tar_1e-3": "TAR at 1e-3"}
 # Student's t: the 95 % interval of a mean of n values is T95[n] standard errors to each side; of
 # more than ten it is taken as wide as of ten.
@@ -27,6 +27,8 @@ class Line(NamedTuple):
 
     rows: list[Row]
     weights: str
+    at_edge: bool = False
+    """Whether the best rate was the lowest or the highest that was tried."""
 
 
 class Mean(NamedTuple):
@@ -34,16 +36,17 @@ class Mean(NamedTuple):
 
     value: float
     reach: float | None
+    number: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
         n = len(values)
         if n == 1:
-            return cls(values[0], None)
-        return cls(mean(values), T95[min(n, len(T95) - 1)] * stdev(values) / math.sqrt(n))
+            return cls(values[0], None, 1)
+        return cls(mean(values), T95[min(n, len(T95) - 1)] * stdev(values) / math.sqrt(n), n)
 
     def percent(self) -> str:
-        reach = "" if self.reach is None else f" ± {100 * self.reach:.1f}"
+        reach = " (1 run)" if self.reach is None else f" ± {100 * self.reach:.1f}"
         return f"{100 * self.value:.1f}{reach}"
 
 
@@ -67,24 +70,24 @@ def summary_of(name: str, lines: dict[str, Line], rivals: list[str]) -> Row:
     """What a line shows, also above some others."""
     line = lines[name]
     rows = line.rows
-    summary: Row = {"way": name, "lr": rows[0]["lr"], "weights": line.weights, "seeds": len(rows)}
+    lr = f"{rows[0]['lr']:g}" + " (edge)" * line.at_edge
+    summary: Row = {"way": name, "lr": lr, "weights": line.weights, "seeds": len(rows)}
     summary |= {figure: Mean.of(ends(line, figure)) for figure in SHOWN}
     for rival in rivals:
         for figure in ("accuracy", "tar"):
-            other = lines.get(rival)
-            above = None if other is None or other is line else difference(line, other, figure)
+            above = None if rival == name else difference(line, lines[rival], figure)
             summary[f"{figure} - {rival}"] = above
     summary["images"] = share_to_reach(line, lines.get(BASELINE))
     first = [f"{row['changes'][0][0] / row['steps']:.2f}" for row in rows if row["changes"]]
     summary["changes"] = " ".join(str(len(row["changes"])) for row in rows) if first else ""
     summary["first at"] = " ".join(first)
+    summary["processors"] = ", ".join(sorted({row["processor"] for row in rows}))
     return summary
 
 
 def ends(line: Line, figure: str) -> list[float]:
     """A figure of every run's last weights."""
-    place = FIGURES.index(figure)
-    return [row["points"][-1][1][line.weights][place] for row in line.rows]
+    return [row["points"][-1][1][line.weights][figure] for row in line.rows]
 
 
 def difference(line: Line, other: Line, figure: str) -> Mean | None:
@@ -116,9 +119,8 @@ def share_to_reach(line: Line, baseline: Line | None) -> float | None:
 
 def mean_curve(line: Line, figure: str) -> list[tuple[int, float]]:
     """A figure over the images seen, the mean over the seeds."""
-    place = FIGURES.index(figure)
     return [
-        (points[0][0], mean(figures[line.weights][place] for _, figures in points))
+        (points[0][0], mean(figures[line.weights][figure] for _, figures in points))
         for points in zip(*(row["points"] for row in line.rows), strict=True)
     ]
 

@@ -4,12 +4,15 @@ import functools
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
+import compared_report as shown
+import compared_run as made
 import pytest
 import torch
+from common import all_pairs
+from compared_report import Line
 from hypothesis import given
 from hypothesis import strategies as st
 from models import noise
@@ -18,12 +21,6 @@ from programs import ROOT, Run, load
 
 from fastface_lightning.data.datamodule import is_held_out
 from fastface_lightning.data.datasets.in_memory import downsampled
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import compared_report as shown
-import compared_run as made
-from common import all_pairs
-from compared_report import Line
 
 PROGRAM = str(ROOT / "benchmarks" / "compare.py")
 compare = load(ROOT / "benchmarks" / "compare.py")
@@ -34,14 +31,17 @@ TINY = (
 RATES = ("rates=[0.05,0.1]", "rates_of.baseline=[0.05]")
 
 
-def row(way: str, seed: int, tar: float, lr: float = 0.01, **more: Any) -> dict[str, Any]:
+def row(
+    way: str, seed: int, tar: float, lr: float = 0.01, ema: float = 0.1, **more: Any
+) -> dict[str, Any]:
     images = [800, 1600, 2400, 3200] if way == "baseline" else [200, 400, 600, 800]
     points = [
         [
             n,
             {
-                "raw": [0.9, tar * s, tar / 2, 0.9, tar],
-                "ema": [0.8, 0.1, 0.1, 0.8, more.get("ema", 0.1)],
+                "raw": {"accuracy": 0.9, "tar": tar * s, "tar_1e-3": tar / 2, "tuning_tar": tar},
+                "ema_100": {"accuracy": 0.8, "tar": 0.1, "tar_1e-3": 0.1, "tuning_tar": ema},
+                "power_10": {"accuracy": 0.8, "tar": 0.2, "tar_1e-3": 0.1, "tuning_tar": 0.2},
             },
         ]
         for n, s in zip(images, (0.25, 0.5, 0.75, 1.0), strict=True)
@@ -60,7 +60,7 @@ def test_the_interval_is_students(values: list[float]) -> None:
     error = statistics.stdev(values) / math.sqrt(len(values))
     assert of_seeds.value == pytest.approx(statistics.mean(values))
     assert of_seeds.reach == pytest.approx(t.ppf(0.975, len(values) - 1) * error, rel=1e-3)
-    assert shown.Mean.of(values[:1]) == (values[0], None)
+    assert shown.Mean.of(values[:1]) == (values[0], None, 1)
 
 
 def test_ways_are_compared_by_seed_and_processor() -> None:
@@ -68,9 +68,11 @@ def test_ways_are_compared_by_seed_and_processor() -> None:
     theirs = [row("linear", seed, tar) for seed, tar in enumerate((0.49, 0.60))]
     theirs.append(row("linear", 2, 0.1, processor="another"))
     lines = Line(mine, "raw"), Line(theirs, "raw")
-    assert shown.difference(*lines, "tar") == pytest.approx((0.015, 12.71 * 0.005), rel=1e-3)
+    assert shown.difference(*lines, "tar") == pytest.approx((0.015, 12.71 * 0.005, 2), rel=1e-3)
     assert shown.difference(*lines, "accuracy").value == 0
-    assert shown.difference(Line(mine, "ema"), lines[1], "accuracy").value == pytest.approx(-0.1)
+    assert shown.difference(Line(mine, "ema_100"), lines[1], "accuracy").value == pytest.approx(
+        -0.1
+    )
     assert shown.difference(lines[0], Line(theirs[2:], "raw"), "tar") is None
 
 
@@ -84,9 +86,7 @@ def test_images_until_a_point_below_the_baseline(tar: float, share: float | None
     reached = shown.share_to_reach(Line(rows, "raw"), baseline)
     assert reached == (share if share is None else pytest.approx(share, abs=1e-3))
     for one in rows:
-        one["points"].append(
-            [1000, {"raw": [0, 0.1, 0, 0, 0]}]
-        )  # what is lost again is not reached
+        one["points"].append([1000, {"raw": {"tar": 0.1}}])  # what is lost again is not reached
     assert shown.share_to_reach(Line(rows, "raw"), baseline) is None
 
 
@@ -97,11 +97,10 @@ def test_a_way_has_the_rate_and_window_that_recognised_most_tuning_people(tmp_pa
         kept._keep(row("linear", compare.TUNING, 1 - tar, lr))
     kept._keep(row("constant", 0, 0.9, 0.02))  # a run that counts chooses nothing
     kept._keep(row("constant", compare.TUNING, 0.9, 0.05))  # nor a rate that is not in the grid
-    assert kept.choose("constant") == {"": (0.01, "raw"), "average": (0.005, "ema")}
+    chosen = kept.choose("constant")
+    assert (chosen["raw"], chosen["ema"]) == ((0.01, "raw"), (0.005, "ema_100"))
     assert kept.choose("constant_long") == kept.choose("constant")
-    assert kept.choose("linear")[""] == (0.005, "raw")
-    one = compare.Kept(tmp_path / "other.json", composed_compare("rates=[0.3]"))
-    assert one.choose("constant")[""] == (0.3, "raw")
+    assert kept.choose("linear")["raw"] == (0.005, "raw")
     for seed in (3, 1, 0):
         kept._keep(row("linear", seed, seed / 10, 0.01))
     runs = [compare.Run("linear", 0.01, seed) for seed in (0, 1)]
@@ -197,7 +196,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
     file = tmp_path / "here" / "compare.json"
     whole = json.loads(file.read_text())
     counted = [r for r in whole["runs"] if r["seed"] != compare.TUNING]
-    assert len(whole["runs"]) - len(counted) == 2 * 2  # one rate alone needs no tuning
+    assert len(whole["runs"]) - len(counted) == 2 * 2 + 1
     for name in ("curves.png", "ends.png"):
         assert (tmp_path / "here" / name).stat().st_size > 10_000
     steps = {(r["way"], r["seed"]): r["steps"] for r in counted}
@@ -218,7 +217,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert all({**r, "seconds": 0} in timeless for r in whole["runs"])
     summary = json.loads((tmp_path / "here" / "summary.json").read_text())
     tars = [line["tar"][0] for line in summary]
-    assert tars == sorted(tars, reverse=True) and len(tars) == 6
+    assert tars == sorted(tars, reverse=True) and len(tars) == 9
 
 
 @pytest.mark.program
@@ -227,7 +226,8 @@ def test_rivals_of_other_packages_train(tmp_path: Path) -> None:
 
     words = [*TINY, "only=[greedy,schedule_free]", "rates=[0.01]", "rates_of.schedule_free=[0.3]"]
     run([PROGRAM, *words, "seeds=1", "rivals=[]", "hydra.run.dir=here"], tmp_path)
-    greedy, free = json.loads((tmp_path / "here" / "compare.json").read_text())["runs"]
+    rows = json.loads((tmp_path / "here" / "compare.json").read_text())["runs"]
+    greedy, free = rows[-2:]
     assert set(free["points"][-1][1]) == {"raw"} and len(greedy["points"][-1][1]) == 5
 
 
@@ -237,7 +237,8 @@ def test_rivals_of_other_packages_train(tmp_path: Path) -> None:
         *("epochs=many", "seeds=1.5", "jobs=0", "synthetic.unseen=1"),
         *("only=[linear,mine]", "only=linear", "only=[]", "times.baseline=1.02"),
         *("rates=0.1", "rates=[]", "rates=[true]", "rates_of.baseline=[0]"),
-        *("+times.mine=2", "+rates_of.mine=[0.1]", "rivals=[mine]", "tuned_as.constant_long=mine"),
+        "rivals=[mine]",
+        *("+times.mine=2", "+rates_of.mine=[0.1]", "tuned_as.constant_long=mine"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_name(words: str) -> None:
@@ -260,7 +261,8 @@ def test_a_network_that_diverged_recognises_nobody(tmp_path: Path) -> None:
     words = [*TINY, "only=[linear,fastface]", "rates=[1e20]", "rivals=[]", "hydra.run.dir=here"]
     run([PROGRAM, *words], tmp_path)
     rows = json.loads((tmp_path / "here" / "compare.json").read_text())["runs"]
-    assert [r["points"][-1][1]["raw"][:2] for r in rows] == [[0.5, 0.0]] * 4
+    ends = [r["points"][-1][1]["raw"] for r in rows]
+    assert [(end["accuracy"], end["tar"]) for end in ends] == [(0.5, 0.0)] * len(rows)
 
 
 def faces_of(people: int) -> made.Faces:
