@@ -246,7 +246,7 @@ def train(
         optimizer,
         built if isinstance(built, FixedSchedule) else None,
     )
-    held = {name: WeightAverage(**each) for name, each in averages.items()}
+    held = {name: WeightAverage(**{"module": "backbone"} | each) for name, each in averages.items()}
     other = copy.deepcopy(module)
     curves = Curves(faces, held, other, free, len(loader) * epochs, last)
     watching: list[Any] = []

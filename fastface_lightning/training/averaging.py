@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -18,6 +20,8 @@ from ..schedule.plateau import check_count
 
 AVERAGING = ("WeightAverage", "WeightAveraging", "StochasticWeightAveraging")
 SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+STATISTICS = ("running_mean", "running_var")
+NONE_YET = "no step has been averaged"
 
 
 class WeightAverage(Callback):
@@ -26,40 +30,42 @@ class WeightAverage(Callback):
     .. math:: \bar\theta \leftarrow \bar\theta + (\theta - \bar\theta)
         \min(1, k / \min(W_n, n - n_0))
 
-    where :math:`\theta` are the weights and floating-point buffers, such as batch norm's, after
-    optimizer step n (``trainer.global_step``: it counts the steps of every optimizer), and
+    where :math:`\theta` are the parameters and batch norm's running statistics after optimizer
+    step n (``trainer.global_step``: it counts the steps of every optimizer), and
     :math:`\bar\theta` their average, which began at step :math:`n_0` and was updated k steps ago.
     The window :math:`W_n` is a share q of the run so far, q n (power average: needs no length of
     the run), or w steps (EMA, at first a running mean). The average is on the weights' device and
-    float32 at least; an update is one pass over it, which nothing waits for.
+    float32 at least; an update is one pass over it, which nothing waits for. Of every other buffer
+    the newest counts.
 
     Training goes on with the raw weights. They stand in the module but while it is validated,
-    tested or predicts, where the average is put into the same tensors; so also after ``fit``, when
-    :meth:`copy_to` puts it there to stay. What is loaded by ``validate(ckpt_path=...)`` and its
-    like is judged as it is, and the average dropped.
+    tested or predicts, where the average is put into the same tensors; so also after ``fit``, until
+    others change the weights or :meth:`copy_to` puts it there to stay. What is loaded by
+    ``validate(ckpt_path=...)`` and its like is judged as it is, and the average dropped.
 
     In a checkpoint ``state_dict`` has the average, ``current_model_state`` the raw weights of the
-    averaged part; ``fit(ckpt_path=...)`` restores both. For checkpoints of weights alone the
-    LightningModule's own ``state_dict()`` has the average during ``fit``; after it, call
-    :meth:`copy_to` before ``save_checkpoint(weights_only=True)``, which asks no callback.
+    averaged part; ``fit(ckpt_path=...)`` restores both. Lightning asks no callback for a checkpoint
+    of weights alone: call :meth:`copy_to` before ``save_checkpoint(weights_only=True)``.
 
-    One step with weights that are not finite spoils the average. Each validation and the end of
-    ``fit`` look, and drop such an average with a warning: it begins anew at the next update.
+    One step with weights that are not finite spoils the average. Each validation, each checkpoint
+    and the end of ``fit`` look, and drop such an average with a warning: it begins anew at the next
+    update. So it does where another parameter has taken the place of one.
 
     Args:
         window: a float below 1 is q, an int w; None for 0.1.
         decay: of an EMA, in (0, 1), in the place of ``window``: w = 1 / (1 - decay).
-        module: what to average, a name that ``get_submodule`` takes (``""`` is the whole); None for
-            ``backbone`` where the LightningModule has one, else the whole.
-        every_n_steps: optimizer steps between two updates, fewer than w; None for 1.
-
-    Attributes:
-        judges: False to validate, test and predict with the raw weights.
+        module: what to average, a name that ``get_submodule`` takes; None for the whole.
+        every_n_steps: the average is updated after the first step, at the steps that this divides,
+            and where ``fit`` ends as planned; fewer than w; None for 1. A validation updates
+            nothing and sees an average that is at most so much behind: no resume and no change of
+            when one validates makes another average.
 
     Raises:
-        ValueError: an argument out of its range; in ``fit``, an average of another submodule.
+        ValueError: an argument out of its range; in ``fit``, an average of another submodule, or a
+            checkpoint without the raw weights.
         MisconfigurationException: in ``fit``, when there are no such weights, another callback
-            averages, or the strategy shards the weights.
+            averages, a ModelCheckpoint saves weights alone, the strategy shards the weights, or it
+            trains in processes that end with ``fit``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -81,7 +87,7 @@ class WeightAverage(Callback):
         if isinstance(window, float) and not 0 < window < 1:
             raise ValueError(f"window must be a share in (0, 1) or whole steps, got {window}")
         for name, steps in (("window", window), ("every_n_steps", every_n_steps)):
-            if steps is not None and not isinstance(window, float):
+            if steps is not None and not (name == "window" and isinstance(window, float)):
                 check_count(name, steps, 1, " step")
         self.window = 0.1 if window is None and decay is None else window
         self.decay, self.module, self.every_n_steps = decay, module, every_n_steps or 1
@@ -92,14 +98,16 @@ class WeightAverage(Callback):
                 f"the window must be longer than every_n_steps, got {self._window:g} and "
                 f"{self.every_n_steps}: the average would be the newest weights"
             )
-        self.judges = True
-        self._hook: Any = None
-        self._drop()
+        self._judges = True
+        self._drop(NONE_YET)
 
-    def _drop(self) -> None:
-        self._name, self._part = "", nn.Module()  # what is averaged
-        self._average: list[Tensor] = []  # of _floats(self._part), in their order; empty: none yet
-        self._raw: list[Tensor] | None = None  # while the average stands in the module
+    def _drop(self, why: str) -> None:
+        self._why = why  # there is no average
+        self._average: dict[str, Tensor] = {}
+        self._of: LightningModule | None = None  # whose weights are averaged, and are to be judged
+        self._seen: dict[str, Tensor] = {}  # these weights
+        self._left: dict[str, Any] | None = None  # how they were left by a fit that is over
+        self._raw: dict[str, Tensor] | None = None  # while the average stands in the module
         self._start = self._updated = 0  # global steps: where it began, and of its last update
 
     def __repr__(self) -> str:
@@ -108,30 +116,48 @@ class WeightAverage(Callback):
         return f"WeightAverage({', '.join(parts)})"
 
     def copy_to(self, pl_module: LightningModule) -> None:
-        """Put the average into a LightningModule: the one that was trained, or another like it."""
-        if not self._average:
-            raise ValueError("copy_to needs an average, got none: no step has been averaged")
-        _copy(self._average, self._find(pl_module)[1])
+        """Put the average into a LightningModule: the one that was trained, or another like it.
 
-    def _find(self, pl_module: LightningModule) -> tuple[str, nn.Module]:
-        """Name of what is to be averaged, and itself."""
-        name = self.module
-        if name is None:
-            name = "backbone" if "backbone" in dict(pl_module.named_children()) else ""
+        The one that was trained is from then on judged and saved as it stands.
+        """
+        if not self._average:
+            raise ValueError(f"copy_to needs an average, got none: {self._why}")
+        weights = self._weights(pl_module)
+        if name := _difference(weights, self._average):
+            raise ValueError(f"copy_to needs a module of the same weights, got another {name}")
+        _copy(self._average, weights)
+        if pl_module is self._of and self._left:
+            self._of = None
+
+    @contextmanager
+    def judging_raw(self) -> Iterator[None]:
+        """Within it the trainer validates, tests and predicts with the raw weights."""
+        self._judges = False
+        try:
+            yield
+        finally:
+            self._judges = True
+
+    def _weights(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        """What is to be averaged, by name in the LightningModule; a tied one by its first."""
+        name = self.module or ""
         try:
             part = pl_module.get_submodule(name)
         except AttributeError:
             part = nn.Module()
-        if not _floats(part):
+        statistics = ((k, w) for k, w in part.named_buffers(name) if k.split(".")[-1] in STATISTICS)
+        named = chain(part.named_parameters(name), statistics)
+        weights = {k: w for k, w in named if w.is_floating_point() or w.is_complex()}
+        if not weights:
             raise MisconfigurationException(
                 f"module must name a submodule of {type(pl_module).__name__} that has weights, got "
                 f"{name!r}"
             )
-        return name, part
+        return weights
 
     def _has(self, pl_module: LightningModule) -> bool:
         """Whether there is an average, and of this module."""
-        return bool(self._average) and self._find(pl_module)[1] is self._part
+        return bool(self._average) and self._of is pl_module
 
     # Training ----------------------------------------------------------------------------------
 
@@ -142,84 +168,144 @@ class WeightAverage(Callback):
         if others:
             names = f"{type(self).__name__} and {type(others[0]).__name__}"
             raise MisconfigurationException(f"one callback may average the weights, got {names}")
-        strategy = type(trainer.strategy)
-        if SHARDING & {kind.__name__ for kind in strategy.__mro__}:
+        if any(each.save_weights_only for each in callbacks_of(trainer, "ModelCheckpoint")):
             raise MisconfigurationException(
-                f"WeightAverage needs whole weights on every rank, got {strategy.__name__}"
+                "Lightning asks no callback for checkpoints of weights alone, which would hold the "
+                "raw ones: ModelCheckpoint needs save_weights_only=False, got True"
             )
-        if trainer.global_step < self._updated:  # the average is of an earlier run
-            self._drop()
-        self._release()
-        self._hook = pl_module.register_state_dict_post_hook(partial(self._replace))
+        strategy = trainer.strategy
+        if SHARDING & {kind.__name__ for kind in type(strategy).__mro__}:
+            raise MisconfigurationException(
+                f"WeightAverage needs whole weights on every rank, got {type(strategy).__name__}"
+            )
+        launcher = {kind.__name__ for kind in type(strategy.launcher).__mro__}
+        if "_MultiProcessingLauncher" in launcher:  # spawned or forked
+            raise MisconfigurationException(
+                "the average would end with the processes that a notebook or strategy='ddp_spawn' "
+                "trains in: WeightAverage needs one device, or strategy='ddp' in a script"
+            )
+        if trainer.global_step < self._updated:
+            self._drop("it was of an earlier run")
 
+    @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(pl_module)
+        weights = self._weights(pl_module)
         if self._has(pl_module):  # a checkpoint's lies on the host, and in any memory format
-            pairs = zip(_floats(self._part), self._average, strict=True)
-            self._average = [torch.empty_like(w, dtype=a.dtype).copy_(a) for w, a in pairs]
+            for key, a in self._average.items():
+                self._average[key] = torch.empty_like(weights[key], dtype=a.dtype).copy_(a)
         else:
-            self._drop()
-            self._name, self._part = self._find(pl_module)
-            self._start = self._updated = trainer.global_step
+            self._drop(NONE_YET)
+            self._of, self._start, self._updated = pl_module, *[trainer.global_step] * 2
+        self._left = None
+        if not any(w.requires_grad for w in weights.values()):
+            rank_zero_warn(f"none of the weights requires a gradient that {self} averages")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, elapsed = trainer.global_step, trainer.global_step - self._updated
-        if elapsed < self.every_n_steps:  # as while gradients accumulate
-            return
-        self._updated, weights = step, _floats(self._part)
+        every, step = self.every_n_steps, trainer.global_step
+        first = step > self._updated and not self._average
+        if first or step // every > self._updated // every:
+            self._update(step, pl_module)
+
+    @torch.no_grad()
+    def _update(self, step: int, pl_module: LightningModule) -> None:
+        weights, elapsed = self._weights(pl_module), step - self._updated
+        self._compare(step, weights)
         if not self._average:
-            wide = [torch.promote_types(w.dtype, torch.float32) for w in weights]
-            self._average = [w.to(d, copy=True) for w, d in zip(weights, wide, strict=True)]
-        else:
-            pairs = zip(weights, self._average, strict=True)
-            weights = [w.to(a.dtype) for w, a in pairs]  # most often w itself
+            wide = {k: torch.promote_types(w.dtype, torch.float32) for k, w in weights.items()}
+            self._average = {k: w.to(wide[k], copy=True) for k, w in weights.items()}
+            self._seen = weights
+        elif elapsed:
             window = self._window if self._window >= 1 else self._window * step
-            gain = elapsed / min(window, step - self._start)
-            torch._foreach_lerp_(self._average, weights, min(1.0, gain))
+            gain = min(1.0, elapsed / min(window, step - self._start))
+            newest = [weights[k].to(a.dtype) for k, a in self._average.items()]  # most often itself
+            torch._foreach_lerp_(list(self._average.values()), newest, gain)
+        self._updated = step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check(trainer)
+        step = trainer.global_step
+        if self._average and not trainer.should_stop:  # else a resume would differ
+            self._update(step, pl_module)
+        self._check(trainer, pl_module)
+        if not self._average and self._why == NONE_YET:
+            rank_zero_warn(
+                f"no step was averaged: trainer.global_step still is {step}, which counts the "
+                f"steps of the optimizers that Lightning gives, as self.optimizers()"
+            )
+        elif self._window < 1 and self._window * step <= self.every_n_steps:
+            rank_zero_warn(
+                f"the window must be longer than every_n_steps, got {self._window * step:g} after "
+                f"{step} steps and {self.every_n_steps}: the average is the newest weights"
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # Lightning has moved the module to the host, too
-            self._average = [a.cpu() for a in self._average]
-            self._release()
+        if stage == "fit" and self._has(pl_module):  # Lightning has moved the module to the host
+            self._average = {key: a.cpu() for key, a in self._average.items()}
+            self._left = _state(self._seen)
 
-    def _release(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    def _begin_anew(self, why: str) -> None:
+        rank_zero_warn(f"{why}: the average begins anew, from the weights at the next update")
+        self._why, self._average, self._start = why, {}, self._updated
 
-    def _check(self, trainer: Trainer) -> None:
-        """The average is finite, and on all ranks the one that is saved."""
-        if trainer.world_size > 1:  # batch norm's statistics are of each rank's own images
-            for a in self._average:
-                dist.broadcast(a, 0)
-        if not all(a.isfinite().all() for a in self._average):
-            rank_zero_warn(
-                f"averaged weights must be finite, got others at step {trainer.global_step}: the "
-                f"average begins anew, from the weights as they are at the next update"
+    def _compare(self, step: int, weights: dict[str, Tensor]) -> None:
+        """The weights are those that were averaged."""
+        name = (
+            _difference(weights, self._average)
+            or next(
+                (
+                    k
+                    for k, w in weights.items()
+                    if isinstance(w, nn.Parameter) and w is not self._seen[k]
+                ),
+                "",
             )
-            self._average, self._start = [], self._updated
+            if self._average
+            else ""
+        )
+        if name:
+            self._begin_anew(f"averaged weights must stay, got another {name} at step {step}")
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The average is of these weights, finite, and in ``fit`` on all ranks that of rank 0."""
+        if not self._has(pl_module):
+            return
+        self._compare(trainer.global_step, self._weights(pl_module))
+        if trainer.world_size > 1 and self._left is None:
+            for a in self._average.values():  # batch norm's are of each rank's own images
+                dist.broadcast(a, 0)
+        if not all(a.isfinite().all() for a in self._average.values()):
+            step = trainer.global_step
+            self._begin_anew(f"averaged weights must be finite, got others at step {step}")
+
+    def _look(self, pl_module: LightningModule) -> None:
+        """After ``fit``: the weights are as it left them."""
+        if self._has(pl_module) and self._left and self._left != _state(self._weights(pl_module)):
+            self._drop("the weights were changed after fit")
+            rank_zero_warn(f"{self._why}, so that their average no longer counts: it is dropped")
 
     # Evaluation --------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
         if trainer.state.fn == "fit":
-            self._check(trainer)
-        elif trainer.ckpt_path:  # the module holds what the file holds
-            self._drop()
-        if self.judges and self._raw is None and self._has(pl_module):
-            self._raw = [w.clone() for w in _floats(self._part)]
-            _copy(self._average, self._part)
+            self._check(trainer, pl_module)
+        elif trainer.ckpt_path and self._has(pl_module):
+            self._drop(f"{trainer.ckpt_path} was loaded in the place of what was trained")
+        self._look(pl_module)
+        if self._judges and self._raw is None and self._has(pl_module):
+            weights = self._weights(pl_module)
+            self._raw = {key: w.clone() for key, w in weights.items()}
+            _copy(self._average, weights)
 
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._raw is not None:
-            _copy(self._raw, self._part)
+            _copy(self._raw, self._weights(pl_module))
             self._raw = None
+            self._left = self._left and _state(self._seen)
 
     on_validation_start = on_test_start = on_predict_start = _enter
     on_validation_end = on_test_end = on_predict_end = _leave
@@ -228,76 +314,84 @@ class WeightAverage(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._leave(trainer, pl_module)
-        self._release()
+        self._left = self._left or _state(self._seen)  # Lightning calls no teardown
 
     # Checkpoints -------------------------------------------------------------------------------
 
-    def _keyed(self, tensors: list[Tensor], pl_module: LightningModule) -> dict[str, Tensor]:
-        """Tensors in the order of _floats, by all their keys in the module's state_dict."""
-        of = dict(zip(map(id, _named(self._part, every=False).values()), tensors, strict=True))
-        return {name: of[id(w)] for name, w in _named(pl_module).items() if id(w) in of}
-
-    def _replace(self, pl_module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-        if self._has(pl_module):
-            for name, a in self._keyed(self._average, pl_module).items():
-                if prefix + name in state_dict:
-                    state_dict[prefix + name] = a
+    def _every_name(
+        self, tensors: dict[str, Tensor], pl_module: LightningModule
+    ) -> dict[str, Tensor]:
+        """Also by the other names of tied weights."""
+        first = {id(w): key for key, w in self._weights(pl_module).items()}
+        names = (pl_module.named_parameters, pl_module.named_buffers)
+        named = chain.from_iterable(each(remove_duplicate=False) for each in names)
+        return {key: tensors[first[id(w)]] for key, w in named if id(w) in first}
 
     def state_dict(self) -> dict[str, Any]:
-        at = {"module": self._name, "start": self._start, "updated": self._updated}
-        return {"settings": repr(self), **at} if self._average else {}
+        settings = {"module": self.module or "", "window": self._window, "says": repr(self)}
+        at = {"every": self.every_n_steps, "start": self._start, "updated": self._updated}
+        return settings | at if self._average else {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._has(pl_module):
-            raw = self._keyed(self._raw or _floats(self._part), pl_module)
-            state, prefix = checkpoint["state_dict"], f"{self._name}." if self._name else ""
-            checkpoint["current_model_state"] = {
-                k: raw.get(k, v) for k, v in state.items() if k in raw or k.startswith(prefix)
-            }
-            self._replace(pl_module, state, "", None)
+        self._look(pl_module)
+        self._check(trainer, pl_module)
+        if not self._has(pl_module):
+            checkpoint["callbacks"].pop(self.state_key, None)
+            return
+        state, average = checkpoint["state_dict"], self._every_name(self._average, pl_module)
+        raw = {**state, **self._every_name(self._raw, pl_module)} if self._raw else {**state}
+        part = [key for key in state if key in average or _within(key, self.module)]
+        checkpoint["current_model_state"] = {key: raw[key] for key in part}
+        state.update((key, a) for key, a in average.items() if key in state)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn != "fit":
             return
-        self._drop()
+        self._drop(NONE_YET)
         saved, step = checkpoint["callbacks"].get(self.state_key), checkpoint["global_step"]
+        raw, state = checkpoint.get("current_model_state", {}), checkpoint["state_dict"]
         if saved:
-            self._name, self._part = self._find(pl_module)
-            if saved["module"] != self._name:
+            if saved["module"] != (self.module or ""):
                 raise ValueError(
                     f"module must be {saved['module']!r}, what the checkpoint's average is of, got "
-                    f"{self._name!r}"
+                    f"{self.module or ''!r}"
                 )
-            if saved["settings"] != repr(self):
-                rank_zero_warn(f"the average by {saved['settings']} goes on by {self}")
+            same = math.isclose(saved["window"], self._window, rel_tol=1e-9)
+            if not same or saved["every"] != self.every_n_steps:
+                rank_zero_warn(f"the average by {saved['says']} goes on by {self}")
+            self._of, self._seen = pl_module, self._weights(pl_module)
             self._start, self._updated = saved["start"], saved["updated"]
-            weights, state = _floats(self._part), checkpoint["state_dict"]
-            keys = {id(w): key for key, w in self._keyed(weights, pl_module).items()}
-            self._average = [state.get(keys[id(w)], w) for w in weights]
+            self._average = {k: state.get(k, w.detach()) for k, w in self._seen.items()}
         elif step:
             rank_zero_warn(f"the checkpoint has no average: one begins at step {step}")
-        if raw := checkpoint.get("current_model_state"):
-            pl_module.load_state_dict(raw, strict=False)
+        for key in state if saved or raw else ():
+            if _within(key, self.module) and key in pl_module.state_dict() and key not in raw:
+                raise ValueError(f"the checkpoint must have the raw {key}, got none")
+        pl_module.load_state_dict(raw, strict=False)
 
 
-def _named(module: nn.Module, every: bool = True) -> dict[str, Tensor]:
-    """The floating-point parameters and buffers; ``every`` name of a tied one, or its first."""
-    parts = (module.named_parameters, module.named_buffers)
-    pairs = chain.from_iterable(names(remove_duplicate=not every) for names in parts)
-    return {name: w for name, w in pairs if w.is_floating_point()}
+def _within(key: str, module: str | None) -> bool:
+    return not module or key.startswith(f"{module}.")
 
 
-def _floats(module: nn.Module) -> list[Tensor]:
-    """Each of them once, to be written to."""
-    return [w.detach() for w in _named(module, every=False).values()]
+def _difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> str:
+    """First name that one of them lacks, or of tensors of two shapes."""
+    shapes = [{key: w.shape for key, w in each.items()} for each in (a, b)]
+    return next((k for k in {**a, **b} if shapes[0].get(k) != shapes[1].get(k)), "")
+
+
+def _state(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Another one, once anyone writes to a parameter; buffers are others on another device."""
+    parameters = {key: w for key, w in weights.items() if isinstance(w, nn.Parameter)}
+    return {key: (id(w), w.shape, w._version) for key, w in parameters.items()}
 
 
 @torch.no_grad()
-def _copy(tensors: list[Tensor], module: nn.Module) -> None:
-    """Into :func:`_floats` of a module, whatever their devices and dtypes."""
-    for w, tensor in zip(_floats(module), tensors, strict=True):
-        w.copy_(tensor)
+def _copy(tensors: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """By name, whatever their devices and dtypes."""
+    for key, w in weights.items():
+        w.copy_(tensors[key])

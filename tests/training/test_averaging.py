@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -97,12 +98,31 @@ def trainer_of(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
 
 
 def fit(
-    root: Path, *callbacks: Callback, module: Any = None, ckpt_path: Any = None, **settings: Any
+    root: Path,
+    *callbacks: Callback,
+    module: Any = None,
+    ckpt_path: Any = None,
+    expects: Any = None,
+    **settings: Any,
 ) -> tuple[Any, Trainer]:
     """Two epochs of twelve batches, validated after each."""
     module, trainer = module or Net(), trainer_of(root, *callbacks, **settings)
-    trainer.fit(module, loader(), loader(1), ckpt_path=ckpt_path)
+    with pytest.raises(expects) if expects else nullcontext():
+        trainer.fit(module, loader(), loader(1), ckpt_path=ckpt_path)
     return module, trainer
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
 
 
 def averaged(callback: WeightAverage, part: str = "backbone", make: Any = Net) -> dict[str, Tensor]:
@@ -116,28 +136,32 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], floats: bool = False) -> bo
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in names)
 
 
+def wide(w: Tensor) -> Tensor:
+    return w.to(torch.complex128 if w.is_complex() else torch.float64)
+
+
 def twin(
     raw: dict[int, dict[str, Tensor]], length: Callable[[int], float], every: int = 1
 ) -> dict[str, Tensor]:
-    """Weights after each step, one by one and in float64, averaged over ``length(step)``."""
+    """Weights after each step, one by one and in float64, averaged over ``length(step)``: those of
+    the first step, of each that ``every`` divides and of the last."""
     average: dict[str, Tensor] = {}
     updated = 0
     for n, weights in raw.items():
-        k = n - updated
-        if k < every:
+        if n not in (min(raw), max(raw)) and n % every:
             continue
-        updated, gain = n, min(1, k / min(length(n), n))
+        updated, gain = n, min(1, (n - updated) / min(length(n), n))
         for name, w in weights.items():
-            if w.is_floating_point():
-                before = average.get(name, w.double())
-                average[name] = before + gain * (w.double() - before)
+            if w.is_floating_point() or w.is_complex():
+                before = average.get(name, wide(w))
+                average[name] = before + gain * (wide(w) - before)
     return average
 
 
 def assert_is(average: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert expected
     for name, value in expected.items():
-        torch.testing.assert_close(average[name].double(), value, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(wide(average[name]), value, atol=1e-6, rtol=1e-6)
 
 
 # The equation ------------------------------------------------------------------------------------
@@ -149,6 +173,7 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
     "decay": ({"decay": 0.9}, lambda n: 10),
     "rarely": ({"window": 0.4, "every_n_steps": 3}, lambda n: 0.4 * n),
     "rarely, steps": ({"window": 10, "every_n_steps": 5}, lambda n: 10),
+    "once": ({"window": 100, "every_n_steps": 50}, lambda n: 100),
 }
 
 
@@ -225,9 +250,7 @@ class Stranger(Net):
 
 
 @pytest.mark.parametrize("name", [None, "", "net.trunk"])
-def test_a_project_without_a_backbone_averages_all_or_a_part(
-    tmp_path: Path, name: str | None
-) -> None:
+def test_all_or_a_part_is_averaged(tmp_path: Path, name: str | None) -> None:
     callback = WeightAverage(window=0.4, module=name)
     module, trainer = fit(tmp_path, callback, module=Stranger())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -253,16 +276,101 @@ def test_a_part_that_is_not_there_or_has_no_weights_is_refused(tmp_path: Path) -
         fit(tmp_path, WeightAverage(module="empty"), module=module)
 
 
-def test_counters_are_the_newest_and_frozen_weights_stay(tmp_path: Path) -> None:
-    module = Net()
+def test_a_backbone_is_averaged_with_its_head(tmp_path: Path) -> None:
+    """By default: an averaged backbone under a raw head is neither network."""
+    module, trainer = fit(tmp_path, callback := WeightAverage(window=0.4))
+    assert not torch.equal(averaged(callback, "head")["weight"], module.head.weight)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["current_model_state"]
+    assert same(saved, weights_of(module, ""))
+
+
+class Kinds(Net):
+    """Parameters and buffers of many kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone.turn = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.backbone.register_buffer("queue", torch.randn(4))
+        self.backbone.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+        nn.utils.parametrizations.spectral_norm(self.backbone[2])
+
+    def embed(self, x: Tensor) -> Tensor:
+        self.backbone.queue = torch.cat((self.backbone.queue[1:], x[0, :1]))
+        self.backbone.count += 1
+        y: Any = self.backbone[2](self.backbone[1](self.backbone[0](x)))
+        return (y * self.backbone.turn).real
+
+
+def test_of_other_buffers_the_newest_count_and_frozen_weights_stay(tmp_path: Path) -> None:
+    module = Kinds()
     module.backbone[0].requires_grad_(False)
     before = weights_of(module)
-    _, trainer = fit(tmp_path, callback := WeightAverage(), module=module)
-    average = averaged(callback)
-    assert torch.equal(average["0.weight"], before["0.weight"])
-    assert not torch.equal(average["1.running_mean"], module.backbone[1].running_mean)
+    _, trainer = fit(tmp_path, WeightAverage(window=0.4), module=module)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
     trainer.validate(module, loader(1), verbose=False)
-    assert module.judged[-1]["1.num_batches_tracked"] == 2 * BATCHES
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    judged, raw = module.judged[-1], weights_of(module)
+    newest = {k for k in raw if k.endswith(("queue", "count", "_u", "_v", "num_batches_tracked"))}
+    assert len(newest) == 5
+    expected = twin(module.raw, lambda n: 0.4 * n)
+    for name, value in raw.items():
+        assert torch.equal(judged[name], saved[f"backbone.{name}"])
+        if name in newest:
+            assert torch.equal(judged[name], value)
+        else:
+            assert_is(judged, {name: expected[name]})
+    assert torch.equal(judged["0.weight"], before["0.weight"])
+    assert not torch.equal(judged["turn"], raw["turn"])
+    assert not torch.equal(judged["1.running_mean"], raw["1.running_mean"])
+
+
+def test_weights_of_which_none_is_trained_are_said_to_be_so(tmp_path: Path) -> None:
+    module = Net()
+    module.backbone.requires_grad_(False)
+    with pytest.warns(UserWarning, match="gradient"):
+        fit(tmp_path, WeightAverage(module="backbone"), module=module)
+
+
+def another_linear(module: Net) -> None:
+    module.backbone[2] = nn.Linear(6, 3)
+
+
+def another_parameter(module: Net) -> None:
+    module.backbone[2].weight = nn.Parameter(torch.ones(3, 6))
+
+
+def one_more(module: Net) -> None:
+    module.backbone[2].weight_of_2 = nn.Parameter(torch.ones(2))
+
+
+def wider(module: Net) -> None:
+    module.backbone[2].weight.data = torch.ones(5, 6)
+    module.backbone[2].weight.grad = None
+    module.backbone[2].bias, module.head = None, nn.Linear(5, 1)
+
+
+@pytest.mark.parametrize("change", [another_linear, another_parameter, one_more, wider])
+@pytest.mark.parametrize("step", [4, BATCHES])
+def test_a_parameter_that_another_takes_the_place_of(
+    tmp_path: Path, change: Callable[[Net], None], step: int
+) -> None:
+    """The average begins anew, be it at the next step or in the validation before it."""
+
+    class Changes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == step:
+                trainer.optimizers[0].state.clear()
+                change(pl_module)
+
+    callback = WeightAverage(window=0.9, module="backbone")
+    with pytest.warns(UserWarning, match=r"another backbone\.2\.(weight|bias)"):
+        module, _ = fit(tmp_path, callback, Changes())
+    later = {n - step: w for n, w in module.raw.items() if n > step}
+    assert_is(
+        {k.removeprefix("backbone."): v for k, v in callback._average.items()},
+        twin(later, lambda n: 0.9 * (n + step)),
+    )
 
 
 def test_low_precision_weights_are_averaged_in_float32(tmp_path: Path) -> None:
@@ -294,13 +402,17 @@ def test_it_is_judged_in_place_and_training_goes_on_without_it(tmp_path: Path) -
     assert_is(module.judged[1], twin(after_one, lambda n: 0.4 * n))
     assert same(module.judged[2], averaged(callback), floats=True)
     assert same(weights_of(module), module.raw[2 * BATCHES])
-    for evaluate in (trainer.validate, trainer.test, partial(trainer.predict)):
-        evaluate(module, loader(1), **({} if evaluate.__class__ is partial else {"verbose": False}))
+    for evaluate in (trainer.validate, trainer.test, trainer.predict):
+        evaluate(module, loader(1))
         assert same(module.judged[-1], averaged(callback), floats=True)
         assert same(weights_of(module), module.raw[2 * BATCHES])
-    callback.judges = False
-    trainer.validate(module, loader(1), verbose=False)
+    module.fails = True
+    with pytest.raises(RuntimeError, match="in the validation"), callback.judging_raw():
+        trainer.validate(module, loader(1), verbose=False)
     assert same(module.judged[-1], weights_of(module))
+    module.fails = False
+    trainer.validate(module, loader(1), verbose=False)
+    assert same(module.judged[-1], averaged(callback), floats=True)
     trainer.validate(other := Net(), loader(1), verbose=False)  # another module's own weights
     assert same(other.judged[-1], weights_of(Net()))
 
@@ -319,8 +431,9 @@ def test_an_exception_leaves_the_raw_weights(tmp_path: Path, where: str) -> None
         go(loader(1))
     assert not same(module.judged[-1], weights_of(module))
     assert same(weights_of(module), module.raw[max(module.raw)])
-    assert same({k: v for k, v in module.state_dict().items() if "backbone" in k},
-                {f"backbone.{k}": v for k, v in weights_of(module).items()})  # fmt: skip
+    module.fails = False
+    trainer.validate(module, loader(1), verbose=False)  # the average is still there
+    assert not same(module.judged[-1], weights_of(module))
 
 
 def test_before_the_first_step_there_is_none(tmp_path: Path) -> None:
@@ -346,6 +459,56 @@ def test_a_loaded_checkpoint_is_judged_as_it_is(tmp_path: Path) -> None:
         assert same(module.judged[-1], first)
         trainer.test(module, loader(1), verbose=False)
         assert same(module.judged[-1], first)
+
+
+def test_copy_to_says_what_became_of_the_average(tmp_path: Path) -> None:
+    module, trainer = fit(tmp_path, callback := WeightAverage(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    trainer.test(module, loader(1), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    with pytest.raises(ValueError, match=r"first\.ckpt"):
+        callback.copy_to(module)
+
+
+def loaded(module: Net) -> None:
+    module.load_state_dict(Net().state_dict())
+
+
+def trained_elsewhere(module: Net) -> None:
+    batch = torch.randn(8, 4)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module.embed(batch).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("change", [loaded, trained_elsewhere, another_linear])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_weights_that_others_change_after_fit_are_judged_and_saved_as_they_are(
+    tmp_path: Path, change: Callable[[Net], None], evaluated: bool
+) -> None:
+    module, trainer = fit(tmp_path, callback := WeightAverage(), max_epochs=1)
+    if evaluated:  # the average's own coming and going is no change
+        trainer.validate(module, loader(1), verbose=False)
+        assert same(module.judged[-1], averaged(callback), floats=True)
+    change(module)
+    with pytest.warns(UserWarning, match="changed after fit"):
+        trainer.validate(module, loader(1), verbose=False)
+    assert same(module.judged[-1], weights_of(module))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert same(saved["state_dict"], module.state_dict()) and "current_model_state" not in saved
+    with pytest.raises(ValueError, match="changed after fit"):
+        callback.copy_to(module)
+
+
+def test_a_second_fit_of_changed_weights_averages_these_alone(tmp_path: Path) -> None:
+    callback, module = WeightAverage(window=0.9), Net()
+    _, trainer = fit(tmp_path, callback, module=module, max_epochs=1)
+    module.load_state_dict(Net().state_dict())
+    trainer.fit_loop.max_epochs = 2
+    with pytest.warns(UserWarning, match="changed after fit"):
+        trainer.fit(module, loader(), loader(1))
+    later = {n - BATCHES: w for n, w in module.raw.items() if n > BATCHES}
+    assert_is(averaged(callback), twin(later, lambda n: 0.9 * (n + BATCHES)))
 
 
 def test_a_second_fit_goes_on_or_begins_anew(tmp_path: Path) -> None:
@@ -390,11 +553,72 @@ def test_weights_that_are_not_finite_do_not_stay(tmp_path: Path) -> None:
     assert_is(averaged(callback), twin(later, lambda n: 0.9 * (n + BATCHES)))
 
 
+def test_no_checkpoint_holds_an_average_that_is_not_finite(tmp_path: Path) -> None:
+    spoils, files = Spoils(), LastAndBest(tmp_path, every_n_steps=6)
+    with pytest.warns(UserWarning, match="finite"):
+        fit(tmp_path, WeightAverage(window=0.9), spoils, files, KillAt(8), expects=Killed)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert all(w.isfinite().all() for w in saved["state_dict"].values())
+    assert "WeightAverage" not in saved["callbacks"]
+    with pytest.warns(UserWarning, match="begins at step 6"):
+        fit(tmp_path, WeightAverage(), ckpt_path=tmp_path / "last.ckpt")
+
+
+# The end of fit ----------------------------------------------------------------------------------
+
+
+def test_validations_change_no_average(tmp_path: Path) -> None:
+    """Nor does one that comes before the average is due."""
+    ends = []
+    for every in (1, 2, 5, BATCHES):
+        callback = WeightAverage(window=30, every_n_steps=7)
+        module, _ = fit(tmp_path, callback, val_check_interval=every)
+        ends.append(averaged(callback))
+        assert not same(module.judged[-1], module.raw[2 * BATCHES])
+    assert all(same(end, ends[0]) for end in ends)
+
+
+def test_a_run_that_is_stopped_early_is_not_brought_up_to_date(tmp_path: Path) -> None:
+    """Else it would not go on as if it had not been stopped."""
+
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 16
+
+    module, _ = fit(tmp_path, callback := WeightAverage(window=30, every_n_steps=7), Stops())
+    raw = {n: w for n, w in module.raw.items() if n <= 14}
+    assert max(module.raw) == 16
+    assert_is(averaged(callback), twin(raw, lambda n: 30, 7))
+
+
+@pytest.mark.parametrize(("every", "told"), [(1, False), (2, False), (3, True), (20, True)])
+def test_an_average_that_is_the_newest_weights_is_said_to_be(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, every: int, told: bool
+) -> None:
+    module, _ = fit(tmp_path, callback := WeightAverage(every_n_steps=every))
+    assert told == any("newest weights" in str(each.message) for each in recwarn)
+    assert told == same(averaged(callback), module.raw[2 * BATCHES], floats=True)
+
+
+class BehindItsBack(TwoOptimizers):
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.manual_backward(Net.training_step(self, batch, batch_idx))
+        for optimizer in self.optimizers(use_pl_optimizer=False):
+            optimizer.step()
+
+
+def test_steps_that_lightning_does_not_see_are_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"global_step"):
+        module, _ = fit(tmp_path, callback := WeightAverage(), module=BehindItsBack())
+    with pytest.raises(ValueError, match="no step"):
+        callback.copy_to(module)
+
+
 # Checkpoints -------------------------------------------------------------------------------------
 
 
 class Saves(Callback):
-    """Within the validation; and what the module itself gives, to whoever saves that."""
+    """Within the validation; and puts the module's own state where it was."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -402,43 +626,50 @@ class Saves(Callback):
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         trainer.save_checkpoint(self.folder / "inside.ckpt")
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        torch.save({"state_dict": pl_module.state_dict()}, self.folder / "module.ckpt")
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        before = weights_of(pl_module, "")
+        pl_module.load_state_dict(pl_module.state_dict())
+        assert same(weights_of(pl_module, ""), before)
 
 
 def test_a_checkpoint_holds_the_average_and_the_raw_weights(tmp_path: Path) -> None:
     files = ModelCheckpoint(tmp_path, "full", enable_version_counter=False)
-    light = ModelCheckpoint(
-        tmp_path, "light", every_n_train_steps=1, save_weights_only=True, save_top_k=-1
-    )
-    light.filename = "light-{step}"
-    callback = WeightAverage(window=0.4)
-    module, trainer = fit(tmp_path, callback, Saves(tmp_path), files, light)
+    callback = WeightAverage(window=0.4, module="backbone")
+    module, trainer = fit(tmp_path, callback, Saves(tmp_path), files)
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     average = {f"backbone.{k}": v for k, v in twin(module.raw, lambda n: 0.4 * n).items()}
     raw = {f"backbone.{k}": v for k, v in module.raw[2 * BATCHES].items()}
-    for name in ("module", "full", "inside", "after", f"light-step={2 * BATCHES}"):
+    for name in ("full", "inside", "after"):
         saved = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
         assert list(saved["state_dict"]) == list(Net().state_dict())
         assert_is(saved["state_dict"], average)
         assert torch.equal(saved["state_dict"]["head.weight"], module.head.weight)
-        assert same(saved.get("current_model_state", raw), raw)
-        assert ("current_model_state" in saved) == (name in ("full", "inside", "after"))
+        assert same(saved["current_model_state"], raw)
     loaded = Net.load_from_checkpoint(tmp_path / "full.ckpt", weights_only=True)
     assert_is({f"backbone.{k}": v for k, v in weights_of(loaded).items()}, average)
 
 
-class Killed(Exception):
-    pass
-
-
-class KillAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise Killed
+def test_checkpoints_of_weights_alone(tmp_path: Path) -> None:
+    """They would hold the raw weights; by hand, after copy_to, the average."""
+    light = ModelCheckpoint(tmp_path, save_weights_only=True)
+    with pytest.raises(MisconfigurationException, match="save_weights_only"):
+        fit(tmp_path, WeightAverage(), light)
+    module, trainer = fit(tmp_path, callback := WeightAverage(window=0.4))
+    average = averaged(callback, "")
+    callback.copy_to(module)
+    trainer.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)
+    assert same(torch.load(tmp_path / "light.ckpt", weights_only=True)["state_dict"], average, True)
+    # It stays, with what is measured anew in it.
+    module.backbone[1].running_mean.fill_(2)
+    trainer.validate(module, loader(1), verbose=False)
+    assert same(module.judged[-1], weights_of(module))
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    saved = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    assert same(saved["state_dict"], weights_of(module, "")) and "current_model_state" not in saved
+    assert same(averaged(callback, ""), average)
+    fresh = Net()
+    with pytest.warns(UserWarning, match=f"begins at step {2 * BATCHES}"):
+        fit(tmp_path, WeightAverage(), module=fresh, ckpt_path=tmp_path / "whole.ckpt")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -491,8 +722,37 @@ def test_changed_settings_at_a_resume(tmp_path: Path) -> None:
     for weights in module.raw.values():
         average = {k: (a + weights[k].double()) / 2 for k, a in average.items()}
     assert_is(averaged(callback), {k: v for k, v in average.items() if "num_" not in k})
-    with pytest.raises(ValueError, match=r"'backbone'.*'head'"):
+    with pytest.raises(ValueError, match=r"''.*'head'"):
         fit(tmp_path, WeightAverage(module="head"), ckpt_path=file)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"decay": 0.9}, {"window": 10}),
+        ({"window": 0.1}, {"module": ""}),
+        ({}, {"every_n_steps": 1}),
+    ],
+)
+def test_settings_that_say_the_same_are_not_changed(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, before: Any, after: Any
+) -> None:
+    file = resumable(tmp_path, WeightAverage(**before))
+    fit(tmp_path, WeightAverage(**after), ckpt_path=file)
+    assert not [each for each in recwarn if "WeightAverage(" in str(each.message)]
+
+
+@pytest.mark.parametrize("gone", [["backbone.2.bias"], None])
+def test_a_checkpoint_without_all_raw_weights_is_refused(
+    tmp_path: Path, gone: list[str] | None
+) -> None:
+    file = resumable(tmp_path, WeightAverage(module="backbone"))
+    saved = torch.load(file, weights_only=True)
+    for key in gone or list(saved["current_model_state"]):
+        del saved["current_model_state"][key]
+    torch.save(saved, file)
+    with pytest.raises(ValueError, match=gone[0] if gone else "backbone.0.weight"):
+        fit(tmp_path, WeightAverage(module="backbone"), ckpt_path=file)
 
 
 def test_an_average_that_begins_at_a_resume(tmp_path: Path) -> None:
@@ -541,7 +801,7 @@ def faces(classifier: nn.Module) -> FaceModule:
 @pytest.mark.parametrize("kind", [DynamicClassPool, AttentionClassifier])
 def test_a_momentum_encoder_follows_the_raw_weights(tmp_path: Path, kind: Any) -> None:
     runs = []
-    for callbacks in ([], [WeightAverage(window=0.5)]):
+    for callbacks in ([], [WeightAverage(window=0.5, module="backbone")]):
         size = {"pool_size": 8} if kind is DynamicClassPool else {"queue_size": 8}
         module = faces(kind(10, 5, momentum=0.5, **size))
         trainer = trainer_of(tmp_path, *callbacks, max_epochs=1)
@@ -634,14 +894,16 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
             fit(tmp_path, WeightAverage(), rival)
     with pytest.raises(MisconfigurationException, match="FSDPStrategy"):
         fit(tmp_path, WeightAverage(), strategy=FSDPStrategy(torch.device("cpu")))
+    for strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook"):
+        trainer = trainer_of(tmp_path, callback := WeightAverage(), strategy=strategy, devices=2)
+        with pytest.raises(MisconfigurationException, match="ddp_spawn"):
+            callback.setup(trainer, Net(), "fit")
 
 
 def test_pytorch_lightnings_trainer(tmp_path: Path) -> None:
     """The package under its other name: other classes of the same names."""
     package = pytest.importorskip("pytorch_lightning")
     body = {name: value for name, value in vars(Net).items() if callable(value)}
-    init = "super().__init__()"
-    assert init
 
     def start(self: Any) -> None:
         package.LightningModule.__init__(self)
