@@ -200,10 +200,20 @@ class AutoWU(Schedule):
     remarks = PlateauSchedule.remarks
 
     def cautions(self) -> list[str]:
-        """Where the run is too short for the tests."""
+        """Where the run is too short for the growth or for the tests."""
         bound: Any = self
-        if bound.max_warmup // bound.test_every >= bound.positive_tests:
-            return []
+        if bound.max_warmup >= bound.total_steps:
+            return [
+                f"max_warmup={bound.max_warmup} leaves no step of "
+                f"total_steps={bound.total_steps} to the cosine: unless the loss turns up, the rate grows to the end"
+            ]
+        tests = bound.max_warmup // bound.test_every
+        if (
+            not bound.max_warmup
+            or tests >= bound.positive_tests
+            or bound.positive_tests == math.inf
+        ):
+            return []  # no growth, or none that a test is to end
         return [
             f"positive_tests={bound.positive_tests}, one in {bound.test_every} steps, do not fit "
             f"into max_warmup={bound.max_warmup}: whatever the loss does, the rate grows to its "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class FaceModule(LightningModule):
     Attributes:
         curves: ROC of each set at the last verification, by its name; a set whose pairs are all of
             one person, or all of two, has none.
-        verify_as: what the names of a verification's figures begin with, ``verify``.
+        verify_as: what the names of a verification's figures begin with: ``verify``, unless
+            :meth:`verifying_as` says otherwise.
     """
 
     def __init__(
@@ -169,6 +170,15 @@ class FaceModule(LightningModule):
         if accuracies:
             mean = torch.stack(accuracies).mean()
             self.log(f"{self.verify_as}/accuracy", mean, sync_dist=True)
+
+    @contextmanager
+    def verifying_as(self, name: str) -> Iterator[None]:
+        """Within it the names of a verification's figures begin with ``name``."""
+        self.verify_as = name
+        try:
+            yield
+        finally:
+            self.verify_as = "verify"
 
     def configure_optimizers(self) -> Any:
         optimizer, world_size = self.build_optimizer(), self.trainer.world_size

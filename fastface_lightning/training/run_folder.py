@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ..files import write_text
 from .module import FaceModule
 
+log = logging.getLogger(__name__)
 SETTINGS = ("config.yaml", "overrides.yaml")  # what a run was composed to, and of
 
 
@@ -40,10 +43,19 @@ def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, l
     if cfg.resume == "auto" and earlier.exists():
         before = {text.partition("=")[0]: text for text in map(str, OmegaConf.load(earlier))}
         now = {text.partition("=")[0]: text for text in overrides}
-        # Another option for a group comes without the settings of the one before.
-        changed = {group for group in before.keys() & now if before[group] != now[group]}
-        kept = {key: text for key, text in before.items() if key.split(".")[0] not in changed}
-        overrides = list((kept | now).values())
+        # Another option for a group may not have all the settings of the one before.
+        changed = {group for group, text in now.items() if before.get(group) != text}
+        doubtful = {key for key in before if "." in key and key.split(".")[0] in changed} - {*now}
+        kept = {key: text for key, text in before.items() if key not in doubtful} | now
+        for key in sorted(doubtful):
+            try:
+                compose("train", [*kept.values(), before[key]])
+            except HydraException:
+                group = kept[key.split(".")[0]]
+                log.warning("%s is left out: %s has no such setting", before[key], group)
+            else:
+                kept[key] = before[key]
+        overrides = list(kept.values())
         cfg = compose("train", overrides)
     return cfg, [text for text in overrides if not text.startswith("resume=")]
 

@@ -114,9 +114,8 @@ class RunRecord(Callback):
         averaging = _callback(trainer, WeightAverage)
         if averaging is None:
             return
-        averaging.judges, module.verify_as = False, "verify_raw"
-        trainer.validate(module, data, verbose=False)
-        averaging.judges, module.verify_as = True, "verify"
+        with averaging.judging_raw(), module.verifying_as("verify_raw"):
+            trainer.validate(module, data, verbose=False)
         for name in module.verify_names:
             accuracy = trainer.callback_metrics[f"verify_raw/{name}/accuracy"].item()
             self.verification[name]["raw_accuracy"] = accuracy

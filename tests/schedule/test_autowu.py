@@ -276,6 +276,14 @@ def test_bound_and_unbound() -> None:
         AutoWU().init()
     assert bound.cautions() == [] and len(AutoWU().bind(4).cautions()) == 1
     assert len(AutoWU(max_warmup=0.1).bind(1000).cautions()) == 1
+    for meant in ({"max_warmup": 0}, {"positive_tests": math.inf}, {"max_warmup": 999}):
+        assert AutoWU(**meant).bind(1000).cautions() == []
+    for warmup in (1000, 5000):
+        unended = AutoWU(max_warmup=warmup).bind(1000)
+        (caution,) = unended.cautions()
+        assert f"max_warmup={warmup}" in caution and "total_steps=1000" in caution
+        *_, state = states([5 - step / 300 for step in range(999)], unended)
+        assert not state.peak  # before the last step the rate still grows
     saved = Progress.start(AutoWU(), 100).dump()
     assert Progress.load(saved, AutoWU(confidence=0.9))[1]
     with pytest.raises(ValueError, match="start_scale"):

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 from omegaconf import OmegaConf
 from PIL import Image
 from programs import SMALL, Ended, Run
@@ -106,7 +108,7 @@ def test_the_average_is_what_is_verified_saved_exported_and_started_from(run: Ru
     ended = run(*SMALL, *averaging, "trainer.max_epochs=3")
     results, checkpoint = results_of(ended), saved(ended)
     verified = results["verification"]["synthetic"]
-    assert results["averaging"] == "WeightAverage(window=0.9, every_n_steps=1)"
+    assert results["averaging"] == ("WeightAverage(window=0.9, module='backbone', every_n_steps=1)")
     # Both figures, in the console, the log and the page.
     last = rows(ended.folder)[-1]
     assert float(last["verify_raw/synthetic/accuracy"]) == pytest.approx(verified["raw_accuracy"])
@@ -143,6 +145,22 @@ def test_the_average_is_what_is_verified_saved_exported_and_started_from(run: Ru
     assert results_of(ended)["averaging"] is None
     assert "raw_accuracy" not in results_of(ended)["verification"]["synthetic"]
     assert "current_model_state" not in saved(ended)
+
+
+def test_an_interrupted_run_does_not_verify_the_raw_weights(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = Trainer.fit
+
+    def interrupted(self: Trainer, *arguments: Any, **settings: Any) -> None:
+        fit(self, *arguments, **settings)
+        self.state.status = TrainerStatus.INTERRUPTED
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    ended = run(*SMALL, "averaging=power", "trainer.max_steps=2")
+    verified = results_of(ended)["verification"]["synthetic"]
+    assert verified["accuracy"] > 0 and "raw_accuracy" not in verified
+    assert not any(name.startswith("verify_raw") for name in rows(ended.folder)[0])
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(run: Run) -> None:
