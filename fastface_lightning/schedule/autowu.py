@@ -205,7 +205,8 @@ class AutoWU(Schedule):
         if bound.max_warmup >= bound.total_steps:
             return [
                 f"max_warmup={bound.max_warmup} leaves no step of "
-                f"total_steps={bound.total_steps} to the cosine: unless the loss turns up, the rate grows to the end"
+                f"total_steps={bound.total_steps} to the cosine: "
+                f"unless the loss turns up, the rate grows to the end"
             ]
         tests = bound.max_warmup // bound.test_every
         if (
