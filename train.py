@@ -79,10 +79,9 @@ def main(cfg: DictConfig) -> float | None:
         if checkpoint and trainer.global_step <= resume_step:  # refused: the run stays as it was
             run_folder.write_settings(folder, *settings_before)
         raise
-    interrupted = trainer.interrupted or trainer.received_sigterm  # as fit has left it
     if data.verify_names and record.verified_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
-    if data.verify_names and not interrupted:  # the raw weights cost a whole verification more
+    if data.verify_names:
         record.verify_raw(trainer, module, data)
     results = record.write(trainer)
     if trainer.is_global_zero:

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerStatus
 from omegaconf import OmegaConf
 from PIL import Image
 from programs import SMALL, Ended, Run
@@ -145,22 +143,6 @@ def test_the_average_is_what_is_verified_saved_exported_and_started_from(run: Ru
     assert results_of(ended)["averaging"] is None
     assert "raw_accuracy" not in results_of(ended)["verification"]["synthetic"]
     assert "current_model_state" not in saved(ended)
-
-
-def test_an_interrupted_run_does_not_verify_the_raw_weights(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit = Trainer.fit
-
-    def interrupted(self: Trainer, *arguments: Any, **settings: Any) -> None:
-        fit(self, *arguments, **settings)
-        self.state.status = TrainerStatus.INTERRUPTED
-
-    monkeypatch.setattr(Trainer, "fit", interrupted)
-    ended = run(*SMALL, "averaging=power", "trainer.max_steps=2")
-    verified = results_of(ended)["verification"]["synthetic"]
-    assert verified["accuracy"] > 0 and "raw_accuracy" not in verified
-    assert not any(name.startswith("verify_raw") for name in rows(ended.folder)[0])
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(run: Run) -> None:
