@@ -251,20 +251,9 @@ class WeightAverage(Callback):
 
     def _compare(self, step: int, weights: dict[str, Tensor]) -> None:
         """The weights are those that were averaged."""
-        name = (
-            _difference(weights, self._average)
-            or next(
-                (
-                    k
-                    for k, w in weights.items()
-                    if isinstance(w, nn.Parameter) and w is not self._seen[k]
-                ),
-                "",
-            )
-            if self._average
-            else ""
-        )
-        if name:
+        seen = self._seen
+        others = (k for k, w in weights.items() if _is_parameter(w) and w is not seen[k])
+        if self._average and (name := _difference(weights, self._average) or next(others, "")):
             self._begin_anew(f"averaged weights must stay, got another {name} at step {step}")
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -385,9 +374,12 @@ def _difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> str:
 
 
 def _state(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Another one, once anyone writes to a parameter; buffers are others on another device."""
-    parameters = {key: w for key, w in weights.items() if isinstance(w, nn.Parameter)}
-    return {key: (id(w), w.shape, w._version) for key, w in parameters.items()}
+    """Another one, once anyone writes to a parameter."""
+    return {key: (id(w), w.shape, w._version) for key, w in weights.items() if _is_parameter(w)}
+
+
+def _is_parameter(weight: Tensor) -> bool:
+    return isinstance(weight, nn.Parameter)  # buffers are others once the device changes
 
 
 @torch.no_grad()
