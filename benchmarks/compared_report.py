@@ -128,6 +128,7 @@ def mean_curve(line: Line, figure: str) -> list[tuple[int, float]]:
 def draw_curves(lines: dict[str, Line], path: Path) -> None:
     """Accuracy and TAR over the images seen; runs planned for other lengths by their ends."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     curves = {name: line for name, line in lines.items() if not name.startswith(PLANNED)}
@@ -135,9 +136,9 @@ def draw_curves(lines: dict[str, Line], path: Path) -> None:
         for number, (name, line) in enumerate(curves.items()):
             images, values = zip(*mean_curve(line, which), strict=True)
             style = {"color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10 % 3]}
-            axis.plot([n / 1e6 for n in images], [100 * v for v in values], label=name, **style)
+            axis.plot([n / 1e3 for n in images], [100 * v for v in values], label=name, **style)
         planned = [
-            (line.rows[0]["points"][-1][0] / 1e6, Mean.of([100 * v for v in ends(line, which)]))
+            (line.rows[0]["points"][-1][0] / 1e3, Mean.of([100 * v for v in ends(line, which)]))
             for name, line in lines.items()
             if name.startswith(PLANNED) and " + " not in name
         ]
@@ -151,7 +152,9 @@ def draw_curves(lines: dict[str, Line], path: Path) -> None:
                 capsize=3,
                 label="runs of that length",
             )
-        axis.set(xlabel="images seen, millions", ylabel=f"{SHOWN[which]}, %", xscale="log")
+        axis.set(xlabel="images seen, thousands", ylabel=f"{SHOWN[which]}, %", xscale="log")
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
