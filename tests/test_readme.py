@@ -53,8 +53,8 @@ SMALL = {
     "data.verify_pairs=20 data.batch_size=8",
 }
 COMPARED = shlex.split(
-    "epochs=1 batch_size=8 seeds=1 jobs=1 rates=[0.1] only=[fastface,linear] "
-    "synthetic.identities=8 synthetic.images=3 synthetic.unseen=4"
+    "epochs=1 batch_size=8 seeds=1 jobs=1 rates=[0.1] only=[fastface,linear] rivals=[linear] "
+    "synthetic.identities=8 synthetic.images=3 synthetic.unseen=24"
 )
 LARGE = re.compile(r"model=r\d+|\+paper=")
 
@@ -102,10 +102,17 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 folder.mkdir(parents=True, exist_ok=True)
                 pixels = rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{person}_{number:04d}.jpg")
-    train, test = people[:12], people[12:]
+    # The comparison parts its test people, and takes at least ten pairs of each part.
+    more = [f"Stranger_{number}" for number in range(24)]
+    for person in more:
+        shutil.copytree(home / "LFW" / "images" / people[0], home / "LFW" / "images" / person)
+        for file in list((home / "LFW" / "images" / person).iterdir()):
+            file.rename(file.with_name(file.name.replace(people[0], person)))
+    train, test = people[:12], [*people[12:], *more]
     for file, names in {"peopleDevTrain.txt": train, "peopleDevTest.txt": test}.items():
         lines = [str(len(names)), *(f"{name}\t2" for name in names)]
         (home / "LFW" / file).write_text("\n".join(lines) + "\n")
+    test = people[12:]
     same = [f"{name}\t1\t2" for name in test]
     other = [f"{a}\t1\t{b}\t2" for a, b in zip(test, test[1:] + test[:1], strict=True)]
     (home / "LFW" / "pairsDevTest.txt").write_text("\n".join(["12", *same, *other]) + "\n")
