@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from fastface_lightning import WeightAverage
 from fastface_lightning.backbones import build_backbone, normalise
 from fastface_lightning.data import IdentityFolder, SyntheticFaces
 from fastface_lightning.training.build import build_module, build_trainer
@@ -237,11 +239,7 @@ def main() -> None:
             del programs
         facts |= trainer_overhead(make(100, ["model=tiny"]))
         for network in ("r18", "mbf"):
-            ways = {
-                way: make(CENTRES, [f"model={network}", *FAST, f"averaging={way}"])
-                for way in ("none", "power")
-            }
-            cost = averaging_overhead(ways, repeats=arguments.repeats)
+            cost = averaging_cost(make(100, [f"model={network}"]).module)
             facts |= {f"averaging_{network}_{name}": value for name, value in cost.items()}
     overhead = facts["trainer_ms_a_step"]
     shares = {
@@ -380,20 +378,19 @@ def trainer_overhead(program: Program, steps: int = 100, repeats: int = 7) -> di
     }
 
 
-def averaging_overhead(
-    ways: Mapping[str, Program], steps: int = 5, repeats: int = 3
-) -> dict[str, float]:
-    """What averaging the backbone's weights adds to a step, and what it holds in memory."""
-    batches = [ways["none"].batch()] * steps
-    taken = medians({way: partial(own.train, batches) for way, own in ways.items()}, repeats)
-    update = taken["power"] - taken["none"]
-    backbone = ways["none"].module.backbone
-    floats = (w for w in (*backbone.parameters(), *backbone.buffers()) if w.is_floating_point())
-    return {
-        "ms_a_step": 1000 * update / steps,
-        "percent_of_a_step": 100 * update / taken["none"],
-        "bytes": sum(w.nbytes for w in floats),
-    }
+def averaging_cost(module: LightningModule, updates: int = 20) -> dict[str, float]:
+    """Median milliseconds of an update of the backbone's average, and the megabytes it holds."""
+    backbone: Any = module.backbone
+    average, taken = WeightAverage(module="backbone"), []
+    trainer: Any = SimpleNamespace(global_step=0)
+    average.on_train_start(trainer, module)
+    for step in range(1, updates + 2):
+        trainer.global_step = step
+        start = time.perf_counter()
+        average.on_train_batch_end(trainer, module, None, None, 0)
+        taken.append(1000 * (time.perf_counter() - start))
+    held = sum(w.nbytes for w in (*backbone.parameters(), *backbone.buffers()))
+    return {"ms_an_update": statistics.median(taken[1:]), "megabytes": held / 1e6}
 
 
 if __name__ == "__main__":
