@@ -11,6 +11,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 
+class Killed(Exception):
+    """What :class:`RaiseAt` raises."""
+
+
+class RaiseAt(Callback):
+    """Ends ``fit`` in this process before the batch that follows an optimizer step."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
 class KillAt(Callback):
     """`kill -9` of every process of the run, before one of its batches."""
 

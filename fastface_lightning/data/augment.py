@@ -16,7 +16,7 @@ from torch import Tensor
 
 _SCALE = (0.2, 1.0)  # share of the area that a crop keeps
 _RATIO = (3 / 4, 4 / 3)  # its width by its height
-_TRIES = 10  # windows drawn until one fits: all miss once in a hundred million
+_TRIES = 10  # windows sampled until one fits: all miss once in a hundred million
 _SIDE = (0.2, 1.0)  # share of the side that a coarse image has
 _JITTER = 0.5  # factors lie in 1 -/+ this
 

@@ -226,7 +226,7 @@ class FaceData(FaceDataModule):
         held_out: share of the identities, in [0, 1), that is not trained on but verified on, as
             the set ``held_out``. Who that is depends on the number and order of the identities
             alone, so that runs with different seeds compare.
-        verify_pairs: number of pairs drawn from them, even.
+        verify_pairs: number of pairs sampled from them, even.
         min_images: identities with fewer images are not trained on.
         max_bad: images that may prove unreadable before the run stops.
         reindex: index the data anew, whatever their kept index says.

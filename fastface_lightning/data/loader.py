@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .datasets.base import FaceDataset, collate
 
-BLOCK = 2**16  # groups drawn at a time, where their first images are given
+BLOCK = 2**16  # groups sampled at a time, where their first images are given
 GROUPS = 0x67726F75  # no other seed of the project ends in this word, nor in a padding zero
 
 
@@ -73,18 +73,18 @@ class GroupSampler(EpochSampler):
     An epoch has as many groups as the data set has images, so that a loader of groups is as long
     as one of as many images a batch. Ranks share groups as they share images.
 
-    The images of a group are different ones as long as its identity has so many, and drawn from
+    The images of a group are different ones as long as its identity has so many, and sampled from
     all of its images beyond that: an identity's only image is served ``size`` times.
 
-    Groups are drawn a pass or :data:`BLOCK` at a time, each from a generator of its own, so that
+    Groups are sampled a pass or :data:`BLOCK` at a time, each from a generator of its own, so that
     no place in an epoch needs those before it.
 
     Args:
         dataset: what is sampled; only its labels matter, in any order.
         size: images of a group, at least 2.
         by: ``"identities"``: all identities in random order, in another one when they are through,
-            and so on; every image of a group is drawn. ``"images"``: all images in
-            :func:`epoch_permutation`, each the first of a group whose others are drawn.
+            and so on; every image of a group is sampled. ``"images"``: all images in
+            :func:`epoch_permutation`, each the first of a group whose others are sampled.
         seed, num_replicas, rank: see :class:`EpochSampler`.
 
     Attributes:

@@ -312,7 +312,7 @@ def synthetic_pairs(
     Args:
         num_pairs: number of pairs P, a multiple of 20, so that each of ten contiguous folds holds
             both kinds in equal numbers.
-        num_identities: number of people they are drawn from, at least 2.
+        num_identities: number of people they are sampled from, at least 2.
         images_per_identity: photographs of each, at least 2.
         seed: names the population and decides the draw, in [0, 2**32).
         first_identity: number of the first person; keep the people apart from the training set's.

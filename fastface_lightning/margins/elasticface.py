@@ -1,4 +1,4 @@
-"""ElasticFace draws a new margin for every sample, so that no one distance fits all identities."""
+"""ElasticFace samples a new margin for every image, so that no one distance fits all people."""
 
 import math
 from typing import Literal
@@ -10,7 +10,7 @@ from .base import Margin, angle
 
 
 class ElasticFace(Margin):
-    r"""ArcFace or CosFace with a margin drawn from a normal distribution.
+    r"""ArcFace or CosFace with a margin sampled from a normal distribution.
 
     .. math::
 
@@ -18,7 +18,7 @@ class ElasticFace(Margin):
             \cos_y - m_i & \text{cos} \end{cases}, \qquad
         m_i \sim \mathcal{N}(m, \text{std}^2)
 
-    where :math:`\theta_y = \arccos(\cos_y)` and :math:`m_i` is drawn for each sample at each
+    where :math:`\theta_y = \arccos(\cos_y)` and :math:`m_i` is sampled for each image at each
     training forward by torch's default generator, so ``torch.manual_seed`` repeats it. In eval it
     is m.
 

@@ -78,7 +78,7 @@ def schedule_figure(
     """Loss, response with its threshold, and learning rate, a panel each over the optimizer steps.
 
     Args:
-        loss: of training; over it is drawn the mean of a fiftieth of the run.
+        loss: of training; over it stands the mean of a fiftieth of the run.
         response: the detector's; None leaves the panel out.
         threshold: at the steps of the response, below which it counts as flat, on gray ground.
         lrs: learning rates by name, on a logarithmic axis; empty leaves the panel out.

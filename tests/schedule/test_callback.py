@@ -40,6 +40,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
+from watching import Killed, RaiseAt
 
 from fastface_lightning import MHLR, FastFace, FastFaceCallback, replay
 
@@ -514,19 +515,6 @@ def test_the_progress_bar_is_given_nothing_to_wait_for(
 # Checkpoints and resume --------------------------------------------------------------------------
 
 
-class Killed(Exception):
-    pass
-
-
-class KillAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise Killed
-
-
 class SaveEvery(ModelCheckpoint):
     """Keeps the checkpoint of every so many steps."""
 
@@ -572,7 +560,7 @@ def test_killed_and_resumed_run_has_the_rates_of_the_uninterrupted(
         resumed, rates = FastFaceCallback(schedule, read_every=read_every), LearningRates()
         start = last_checkpoint(tmp_path)
         with pytest.raises(Killed) if kill < STEPS else nullcontext():
-            fit(tmp_path, resumed, rates, KillAt(kill), SaveEvery(7, tmp_path), loader=loader,
+            fit(tmp_path, resumed, rates, RaiseAt(kill), SaveEvery(7, tmp_path), loader=loader,
                 ckpt_path=start, **settings)  # fmt: skip
         first = int(start.stem[5:]) if start else 0
         last = min(kill, STEPS - 1)
@@ -585,7 +573,9 @@ def test_checkpoint_at_an_exception_holds_the_losses_not_read_yet(tmp_path: Path
     fit(tmp_path, whole, max_steps=STEPS)
     resumed = FastFaceCallback(FASTFACE, read_every=32)
     with pytest.raises(Killed):
-        fit(tmp_path, resumed, KillAt(75), OnExceptionCheckpoint(tmp_path, "died"), max_steps=STEPS)
+        fit(
+            tmp_path, resumed, RaiseAt(75), OnExceptionCheckpoint(tmp_path, "died"), max_steps=STEPS
+        )
     fit(tmp_path, resumed, max_steps=STEPS, ckpt_path=tmp_path / "died.ckpt")
     assert resumed.state_dict() == whole.state_dict()
 

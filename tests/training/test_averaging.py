@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ranks import on_two_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from watching import Killed, RaiseAt
 
 from fastface_lightning import WeightAverage
 from fastface_lightning.classifiers import (
@@ -110,19 +111,6 @@ def fit(
     with pytest.raises(expects) if expects else nullcontext():
         trainer.fit(module, loader(), loader(1), ckpt_path=ckpt_path)
     return module, trainer
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise Killed
 
 
 def averaged(callback: WeightAverage, part: str = "backbone", make: Any = Net) -> dict[str, Tensor]:
@@ -556,7 +544,7 @@ def test_weights_that_are_not_finite_do_not_stay(tmp_path: Path) -> None:
 def test_no_checkpoint_holds_an_average_that_is_not_finite(tmp_path: Path) -> None:
     spoils, files = Spoils(), LastAndBest(tmp_path, every_n_steps=6)
     with pytest.warns(UserWarning, match="finite"):
-        fit(tmp_path, WeightAverage(window=0.9), spoils, files, KillAt(8), expects=Killed)
+        fit(tmp_path, WeightAverage(window=0.9), spoils, files, RaiseAt(8), expects=Killed)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert all(w.isfinite().all() for w in saved["state_dict"].values())
     assert "WeightAverage" not in saved["callbacks"]
@@ -691,7 +679,7 @@ def test_a_run_killed_anywhere_ends_as_one_that_was_not(
             resumed = last if last.exists() else None
             fit(
                 tmp_path,
-                KillAt(kill),
+                RaiseAt(kill),
                 callback,
                 files,
                 module=module,

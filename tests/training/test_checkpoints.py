@@ -8,21 +8,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
+from watching import Killed, RaiseAt
 
 from fastface_lightning.training.checkpoints import LastAndBest
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(Callback):
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
-        if trainer.global_step == self.step:
-            raise Killed
 
 
 class Batches(Callback):
@@ -60,7 +48,7 @@ def fit(
     """Three epochs of ten steps, from the last checkpoint where there is one."""
     last = folder / "last.ckpt"
     trainer = trainer_of(
-        *(LastAndBest(folder, every), KillAt(kill_at), batches or Batches()),
+        *(LastAndBest(folder, every), RaiseAt(kill_at), batches or Batches()),
         **{"accumulate_grad_batches": accumulate, "limit_val_batches": 0, **length},
     )
     loader = DataLoader(torch.randn(10 * accumulate, 32), batch_size=1)
