@@ -20,7 +20,7 @@ class PartialClassifier(ChunkedClassifier):
 
         S = \{y_1, \dots, y_N\} \cup R, \qquad |S| = \max(\lfloor r C \rfloor, \min(N, C))
 
-    with :math:`R` sampled from the other classes without repetition, all alike, by torch's generator
+    with :math:`R` sampled uniformly from the others without repetition, by torch's generator
     of the device. Only the rows :math:`S` of ``weight`` enter the loss, and its gradient is
     row-sparse: :class:`fastface_lightning.optim.SGD` updates these rows and leaves weights and
     momentum of all others as they are. (torch's SGD refuses a sparse gradient where a weight decay
