@@ -40,7 +40,7 @@ TUNING_SHARE = 1 / 3  # of the unseen people, by whom learning rates and windows
 MOST = 10  # images of an unseen person: of all pairs of LFW's, two people would make up half
 PAIRS = 6_000
 FIGURES = ("accuracy", "tar", "tar_1e-3")
-JUDGED, LOSSES = 6, 42  # points of a curve in E epochs
+JUDGED, LOSSES = 6, 7  # points of a curve in E epochs; of the loss, in one
 RAW = "raw"
 Row = dict[str, Any]
 
@@ -144,7 +144,8 @@ class Curves(Callback):
         averages: of the backbone, by name; they are kept and judged like the weights.
         other: a copy of the module, in which an average is judged.
         free: judges the mean weights of Schedule-Free in the place of the last ones.
-        steps: optimizer steps of E epochs, in which there are ``LOSSES`` and ``JUDGED`` points.
+        epochs: E, in which there are ``JUDGED`` points.
+        steps: optimizer steps of an epoch, in which there are ``LOSSES``.
         last: the run's own last step.
 
     Attributes:
@@ -159,12 +160,13 @@ class Curves(Callback):
         averages: dict[str, WeightAverage],
         other: Any,
         free: ScheduleFree | None,
+        epochs: int,
         steps: int,
         last: int,
     ) -> None:
         self.judges = Judge(faces.unseen), Judge(faces.tuning)
         self.averages, self.other, self.free = averages, other, free
-        self.steps, self.last = steps, last
+        self.epochs, self.steps, self.last = epochs, steps, last
         self.losses: list[Tensor] = []
         self.loss: list[tuple[int, float]] = []
         self.points: list[tuple[int, dict[str, dict[str, float]]]] = []
@@ -180,11 +182,11 @@ class Curves(Callback):
         self.losses.append(outputs["loss"])
         for average in self.averages.values():
             average.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._due(step, LOSSES):
+        if self._due(step, LOSSES, self.steps):
             mean = torch.stack(self.losses).mean().item()
             self.loss.append((step * len(batch[1]), round(mean, 4)))
             self.losses.clear()
-        if self._due(step, JUDGED) or step == self.last:
+        if self._due(step, JUDGED, self.epochs * self.steps) or step == self.last:
             with self.free.averaged(trainer, pl_module) if self.free else contextlib.nullcontext():
                 figures = {RAW: self._judge(pl_module)}
             for name, average in self.averages.items():
@@ -199,9 +201,9 @@ class Curves(Callback):
                 figures[prefix + name] = round(value, 5)
         return figures
 
-    def _due(self, step: int, points: int) -> bool:
-        """Whether the next of so many equal parts of E is through."""
-        return step * points // self.steps > (step - 1) * points // self.steps
+    def _due(self, step: int, points: int, steps: int) -> bool:
+        """Whether the next of so many equal parts of ``steps`` is through."""
+        return step * points // steps > (step - 1) * points // steps
 
 
 # ----------------------------------------------------------------------------------------- run
@@ -248,7 +250,7 @@ def train(
     )
     held = {name: WeightAverage(**{"module": "backbone"} | each) for name, each in averages.items()}
     other = copy.deepcopy(module)
-    curves = Curves(faces, held, other, free, len(loader) * epochs, last)
+    curves = Curves(faces, held, other, free, epochs, len(loader), last)
     watching: list[Any] = []
     if isinstance(built, Callback):
         watching = [built]

@@ -89,12 +89,12 @@ class LastAndBest(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.global_step:
             self._saved_step = trainer.global_step
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
 
     def _save_best(self, trainer: Trainer) -> None:
         if self._best_is_due:
             self._best_is_due = False
-            trainer.save_checkpoint(self.folder / "best.ckpt")
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
 
 
 class OneRun(Callback):

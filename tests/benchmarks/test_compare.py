@@ -273,7 +273,7 @@ def faces_of(people: int) -> made.Faces:
 def test_the_curve_of_the_loss_is_a_mean_over_its_steps() -> None:
     from types import SimpleNamespace
 
-    curves = made.Curves(faces_of(8), {}, None, None, steps=84, last=84)  # two steps a point
+    curves = made.Curves(faces_of(8), {}, None, None, epochs=6, steps=14, last=84)  # two a point
     curves.judges = ()
     for step in range(1, 14):
         images = torch.zeros(8, 1)
