@@ -77,7 +77,7 @@ def main(cfg: DictConfig) -> None:
         for way in ways
         for kind, (lr, weights) in chosen[way].items()
     }
-    report(lines, list(cfg.rivals), folder)
+    report(lines, list(cfg.rivals), list(cfg.drawn), folder)
 
 
 def check(cfg: DictConfig) -> list[str]:

@@ -50,8 +50,9 @@ class Mean(NamedTuple):
         return f"{100 * self.value:.1f}{reach}"
 
 
-def report(lines: dict[str, Line], rivals: list[str], folder: Path) -> None:
-    """Print what the runs show, keep it as ``summary.json``, draw ``curves.png``, ``ends.png``."""
+def report(lines: dict[str, Line], rivals: list[str], drawn: list[str], folder: Path) -> None:
+    """Print what the runs show, keep it as ``summary.json``, draw ``curves.png`` of some lines and
+    ``ends.png``."""
     table = Table(title="People not trained on, mean over seeds and 95 % interval (%)")
     summary = sorted(
         (summary_of(name, lines, rivals) for name in lines), key=lambda line: -line["tar"].value
@@ -62,7 +63,7 @@ def report(lines: dict[str, Line], rivals: list[str], folder: Path) -> None:
         table.add_row(*(v.percent() if isinstance(v, Mean) else str(v) for v in line.values()))
     Console(width=200).print(table)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    draw_curves(lines, folder / "curves.png")
+    draw_curves(lines, drawn, folder / "curves.png")
     draw_ends(lines, folder / "ends.png")
 
 
@@ -125,18 +126,19 @@ def mean_curve(line: Line, figure: str) -> list[tuple[int, float]]:
     ]
 
 
-def draw_curves(lines: dict[str, Line], path: Path) -> None:
-    """Accuracy and TAR over the images seen; runs planned for other lengths by their ends."""
+def draw_curves(lines: dict[str, Line], drawn: list[str], path: Path) -> None:
+    """Accuracy and TAR of some lines over the images seen, from an eighth of the longest run on;
+    runs planned for other lengths by their ends."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(13, 5), layout="constrained")
-    curves = {name: line for name, line in lines.items() if not name.startswith(PLANNED)}
+    curves = {name: lines[name] for name in drawn if name in lines}
+    most = max(line.rows[0]["points"][-1][0] for line in curves.values()) if curves else 0
     for axis, which in zip(figure.subplots(1, 2), ("tar", "accuracy"), strict=True):
-        for number, (name, line) in enumerate(curves.items()):
-            images, values = zip(*mean_curve(line, which), strict=True)
-            style = {"color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10 % 3]}
-            axis.plot([n / 1e3 for n in images], [100 * v for v in values], label=name, **style)
+        for name, line in curves.items():
+            curve = [(n / 1e3, 100 * v) for n, v in mean_curve(line, which) if 8 * n >= most]
+            axis.plot(*zip(*curve, strict=True), label=name)
         planned = [
             (line.rows[0]["points"][-1][0] / 1e3, Mean.of([100 * v for v in ends(line, which)]))
             for name, line in lines.items()
