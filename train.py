@@ -69,6 +69,12 @@ def main(cfg: DictConfig) -> float | None:
             plot_faces(folder / "samples.png", *sample_of(data.train_set), ARCFACE_POINTS)
 
     if not data.verify_names:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if str(getattr(callback, "monitor", "")).startswith("verify/"):
+                raise ValueError(
+                    f"{type(callback).__name__} watches {callback.monitor} and needs people to "
+                    f"verify on, data.held_out or data.verify, got none"
+                )
         log.info("this data has no verification pairs: the run is not verified")
     elif checkpoint is None:
         log.info("verifying the untrained network")

@@ -76,6 +76,21 @@ def test_verifies_every_so_many_steps_and_keeps_the_best(run: Run, tmp_path: Pat
     assert mean == pytest.approx(best["accuracy"])
 
 
+def test_early_stop_ends_once_nobody_is_recognised_better(run: Run, faces: Path) -> None:
+    """After ``patience`` verifications; where there are none the run is refused beforehand."""
+    stop = ["callbacks=early_stop", "schedule=constant", "averaging=power"]
+    ended = run(
+        *SMALL,
+        *stop,
+        *("callbacks.early_stop.patience=2", "trainer.max_epochs=9", "optimizer.lr=1e-12"),
+    )
+    results = results_of(ended)
+    assert results["steps"] == results["best"]["step"] + 2 * 4 < 9 * 4  # four steps an epoch
+    folder = ["data=folder", f"data.root={faces}", "data.held_out=0", "data.num_workers=0"]
+    refused = run(*folder, *stop, "data.batch_size=4", "model=tiny", folder="refused")
+    assert refused.code == 2 and "verify/accuracy" in refused.err
+
+
 def test_resume_goes_on_with_its_settings_its_metrics_and_its_schedule(run: Run) -> None:
     """`hydra.run.dir=RUN resume=auto` alone; what it adds goes over that. Rows before the
     checkpoint stay, and steps, images and time add up."""
