@@ -52,7 +52,7 @@ class WeightAverage(Callback):
     update. So it does where another parameter has taken the place of one.
 
     Args:
-        window: a float below 1 is q, an int w; None for 0.1.
+        window: a float below 1 is q, an int w; None for 0.05.
         decay: of an EMA, in (0, 1), in the place of ``window``: w = 1 / (1 - decay).
         module: what to average, a name that ``get_submodule`` takes; None for the whole.
         every_n_steps: the average is updated after the first step, at the steps that this divides,
@@ -89,7 +89,7 @@ class WeightAverage(Callback):
         for name, steps in (("window", window), ("every_n_steps", every_n_steps)):
             if steps is not None and not (name == "window" and isinstance(window, float)):
                 check_count(name, steps, 1, " step")
-        self.window = 0.1 if window is None and decay is None else window
+        self.window = 0.05 if window is None and decay is None else window
         self.decay, self.module, self.every_n_steps = decay, module, every_n_steps or 1
         # A share of the run below 1, else steps.
         self._window: float = self.window or 1 / (1 - (decay or 0))

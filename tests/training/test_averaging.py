@@ -155,7 +155,7 @@ def assert_is(average: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # The equation ------------------------------------------------------------------------------------
 
 RULES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
-    "default": ({}, lambda n: 0.1 * n),
+    "default": ({}, lambda n: 0.05 * n),
     "share": ({"window": 0.4}, lambda n: 0.4 * n),
     "steps": ({"window": 5}, lambda n: 5),
     "decay": ({"decay": 0.9}, lambda n: 10),
@@ -718,7 +718,7 @@ def test_changed_settings_at_a_resume(tmp_path: Path) -> None:
     ("before", "after"),
     [
         ({"decay": 0.9}, {"window": 10}),
-        ({"window": 0.1}, {"module": ""}),
+        ({"window": 0.05}, {"module": ""}),
         ({}, {"every_n_steps": 1}),
     ],
 )
