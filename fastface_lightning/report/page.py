@@ -137,8 +137,9 @@ def title_of(config: dict[str, Any], overrides: list[str]) -> str:
     for group in ("model", "data", "schedule"):
         settings = config.get(group)
         settings = settings if isinstance(settings, dict) else {}
+        name = settings.get("name") or settings.get("scheduler")  # torch's class
         class_name = str(settings.get("_target_", "")).rpartition(".")[2]
-        parts.append(str(chosen.get(group) or settings.get("name") or class_name))
+        parts.append(str(chosen.get(group) or name or class_name))
     return "{} on {}, schedule {}".format(*parts) if all(parts) else ""
 
 

@@ -144,6 +144,16 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_fixed_schedule_has_torchs_name_and_no_response(run: Path) -> None:
+    fixed = "schedule: {_target_: any.FixedSchedule, scheduler: ConstantLR}\n"
+    (run / "config.yaml").write_text("model: {name: mbf}\ndata: {name: ms1mv3}\n" + fixed)
+    shown = [{k: v for k, v in row.items() if "fastface" not in k} for row in rows()]
+    write_metrics(run, shown)
+    page = write_report(run)
+    assert Page(page).of("h1") == ["mbf on ms1mv3, schedule ConstantLR"]
+    assert "response" not in page.read_text()
+
+
 def test_a_whole_run_has_every_part(run: Path) -> None:
     file = write_report(run)
     page = Page(file)
