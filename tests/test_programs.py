@@ -52,7 +52,10 @@ def test_help_is_for_people(run: Run) -> None:
     [
         (["schedule=nonsense"], "schedule/nonsense"),  # of Hydra
         (["optimizer.lr=abc"], "optimizer.lr must be a number, got 'abc'"),  # of the program
-        (["schedule.ema_window=0"], "ema_window must be at least 1 step, got 0"),  # of a part
+        (
+            ["schedule=fastface", "schedule.ema_window=0"],
+            "ema_window must be at least 1 step, got 0",
+        ),  # of a part
         (["data.batch_size=33"], "batch_size 33 is larger than the 32 training images"),
         (["plan=0"], "plan must be true or a GPU's memory in GiB, got 0"),
     ],

@@ -407,7 +407,7 @@ def test_it_is_judged_in_place_and_training_goes_on_without_it(tmp_path: Path) -
 
 @pytest.mark.parametrize("where", ["fit", "validate"])
 def test_an_exception_leaves_the_raw_weights(tmp_path: Path, where: str) -> None:
-    module, trainer = fit(tmp_path, WeightAverage(), max_epochs=1)
+    module, trainer = fit(tmp_path, WeightAverage(0.5), max_epochs=1)
     module.fails = True
     trainer.fit_loop.max_epochs = 2
     go = (
@@ -583,7 +583,7 @@ def test_a_run_that_is_stopped_early_is_not_brought_up_to_date(tmp_path: Path) -
 def test_an_average_that_is_the_newest_weights_is_said_to_be(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, every: int, told: bool
 ) -> None:
-    module, _ = fit(tmp_path, callback := WeightAverage(every_n_steps=every))
+    module, _ = fit(tmp_path, callback := WeightAverage(0.1, every_n_steps=every))
     assert told == any("newest weights" in str(each.message) for each in recwarn)
     assert told == same(averaged(callback), module.raw[2 * BATCHES], floats=True)
 
