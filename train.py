@@ -59,6 +59,12 @@ def main(cfg: DictConfig) -> float | None:
     resume_step = run_folder.check_checkpoint(checkpoint, module) if checkpoint else 0
     data.train_dataloader()  # refuses a batch that is too large before anything slow
     trainer = build_trainer(cfg, folder, schedule, record, resume_step)
+    for callback in () if data.verify_names else trainer.callbacks:  # type: ignore[attr-defined]
+        if str(getattr(callback, "monitor", "")).startswith("verify/"):
+            raise ValueError(
+                f"{type(callback).__name__} watches {callback.monitor} and needs people to verify "
+                f"on, data.held_out or data.verify, got none"
+            )
 
     settings_before = run_folder.read_settings(folder)
     settings = OmegaConf.to_yaml(cfg, resolve=True), OmegaConf.to_yaml(overrides)
@@ -69,12 +75,6 @@ def main(cfg: DictConfig) -> float | None:
             plot_faces(folder / "samples.png", *sample_of(data.train_set), ARCFACE_POINTS)
 
     if not data.verify_names:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if str(getattr(callback, "monitor", "")).startswith("verify/"):
-                raise ValueError(
-                    f"{type(callback).__name__} watches {callback.monitor} and needs people to "
-                    f"verify on, data.held_out or data.verify, got none"
-                )
         log.info("this data has no verification pairs: the run is not verified")
     elif checkpoint is None:
         log.info("verifying the untrained network")

@@ -77,7 +77,7 @@ def main(cfg: DictConfig) -> None:
         for way in ways
         for kind, (lr, weights) in chosen[way].items()
     }
-    report(lines, list(cfg.rivals), list(cfg.drawn), folder)
+    report(lines, list(cfg.rivals), list(cfg.plotted), folder)
 
 
 def check(cfg: DictConfig) -> list[str]:
@@ -92,6 +92,9 @@ def check(cfg: DictConfig) -> list[str]:
     ways = list(cfg.ways) if cfg.only is None else cfg.only
     if isinstance(ways, str) or not ways or not set(ways) <= set(cfg.ways):
         raise ValueError(f"only must be a list of some of {', '.join(cfg.ways)}, got {ways}")
+    plotted = {str(line).partition(" + ")[0] for line in cfg.plotted}
+    if not plotted <= set(cfg.ways):
+        raise ValueError(f"plotted must be of {', '.join(cfg.ways)}, got {plotted}")
     rivals = {str(rival).partition(" + ")[0] for rival in cfg.rivals}
     if not rivals <= set(ways):
         raise ValueError(

@@ -50,7 +50,7 @@ class Mean(NamedTuple):
         return f"{100 * self.value:.1f}{reach}"
 
 
-def report(lines: dict[str, Line], rivals: list[str], drawn: list[str], folder: Path) -> None:
+def report(lines: dict[str, Line], rivals: list[str], plotted: list[str], folder: Path) -> None:
     """Print what the runs show, keep it as ``summary.json``, draw ``curves.png`` of some lines and
     ``ends.png``."""
     table = Table(title="People not trained on, mean over seeds and 95 % interval (%)")
@@ -63,7 +63,7 @@ def report(lines: dict[str, Line], rivals: list[str], drawn: list[str], folder: 
         table.add_row(*(v.percent() if isinstance(v, Mean) else str(v) for v in line.values()))
     Console(width=200).print(table)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    draw_curves(lines, drawn, folder / "curves.png")
+    draw_curves(lines, plotted, folder / "curves.png")
     draw_ends(lines, folder / "ends.png")
 
 
@@ -126,14 +126,14 @@ def mean_curve(line: Line, figure: str) -> list[tuple[int, float]]:
     ]
 
 
-def draw_curves(lines: dict[str, Line], drawn: list[str], path: Path) -> None:
+def draw_curves(lines: dict[str, Line], plotted: list[str], path: Path) -> None:
     """Accuracy and TAR of some lines over the images seen, from an eighth of the longest run on;
     runs planned for other lengths by their ends."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(13, 5), layout="constrained")
-    curves = {name: lines[name] for name in drawn if name in lines}
+    curves = {name: lines[name] for name in plotted if name in lines}
     most = max(line.rows[0]["points"][-1][0] for line in curves.values()) if curves else 0
     for axis, which in zip(figure.subplots(1, 2), ("tar", "accuracy"), strict=True):
         for name, line in curves.items():

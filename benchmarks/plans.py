@@ -70,7 +70,7 @@ def memory_table() -> str:
     ]
     for model in ("r50", "r100"):
         for data in ("ms1mv3", "webface12m", "webface42m"):
-            plan, _ = planned(f"model={model}", f"data={data}")
+            plan, _ = planned(f"model={model}", f"data={data}", "averaging=none")
             heads = [plan["heads"][name] for name in ("full", "chunked", "partial")]
             peaks = [f"{h['peak'] / GIB:.2f}" + ("" if h["fits"] else " (no)") for h in heads]
             cells = [

@@ -37,6 +37,7 @@ FASTFACE = {  # identities and images, margin: the rows of arXiv 2404.11118
 def test_every_recipe_opens_with_its_command() -> None:
     assert {*FASTFACE, *MHLR, *BASELINES, *F2C, "attfc_ms1mv3"} == set(PAPERS)
     for paper in PAPERS:
+        assert composed(f"+paper={paper}").averaging == {}
         text = (RECIPES / "paper" / f"{paper}.yaml").read_text()
         assert f"\n#   python train.py +paper={paper} data.root=DIR\n" in text
 

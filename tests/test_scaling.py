@@ -178,6 +178,7 @@ PROGRAM = [
     *("model=timm", "model.name=test_convnext", "model.embedding_size=16"),
     "model.freeze=[neck.bn,neck.features]",  # its batch norms: statistics are of a rank's images
     *("trainer.max_epochs=2", "verify.every_n_epochs=2", "trainer.log_every_n_steps=1"),
+    *("schedule=fastface", "averaging=none"),
     "schedule.max_decays=8",  # so short a run has none of its own
 ]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=8"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -95,6 +95,17 @@ class LastAndBest(Checkpoint):
         if self._best_is_due:
             self._best_is_due = False
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
+
+
+class EarlyStop(EarlyStopping):
+    """Lightning's EarlyStopping; a resume may have another patience, and does not train a run on
+    that has been ended."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop |= self.wait_count >= self.patience
 
 
 class OneRun(Callback):

@@ -293,7 +293,7 @@ class FaceModule(LightningModule):
             written, have = (", ".join(names) or "no torch scheduler" for names in (saved, now))
             raise MisconfigurationException(
                 f"the checkpoint must come from the same schedule, got one written with "
-                f"{written} for a run with {have}"
+                f"{written} for a run with {have}: resume with schedule=NAME as it was"
             )
 
     def on_train_start(self) -> None:

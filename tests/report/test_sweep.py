@@ -123,7 +123,14 @@ def test_the_recipe_goes_with_a_paper() -> None:
 def test_a_sweep_of_runs_goes_on_past_a_bad_one(run: Run, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     ended = run(
-        *("-m", "+sweep=ema_haar", f"{EMA}=0,5", f"{HAAR}=5,10", f"hydra.sweep.dir={sweep}"),
+        *(
+            "-m",
+            "schedule=fastface",
+            "+sweep=ema_haar",
+            f"{EMA}=0,5",
+            f"{HAAR}=5,10",
+            f"hydra.sweep.dir={sweep}",
+        ),
         *("data.num_identities=8", "data.images_per_identity=4", "data.verify_identities=6"),
         *("data.verify_pairs=20", "data.batch_size=8", "trainer.enable_progress_bar=false"),
         *("trainer.max_steps=4", "schedule.patience=1", "schedule.arm_after=0"),
