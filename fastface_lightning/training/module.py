@@ -192,6 +192,10 @@ class FaceModule(LightningModule):
         if self.scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
+        if self.trainer.ckpt_path:
+            # Counting has made the loader, which Lightning then does not put where a checkpoint
+            # stopped: an epoch would begin anew, counted from its middle. So it is made again.
+            self.trainer.fit_loop._combined_loader = None
         if not 0 < steps < float("inf"):
             raise MisconfigurationException(
                 "a torch schedule needs a run of max_steps or max_epochs, got one without an end"

@@ -30,6 +30,8 @@ CASES = {
     "margin=curricularface trainer=ddp trainer.accelerator=cpu trainer.devices=2 "
     "trainer.accumulate_grad_batches=4",
     "by steps": "trainer.max_epochs=-1 trainer.max_steps=15",
+    "watching the loss": "schedule=fastface averaging=none",
+    "a fixed schedule": "schedule=cosine data.num_workers=2",
     "averaged": "averaging=ema averaging.decay=0.8 averaging.every_n_steps=3",
 }
 
