@@ -59,8 +59,8 @@ def main(cfg: DictConfig) -> float | None:
     resume_step = run_folder.check_checkpoint(checkpoint, module) if checkpoint else 0
     data.train_dataloader()  # refuses a batch that is too large before anything slow
     trainer = build_trainer(cfg, folder, schedule, record, resume_step)
-    for callback in () if data.verify_names else trainer.callbacks:  # type: ignore[attr-defined]
-        if str(getattr(callback, "monitor", "")).startswith("verify/"):
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if str(getattr(callback, "monitor", "")).startswith("verify/") and not data.verify_names:
             raise ValueError(
                 f"{type(callback).__name__} watches {callback.monitor} and needs people to verify "
                 f"on, data.held_out or data.verify, got none"

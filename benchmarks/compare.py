@@ -92,14 +92,11 @@ def check(cfg: DictConfig) -> list[str]:
     ways = list(cfg.ways) if cfg.only is None else cfg.only
     if isinstance(ways, str) or not ways or not set(ways) <= set(cfg.ways):
         raise ValueError(f"only must be a list of some of {', '.join(cfg.ways)}, got {ways}")
-    plotted = {str(line).partition(" + ")[0] for line in cfg.plotted}
-    if not plotted <= set(cfg.ways):
-        raise ValueError(f"plotted must be of {', '.join(cfg.ways)}, got {plotted}")
-    rivals = {str(rival).partition(" + ")[0] for rival in cfg.rivals}
-    if not rivals <= set(ways):
-        raise ValueError(
-            f"rivals must be of the ways that are run, {', '.join(ways)}, got {rivals}"
-        )
+    kinds = ["", *(f" + {kind_of(name)}" for name in cfg.averages)]
+    for key, of in (("plotted", cfg.ways), ("rivals", ways)):
+        names = {way + kind for way, kind in product(of, kinds)}
+        if not set(cfg[key]) <= names:
+            raise ValueError(f"{key} must be of {', '.join(sorted(names))}, got {cfg[key]}")
     for key in ("rates_of", "times", "tuned_as"):
         names = set(cfg[key])
         names |= set(cfg.tuned_as.values()) if key == "tuned_as" else set()

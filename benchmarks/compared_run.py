@@ -27,7 +27,7 @@ from fastface_lightning.classifiers import FullClassifier
 from fastface_lightning.data import EpochSampler, FaceLoader, IdentityFolder, SyntheticFaces
 from fastface_lightning.data.datamodule import is_held_out, read_people
 from fastface_lightning.data.datasets.in_memory import InMemoryDataset, downsampled
-from fastface_lightning.data.pairs import draw_pairs
+from fastface_lightning.data.pairs import sample_pairs
 from fastface_lightning.evaluation import tar_at_far, verification_accuracy
 from fastface_lightning.margins import CosFace
 from fastface_lightning.optim import SGD
@@ -112,7 +112,7 @@ class Judge:
         labels = torch.from_numpy(faces.labels).long()
         i, j = torch.triu_indices(len(labels), len(labels), 1)
         self.cells, self.same = i * len(labels) + j, labels[i] == labels[j]
-        self.pairs = torch.from_numpy(draw_pairs(faces.labels, PAIRS))
+        self.pairs = torch.from_numpy(sample_pairs(faces.labels, PAIRS))
         self.pair_same = labels[self.pairs[:, 0]] == labels[self.pairs[:, 1]]
 
     @torch.no_grad()

@@ -94,8 +94,8 @@ def crop_some(images: Tensor, p: float) -> Tensor:
     where it is and as large as it is, so the face keeps its alignment; nothing is resized.
     """
     height, width = images.shape[2:]
-    draws = torch.rand(3 + 2 * _TRIES, len(images), device=images.device)
-    chosen, (y, x), (scale, aspect) = draws[0] < p, draws[1:3], draws[3:].view(2, _TRIES, -1)
+    sampled = torch.rand(3 + 2 * _TRIES, len(images), device=images.device)
+    chosen, (y, x), (scale, aspect) = sampled[0] < p, sampled[1:3], sampled[3:].view(2, _TRIES, -1)
     area = height * width * _between(_SCALE, scale)
     ratio = _between((math.log(_RATIO[0]), math.log(_RATIO[1])), aspect).exp()
     tall, wide = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
@@ -113,7 +113,7 @@ def coarsen_some(images: Tensor, p: float) -> Tensor:
     """Make each image (N, 3, H, W) uint8 small and large again, with probability p.
 
     The small side is int(ratio x side), at least 1, the ratio uniform in (0.2, 1). Each way has
-    one of OpenCV's five interpolations, as AdaFace draws them, with equal odds; see
+    one of OpenCV's five interpolations, as AdaFace samples them, with equal odds; see
     :func:`resizing_matrix`. Shrinking is thus antialiased by the area rule alone. The small image
     is not rounded to bytes between.
 
@@ -137,9 +137,9 @@ def recolor_some(images: Tensor, p: float) -> Tensor:
     own grey for saturation, with grey = 0.299 R + 0.587 G + 0.114 B. Their order is random; the
     hue stays. Values are rounded once, at the end.
     """
-    draws = torch.rand(7, len(images), 1, 1, 1, device=images.device)
-    chosen, order = draws[0] < p, draws[1:4].argsort(0)
-    factors = torch.where(chosen, _between((1 - _JITTER, 1 + _JITTER), draws[4:]), 1)
+    sampled = torch.rand(7, len(images), 1, 1, 1, device=images.device)
+    chosen, order = sampled[0] < p, sampled[1:4].argsort(0)
+    factors = torch.where(chosen, _between((1 - _JITTER, 1 + _JITTER), sampled[4:]), 1)
     pixels = images.float()
     for kind, f in zip(order, factors, strict=True):
         red, green, blue = pixels.split(1, dim=1)
@@ -150,8 +150,8 @@ def recolor_some(images: Tensor, p: float) -> Tensor:
     return _to_bytes(pixels, images)
 
 
-def _between(bounds: tuple[float, float], draws: Tensor) -> Tensor:
-    return bounds[0] + (bounds[1] - bounds[0]) * draws
+def _between(bounds: tuple[float, float], sampled: Tensor) -> Tensor:
+    return bounds[0] + (bounds[1] - bounds[0]) * sampled
 
 
 def _interval(start: Tensor, length: Tensor, size: int) -> Tensor:

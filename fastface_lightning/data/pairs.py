@@ -256,7 +256,7 @@ def held_out_pairs(dataset: FaceDataset, num_pairs: int, seed: int = 0) -> Verif
     Args:
         dataset: people that are not trained on.
         num_pairs: even, at least 2.
-        seed: at least 0; decides the draw.
+        seed: at least 0; decides the sample.
 
     Raises:
         ValueError: ``num_pairs`` is odd or below 2, nobody has two images, there is but one
@@ -267,12 +267,12 @@ def held_out_pairs(dataset: FaceDataset, num_pairs: int, seed: int = 0) -> Verif
         raise ValueError(f"pairs of one person need two images of someone in {dataset}")
     if (counts > 0).sum() < 2:
         raise ValueError(f"pairs of two people need two people in {dataset}, got 1")
-    pairs = draw_pairs(dataset.labels, num_pairs, seed)
+    pairs = sample_pairs(dataset.labels, num_pairs, seed)
     return _read_alternating(dataset, pairs[0::2], pairs[1::2])
 
 
-def draw_pairs(labels: NDArray[np.integer], num_pairs: int, seed: int = 0) -> NDArray[np.int64]:
-    """The draw of :func:`held_out_pairs`, as image indices.
+def sample_pairs(labels: NDArray[np.integer], num_pairs: int, seed: int = 0) -> NDArray[np.int64]:
+    """The sample of :func:`held_out_pairs`, as image indices.
 
     Args:
         labels: (N,) who each image shows; somebody has two images, and there are two people.
@@ -292,9 +292,9 @@ def draw_pairs(labels: NDArray[np.integer], num_pairs: int, seed: int = 0) -> ND
     num_different = int((counts.sum() ** 2 - (counts**2).sum()) // 2)
     wanted = min(num_pairs // 2, num_same, num_different)
     rng = np.random.default_rng(seed)
-    same = _draw_same(counts, wanted, rng)
-    different = _draw_different(counts, wanted, rng)
-    by_person = labels.argsort(kind="stable")  # the draw counts person by person
+    same = _sample_same(counts, wanted, rng)
+    different = _sample_different(counts, wanted, rng)
+    by_person = labels.argsort(kind="stable")  # the sample counts person by person
     return by_person[np.stack([same, different], axis=1).reshape(-1, 2)]
 
 
@@ -314,7 +314,7 @@ def synthetic_pairs(
             both kinds in equal numbers.
         num_identities: number of people they are sampled from, at least 2.
         images_per_identity: photographs of each, at least 2.
-        seed: names the population and decides the draw, in [0, 2**32).
+        seed: names the population and decides the sample, in [0, 2**32).
         first_identity: number of the first person; keep the people apart from the training set's.
 
     Raises:
@@ -346,7 +346,7 @@ def _unordered_pair(number: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([number - j * (j - 1) // 2, j], axis=1)
 
 
-def _draw_same(
+def _sample_same(
     counts: NDArray[np.int64], wanted: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """(wanted, 2) distinct image indices i < j of one person each, spread over the people."""
@@ -355,16 +355,16 @@ def _draw_same(
     while np.minimum(available, each).sum() < wanted:
         each += 1
     starts = counts.cumsum() - counts
-    drawn = []
+    sampled = []
     for person in np.flatnonzero(available):
         number = rng.choice(available[person], min(each, available[person]), replace=False)
-        drawn.append(starts[person] + _unordered_pair(number))
-    whole = np.concatenate([pairs[: each - 1] for pairs in drawn])
-    last = rng.permutation(np.concatenate([pairs[each - 1 :] for pairs in drawn]))
+        sampled.append(starts[person] + _unordered_pair(number))
+    whole = np.concatenate([pairs[: each - 1] for pairs in sampled])
+    last = rng.permutation(np.concatenate([pairs[each - 1 :] for pairs in sampled]))
     return rng.permutation(np.concatenate([whole, last[: wanted - len(whole)]]))
 
 
-def _draw_different(
+def _sample_different(
     counts: NDArray[np.int64], wanted: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """(wanted, 2) distinct image indices i < j of two people each, uniform."""
@@ -376,8 +376,8 @@ def _draw_different(
         i = starts[person] + rng.integers(counts[person])
         j = rng.integers(total - counts[person])
         j += counts[person] * (j >= starts[person])  # skip the person's own images
-        drawn = np.sort(np.stack([i, j], axis=1), axis=1)
-        pairs = np.unique(np.concatenate([pairs, drawn]), axis=0)
+        sampled = np.sort(np.stack([i, j], axis=1), axis=1)
+        pairs = np.unique(np.concatenate([pairs, sampled]), axis=0)
     return rng.permutation(pairs)[:wanted]
 
 

@@ -73,7 +73,7 @@ class AutoWU(Schedule):
     release.
 
     Adapted: the release fits five random subsets of the losses, here it is the means of at most
-    128 bins, without a random draw; it tests once an epoch, so never thrice within half of six
+    128 bins, without a random choice; it tests once an epoch, so never thrice within half of six
     epochs; it asks for :math:`P(f_i < f_n)` alone, and a loss that rises first is then trained at
     :math:`s_0` to the end. And no loss counts as further above the highest of the first half than
     the lowest is below it, so that an explosion leaves the fall in sight.

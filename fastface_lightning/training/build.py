@@ -42,7 +42,7 @@ def build_classifier(
 def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceModule:
     """The network, its classifier and its optimizer; the data, set up, comes in the classifier's
     batches. A FixedSchedule, of what ``cfg.schedule`` may make, comes with the optimizer."""
-    backbone = instantiate(cfg.model)  # first: the random draws of a run have their order
+    backbone = instantiate(cfg.model)  # first: the random numbers of a run have their order
     classifier = build_classifier(cfg, data.num_classes)
     module = FaceModule(
         backbone,

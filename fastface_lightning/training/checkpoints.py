@@ -1,4 +1,4 @@
-"""A run keeps its last weights and its best, so that it can go on exactly where it stopped."""
+"""A run keeps its last weights and its best, goes on exactly where it stopped, may end early."""
 
 from __future__ import annotations
 

@@ -192,10 +192,6 @@ class FaceModule(LightningModule):
         if self.scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
-        if self.trainer.ckpt_path:
-            # Counting has made the loader, which Lightning then does not put where a checkpoint
-            # stopped: an epoch would begin anew, counted from its middle. So it is made again.
-            self.trainer.fit_loop._combined_loader = None
         if not 0 < steps < float("inf"):
             raise MisconfigurationException(
                 "a torch schedule needs a run of max_steps or max_epochs, got one without an end"
@@ -291,6 +287,10 @@ class FaceModule(LightningModule):
 
     def on_fit_start(self) -> None:
         self._followed_step = None
+        if self.trainer.ckpt_path:
+            # Who has counted the steps has made the loader, which Lightning then does not put where
+            # the checkpoint stopped: the epoch would begin anew. So it is made again.
+            self.trainer.fit_loop._combined_loader = None
         # Lightning would fill one scheduler with another's state, or with none, and say nothing.
         saved, now = self._resumed_from, self._scheduler_names()
         if saved is not None and saved != now:

@@ -1,6 +1,6 @@
-"""Every random draw of a training step is a pure function of (seed, epoch, batch, rank).
+"""Every random choice of a training step is a pure function of (seed, epoch, batch, rank).
 
-So a resumed run mirrors the images, samples the classes and draws the margins that the
+So a resumed run mirrors the images, samples the classes and the margins that the
 uninterrupted run would have, without a generator's state in its checkpoint, whatever the ranks.
 """
 

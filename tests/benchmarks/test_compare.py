@@ -237,7 +237,7 @@ def test_rivals_of_other_packages_train(tmp_path: Path) -> None:
         *("epochs=many", "seeds=1.5", "jobs=0", "synthetic.unseen=1"),
         *("only=[linear,mine]", "only=linear", "only=[]", "times.baseline=1.02"),
         *("rates=0.1", "rates=[]", "rates=[true]", "rates_of.baseline=[0]"),
-        "rivals=[mine]",
+        *("rivals=[mine]", "rivals=[linear + best]", "plotted=[linear + best]"),
         *("+times.mine=2", "+rates_of.mine=[0.1]", "tuned_as.constant_long=mine"),
     ],
 )

@@ -100,7 +100,7 @@ class Plain:
 
 
 def make_batch(generator: torch.Generator, batch_size: int = 6, identities: int = 60) -> Batch:
-    """Different identities with two images each, and as many images drawn at random and one."""
+    """Different identities with two images each, and as many images sampled at random and one."""
     images = torch.randn(identities, 4, PIXELS, dtype=torch.float64, generator=generator)
     ids = torch.randperm(identities, generator=generator)[:batch_size]
     if batch_size > 7:

@@ -100,4 +100,4 @@ def test_only_sampled_rows_move_and_decay() -> None:
         torch.testing.assert_close(partial.weight.detach(), weight)
     held = optimizer.state[partial.weight]["momentum_buffer"]
     torch.testing.assert_close(held, momentum)
-    assert not held.all(1).all()  # some class was never drawn: neither its row nor its momentum
+    assert not held.all(1).all()  # some class was never sampled: neither its row nor its momentum

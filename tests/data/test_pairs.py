@@ -1,4 +1,4 @@
-"""Pairs files are read as they are written, and drawn pairs are what they say they are."""
+"""Pairs files are read as they are written, and sampled pairs are what they say they are."""
 
 import csv
 import os
@@ -22,8 +22,8 @@ from fastface_lightning.data import (
 )
 from fastface_lightning.data.pairs import (
     VerificationPairs,
-    _draw_different,
-    _draw_same,
+    _sample_different,
+    _sample_same,
     pair_files,
     read_verification,
 )
@@ -227,28 +227,28 @@ def test_drawn_pairs_are_distinct_and_of_their_kind(counts: list[int], n: int, s
     labels = np.repeat(np.arange(len(counts)), counts)
     i, j = np.triu_indices(len(labels), 1)
     sizes = np.array(counts)
-    for draw, of_kind in [
-        (_draw_same, labels[i] == labels[j]),
-        (_draw_different, labels[i] != labels[j]),
+    for sample, of_kind in [
+        (_sample_same, labels[i] == labels[j]),
+        (_sample_different, labels[i] != labels[j]),
     ]:
         wanted = min(n, int(of_kind.sum()))
-        drawn = draw(sizes, wanted, np.random.default_rng(seed))
+        sampled = sample(sizes, wanted, np.random.default_rng(seed))
         possible = set(zip(i[of_kind], j[of_kind], strict=True))
-        assert drawn.shape == (wanted, 2)
-        assert len({tuple(pair) for pair in drawn} & possible) == wanted
-        if draw is _draw_same:
-            given_ = np.bincount(labels[drawn[:, 0]], minlength=len(sizes))
+        assert sampled.shape == (wanted, 2)
+        assert len({tuple(pair) for pair in sampled} & possible) == wanted
+        if sample is _sample_same:
+            given_ = np.bincount(labels[sampled[:, 0]], minlength=len(sizes))
             could = given_ < sizes * (sizes - 1) // 2
             assert not could.any() or given_.max() - given_[could].min() <= 1
 
 
 def test_different_pairs_are_uniform() -> None:
-    """Of three people with 1, 2 and 3 images, each of the 11 pairs is drawn equally often."""
-    drawn = [
-        tuple(_draw_different(np.array([1, 2, 3]), 1, np.random.default_rng(seed))[0])
+    """Of three people with 1, 2 and 3 images, each of the 11 pairs is sampled equally often."""
+    sampled = [
+        tuple(_sample_different(np.array([1, 2, 3]), 1, np.random.default_rng(seed))[0])
         for seed in range(1100)
     ]
-    frequency = np.unique(drawn, axis=0, return_counts=True)[1]
+    frequency = np.unique(sampled, axis=0, return_counts=True)[1]
     assert len(frequency) == 11 and (abs(frequency - 100) < 5 * np.sqrt(100)).all()
 
 

@@ -1,4 +1,4 @@
-"""ElasticFace draws its margins from N(m, std), one a sample, repeatably, in training only."""
+"""ElasticFace samples its margins from N(m, std), one a sample, repeatably, in training only."""
 
 import pytest
 import torch
@@ -13,23 +13,23 @@ def step(margin: ElasticFace, cos_y: torch.Tensor, seed: int = 0) -> torch.Tenso
 
 def test_margins_of_the_cosine_are_normal() -> None:
     cos_y = torch.zeros(20_000, dtype=torch.float64)
-    drawn = -step(ElasticFace(0.35, 0.05, "cos"), cos_y)
-    assert drawn.mean().item() == pytest.approx(0.35, abs=0.002)
-    assert drawn.std().item() == pytest.approx(0.05, rel=0.03)
-    inside = ((drawn - 0.35).abs() < 0.05).double().mean().item()
+    sampled = -step(ElasticFace(0.35, 0.05, "cos"), cos_y)
+    assert sampled.mean().item() == pytest.approx(0.35, abs=0.002)
+    assert sampled.std().item() == pytest.approx(0.05, rel=0.03)
+    inside = ((sampled - 0.35).abs() < 0.05).double().mean().item()
     assert inside == pytest.approx(0.6827, abs=0.015)
-    assert len(drawn.unique()) == len(drawn)
+    assert len(sampled.unique()) == len(sampled)
 
 
 def test_margins_of_the_angle_are_the_same_draws() -> None:
     """cos(theta + m_i) and its gradient, m_i read off the other kind with the same seed."""
     theta = torch.linspace(0.1, 3.0, 200, dtype=torch.float64)
     cos_y = theta.cos().requires_grad_()
-    drawn = (cos_y - step(ElasticFace(0.5, 0.05, "cos"), cos_y)).detach()
+    sampled = (cos_y - step(ElasticFace(0.5, 0.05, "cos"), cos_y)).detach()
     got = step(ElasticFace(0.5, 0.05), cos_y)
-    torch.testing.assert_close(got, torch.cos(theta + drawn))
+    torch.testing.assert_close(got, torch.cos(theta + sampled))
     (gradient,) = torch.autograd.grad(got.sum(), cos_y)
-    torch.testing.assert_close(gradient, torch.sin(theta + drawn) / torch.sin(theta))
+    torch.testing.assert_close(gradient, torch.sin(theta + sampled) / torch.sin(theta))
 
 
 @pytest.mark.parametrize("kind", ["arc", "cos"])

@@ -91,7 +91,7 @@ def test_a_run_draws_its_backbone_before_its_classifier() -> None:
     data = instantiate(cfg.data)
     data.setup("fit")
     torch.manual_seed(0)
-    drawn = build_module(cfg, data, instantiate(cfg.schedule)).backbone.state_dict()
+    initial = build_module(cfg, data, instantiate(cfg.schedule)).backbone.state_dict()
     torch.manual_seed(0)
     for name, value in instantiate(cfg.model).state_dict().items():
-        assert torch.equal(drawn[name], value), name
+        assert torch.equal(initial[name], value), name

@@ -76,7 +76,7 @@ def test_verifies_every_so_many_steps_and_keeps_the_best(run: Run, tmp_path: Pat
     assert mean == pytest.approx(best["accuracy"])
 
 
-def test_early_stop_ends_once_nobody_is_recognised_better(run: Run, faces: Path) -> None:
+def test_early_stop_ends_once_accuracy_stops_improving(run: Run, faces: Path) -> None:
     """After ``patience`` verifications; where there are none the run is refused beforehand."""
     stop = ["callbacks=early_stop", "schedule=constant", "averaging=power"]
     ended = run(

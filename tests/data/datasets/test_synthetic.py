@@ -101,10 +101,10 @@ def test_twenty_million_images_take_a_label_and_a_flag_each() -> None:
 def test_a_picture_is_the_same_where_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = SyntheticFaces(3, 2, seed=4, size=SMALL)
     monkeypatch.setattr("fastface_lightning.data.datasets.synthetic._machine_memory", lambda: 4)
-    drawn = SyntheticFaces(3, 2, seed=4, size=SMALL)
-    assert kept._pictures is not None and drawn._pictures is None
+    anew = SyntheticFaces(3, 2, seed=4, size=SMALL)
+    assert kept._pictures is not None and anew._pictures is None
     for _ in range(2):
-        assert torch.equal(all_images(kept), all_images(drawn))
+        assert torch.equal(all_images(kept), all_images(anew))
 
 
 def test_encoded_is_a_jpeg_near_the_drawing() -> None:
@@ -172,8 +172,10 @@ def test_all_pairs_of_one_person_can_be_drawn() -> None:
     """At the limit (20 pairs of one person in 2 x 5 images) every one of them comes, once."""
     images, same, _ = synthetic_pairs(40, 2, 5)
     pairs = pairs_of(images, SyntheticFaces(2, 5, first_identity=1_000_000))
-    drawn = {frozenset(pair) for pair, one in zip(pairs, same.tolist(), strict=True) if one}
-    assert drawn == {frozenset((a + i, a + j)) for a in (0, 5) for j in range(5) for i in range(j)}
+    sampled = {frozenset(pair) for pair, one in zip(pairs, same.tolist(), strict=True) if one}
+    assert sampled == {
+        frozenset((a + i, a + j)) for a in (0, 5) for j in range(5) for i in range(j)
+    }
 
 
 @pytest.mark.parametrize(
