@@ -28,7 +28,8 @@ def main(cfg: DictConfig) -> float | None:
     # What takes seconds to import waits until there is something to do: --help comes at once.
     from lightning.pytorch import seed_everything
 
-    from fastface_lightning.data import ARCFACE_POINTS
+    from fastface_lightning.backbones.weights import read_file
+    from fastface_lightning.data import ARCFACE_POINTS, People
     from fastface_lightning.data.datasets.sample import sample_of
     from fastface_lightning.data.formats.names import write_names
     from fastface_lightning.report.figures import print_summary
@@ -52,11 +53,18 @@ def main(cfg: DictConfig) -> float | None:
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     data, schedule = instantiate(cfg.data), instantiate(cfg.schedule)
+    saved = run_folder.read_checkpoint(checkpoint) if checkpoint else None
+    if saved:
+        data.earlier = saved.people.earlier
+    elif cfg.weights and (known := People.in_checkpoint(read_file(cfg.weights))):
+        data.earlier = [*known.trained, *known.earlier]
     data.setup("fit")
     module = build_module(cfg, data, schedule)
     if cfg.weights and checkpoint is None:
-        module.start_from(cfg.weights, cfg.classifier.reinit)
-    resume_step = run_folder.check_checkpoint(checkpoint, module) if checkpoint else 0
+        module.start_from(cfg.weights, cfg.classifier.reinit, data.people.trained)
+    if saved:
+        run_folder.check_checkpoint(saved, module, data.people)
+    resume_step = saved.step if saved else 0
     data.train_dataloader()  # refuses a batch that is too large before anything slow
     trainer = build_trainer(cfg, folder, schedule, record, resume_step)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

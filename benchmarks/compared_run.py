@@ -24,8 +24,14 @@ from fastface_lightning import FastFaceCallback, WeightAverage
 from fastface_lightning.backbones import normalise
 from fastface_lightning.backbones.iresnet import iresnet_tiny
 from fastface_lightning.classifiers import FullClassifier
-from fastface_lightning.data import EpochSampler, FaceLoader, IdentityFolder, SyntheticFaces
-from fastface_lightning.data.datamodule import is_held_out, read_people
+from fastface_lightning.data import (
+    EpochSampler,
+    FaceLoader,
+    IdentityFolder,
+    SyntheticFaces,
+    is_held_out,
+)
+from fastface_lightning.data.datamodule import read_people
 from fastface_lightning.data.datasets.in_memory import InMemoryDataset, downsampled
 from fastface_lightning.data.pairs import sample_pairs
 from fastface_lightning.evaluation import tar_at_far, verification_accuracy

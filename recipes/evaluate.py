@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from fastface_lightning.cli import check_numbers, program
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastface_lightning.data import People
     from fastface_lightning.inference.embedder import Embedder
     from fastface_lightning.inference.protocols import Outcome, Pairs, Protocol
 
+log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parents[1] / "conf"
 WORST = 24  # pairs on a sheet
 # The paper's results (arXiv 2404.11118), by data and backbone; IJB at a false accept rate of 1e-4.
@@ -59,7 +62,9 @@ def main(cfg: DictConfig) -> None:
     cache = Path(cfg.cache or Path(cfg.checkpoint).parent / "embeddings")
     results: Results = {}
     outcomes: dict[str, Outcome] = {}
+    people = people_of(cfg.checkpoint)
     for protocol in protocols(cfg, paths):
+        warn_of_trained(protocol, people)
         started = time.perf_counter()
         features = embedded(protocol, embedder, cache, cfg.num_workers)
         outcome = outcomes[protocol.name] = protocol.evaluate(features)
@@ -104,15 +109,43 @@ def opened(paths: Sequence[str], verify_root: str | None) -> Iterator[Protocol]:
             raise ValueError(str(error).replace("image_root", "verify_root")) from error
 
 
+def is_onnx(file: str) -> bool:
+    return Path(file).suffix.lower() == ".onnx"
+
+
+def people_of(checkpoint: str) -> People:
+    """Whom a model was trained on, as far as its file tells."""
+    from fastface_lightning.backbones.weights import read_file
+    from fastface_lightning.data import People
+
+    content = None if is_onnx(checkpoint) else read_file(checkpoint)
+    return People.in_checkpoint(content) or People(())
+
+
+def warn_of_trained(protocol: Protocol, people: People) -> None:
+    """Say whether a set shows people that the model was trained on, as far as names tell."""
+    from fastface_lightning.inference.protocols import Identities
+
+    if isinstance(protocol, Identities):
+        trained = {*people.trained, *people.earlier}.intersection(protocol.faces.identities)
+        if trained:
+            log.warning(
+                "%s: %d of its %d people have names of people the model was trained on, such as "
+                "%s: figures of them are no measure of the model",
+                *(protocol.name, len(trained), protocol.faces.num_classes, min(trained)),
+            )
+
+
 def run_sets(checkpoint: str) -> Iterator[Protocol]:
     """The verification sets of the run that a checkpoint comes from."""
     from fastface_lightning.backbones.weights import read_about
     from fastface_lightning.inference.protocols import Pairs
 
     sets = {}
-    about = {} if Path(checkpoint).suffix.lower() == ".onnx" else read_about(checkpoint)
+    about = {} if is_onnx(checkpoint) else read_about(checkpoint)
     if "config" in about:
-        data = instantiate(about["config"]["data"])
+        data, people = instantiate(about["config"]["data"]), people_of(checkpoint)
+        data.verify_people = people.held_out  # whoever else is there now may have been trained on
         data.setup()
         sets = data.sets
     if not sets:

@@ -66,7 +66,7 @@ def read_weights(file: str | Path, part: str = "backbone.") -> dict[str, Tensor]
     ``part`` is what its keys begin with in a checkpoint of ``train.py``; a file of a backbone alone
     has nothing of another part.
     """
-    content = _read(Path(file))
+    content = read_file(file)
     is_checkpoint = isinstance(content, Mapping) and "state_dict" in content
     state = content["state_dict"] if is_checkpoint else content
     if state == {}:
@@ -90,10 +90,10 @@ def read_about(file: str | Path) -> dict[str, Any]:
     of a ``.safetensors`` that ``recipes/export.py`` has written; nothing, of bare weights."""
     path = Path(file)
     if path.suffix == SAFETENSORS:
-        _read(path)  # refuses what is none
+        read_file(path)  # refuses what is none
         with safe_open(path, framework="pt") as opened:
             return json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
-    content = _read(path)
+    content = read_file(path)
     run = content.get("run") if isinstance(content, Mapping) else None
     return dict(run) if isinstance(run, Mapping) else {}
 
@@ -114,7 +114,13 @@ def recognise(weights: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _read(path: Path) -> Any:
+def read_file(file: str | Path) -> Any:
+    """What a file of weights holds, its tensors on the CPU; no code in it runs.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or of another format.
+    """
+    path = Path(file)
     if not path.is_file():
         raise ValueError(f"weights must be a file, got {path}")
     try:

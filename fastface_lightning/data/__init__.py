@@ -12,7 +12,6 @@ if TYPE_CHECKING:
         LFWData,
         SyntheticData,
         open_faces,
-        split_identities,
     )
     from .datasets.base import FaceDataset
     from .datasets.folder import FaceList, IdentityFolder, identity_names
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
         read_verification_bin,
         synthetic_pairs,
     )
+    from .people import People, is_held_out
 else:  # a type checker that saw this __getattr__ would take any name for one of ours
 
     def __getattr__(name: str) -> object:
@@ -50,7 +50,7 @@ else:  # a type checker that saw this __getattr__ would take any name for one of
 _NAMES = {
     "align": "ARCFACE_POINTS align_face read_landmarks similarity_transform",
     "augment": "Augment",
-    "datamodule": "FaceData FaceDataModule LFWData SyntheticData open_faces split_identities",
+    "datamodule": "FaceData FaceDataModule LFWData SyntheticData open_faces",
     "datasets.base": "FaceDataset",
     "datasets.folder": "FaceList IdentityFolder identity_names",
     "datasets.image_files": "ImageFiles find_images",
@@ -63,6 +63,7 @@ _NAMES = {
     "loader": "EpochSampler FaceLoader GroupSampler epoch_permutation",
     "pairs": "VerificationPairs held_out_pairs interleaved pair_files read_pairs read_verification"
     " read_verification_bin synthetic_pairs",
+    "people": "People is_held_out",
 }
 __all__ = [name for names in _NAMES.values() for name in names.split()]
 

@@ -7,29 +7,30 @@ a metric can drop the repeats that a distributed sampler pads with.
 """
 
 import logging
-import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from hashlib import blake2b
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from .datasets.base import FaceDataset
+from .datasets.base import FaceDataset, abridged
 from .datasets.folder import FaceList, IdentityFolder
 from .datasets.records import RecordDataset
 from .datasets.shards import ShardDataset, holds_shards
 from .datasets.synthetic import SyntheticFaces
+from .formats.names import read_names
 from .formats.tar import is_shard
 from .loader import EpochSampler, FaceLoader, GroupSampler
 from .pairs import VerificationPairs, held_out_pairs, read_pairs, read_verification, synthetic_pairs
+from .people import People, is_held_out
 
 logger = logging.getLogger(__name__)
+LISTS = (".txt", ".csv", ".lst")  # files that name people or images, in lower case
 
 
 class FaceDataModule(LightningDataModule, ABC):
@@ -57,7 +58,13 @@ class FaceDataModule(LightningDataModule, ABC):
 
     Attributes:
         batches, keys: as given; a program may set them before it asks for the loader.
+        earlier: names of people that the network has been trained on before, for a program to set
+            before ``setup``: nobody of them is verified on as held out.
+        verify_people: names of those to verify on as held out, for an evaluation to set before
+            ``setup``; None: those whom the data module chooses.
         train_set: from ``setup`` on, the training set.
+        people: from ``setup`` on, who is trained on and who is held out. A trainer's checkpoints
+            keep them, and go on with the same people alone.
         num_classes: from ``setup`` on, the number of its identities.
         sets: from ``setup`` on, the verification sets by name.
         verify_names: from ``setup`` on, those names, in the order of the loaders.
@@ -86,6 +93,10 @@ class FaceDataModule(LightningDataModule, ABC):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.verify, self.verify_root = list(verify), verify_root
         self.batches, self.keys = batches, keys
+        self.earlier: Sequence[str] = ()
+        self.verify_people: Sequence[str] | None = None
+        self._held_out: Sequence[str] = ()
+        self._state: dict[str, Tensor] = {}
         self._warned = False
 
     def faces(self) -> FaceDataset:
@@ -108,7 +119,16 @@ class FaceDataModule(LightningDataModule, ABC):
                 raise ValueError(f"verification sets must have different names, got {name} twice")
             sets[name] = read_verification(file, self.verify_root or self.home)
         self.num_classes = self.train_set.num_classes
+        self.people = People(self.train_set.identities, self._held_out, self.earlier)
         self.sets, self.verify_names = sets, list(sets)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if not self._state:  # of millions of people it takes seconds
+            self._state = self.people.state_dict()
+        return self._state
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        self.people.check_same(People.of(state_dict))
 
     def _find(self, name: str | Path) -> Path:
         """File of a verification set."""
@@ -223,9 +243,11 @@ class FaceData(FaceDataModule):
             folder with ``train.rec``, a tar shard or a folder of them (:class:`ShardDataset`).
         list: a file that lists images in the folder ``root`` with their identities, instead; see
             :class:`FaceList`.
-        held_out: share of the identities, in [0, 1), that is not trained on but verified on, as
-            the set ``held_out``. Who that is depends on the number and order of the identities
-            alone, so that runs with different seeds compare.
+        held_out: who is not trained on but verified on, as the set ``held_out``: about this share
+            of the identities, in [0, 1), chosen by their names (:func:`is_held_out`); or a file or
+            folder. A text file names them, one a line, or lists images of other people as ``list``
+            does; a folder or an archive holds their images as ``root`` does. Whoever is in
+            ``root`` too is left out there.
         verify_pairs: number of pairs sampled from them, even.
         min_images: identities with fewer images are not trained on.
         max_bad: images that may prove unreadable before the run stops.
@@ -241,7 +263,7 @@ class FaceData(FaceDataModule):
         self,
         root: str | Path,
         list: str | Path | None = None,
-        held_out: float = 0.0,
+        held_out: float | str | Path = 0.0,
         verify_pairs: int = 3000,
         min_images: int = 1,
         max_bad: int = 100,
@@ -252,8 +274,9 @@ class FaceData(FaceDataModule):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if not 0 <= held_out < 1:
-            raise ValueError(f"held_out must lie in [0, 1), got {held_out}")
+        is_share = type(held_out) in (int, float) and 0 <= held_out < 1  # type: ignore[operator]
+        if not is_share and not isinstance(held_out, (str, Path)):
+            raise ValueError(f"held_out must lie in [0, 1) or be a path, got {held_out}")
         self.root, self.list, self.held_out = Path(root), list, held_out
         self.home = self.root.parent if self.root.is_file() else self.root
         self.verify_pairs, self.min_images = verify_pairs, min_images
@@ -271,11 +294,55 @@ class FaceData(FaceDataModule):
 
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
         faces = self.faces()
-        if not self.held_out:
-            return faces.restricted(min_images=self.min_images), {}
-        kept, held_out = split_identities(faces.identities, self.held_out)
-        pairs = held_out_pairs(faces.restricted(held_out), self.verify_pairs)
-        return faces.restricted(kept, self.min_images), {"held_out": pairs}
+        source, names = self._choose(faces)
+        apart = set(names)
+        kept = [name for name in faces.identities if name not in apart] if apart else None
+        if kept == []:
+            raise ValueError(f"held_out must leave somebody to train on, got {self.held_out}")
+        if kept and source is not faces and len(kept) < faces.num_classes:
+            count = faces.num_classes - len(kept)
+            logger.info("%d of the people in %s are in %s too: held out", count, source, faces)
+        train_set = faces.restricted(kept, self.min_images)
+        if self.verify_people is not None:
+            names = self.verify_people
+        seen = set(self.earlier).intersection(names)
+        if seen:
+            sentence = "%d of the %d people held out have been trained on before: not verified on"
+            logger.warning(sentence + ": %s", len(seen), len(names), abridged(sorted(seen)))
+        self._held_out = [name for name in names if name not in seen]
+        if not self._held_out:
+            return train_set, {}
+        people = source.restricted(self._held_out)
+        return train_set, {"held_out": held_out_pairs(people, self.verify_pairs)}
+
+    def _choose(self, faces: FaceDataset) -> tuple[FaceDataset, Sequence[str]]:
+        """Who is held out: the data set with their images, and their names."""
+        if not isinstance(self.held_out, (str, Path)):
+            share = self.held_out
+            names = [name for name in faces.identities if share and is_held_out(name, share)]
+            if share and not 2 <= len(names) < faces.num_classes:
+                raise ValueError(
+                    f"held_out must leave 1 identity to train on and 2 to verify on, got {share}, "
+                    f"which by their names is {len(names)} of {faces.num_classes}: another share, "
+                    f"or held_out=FILE that names them"
+                )
+            return faces, names
+        file = Path(self.held_out)
+        if not file.exists():
+            raise ValueError(f"held_out must be a share or a path that is there, got {file}")
+        others: FaceDataset
+        if file.suffix.lower() not in LISTS:
+            others = open_faces(file, None, self.max_bad, self.reindex)
+            return others, others.identities
+        lines = dict.fromkeys(line.strip() for line in read_names(file) if line.strip())
+        named = [name for name in faces.identities if name in lines]
+        if not named:
+            others = FaceList(file, self.home, max_bad=self.max_bad, reindex=self.reindex)
+            return others, others.identities
+        if len(named) < len(lines):
+            unknown = abridged([*(lines.keys() - set(named))])
+            raise ValueError(f"held_out must name people in {faces}, got {unknown} in {file}")
+        return faces, named
 
 
 def open_faces(
@@ -333,43 +400,6 @@ class LFWData(FaceDataModule):
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
         faces = self.faces()
         return faces, {"lfw_view1": read_pairs(self.root / "pairsDevTest.txt", self.home)}
-
-
-def is_held_out(name: str, share: float) -> bool:
-    """Whether a share of all people, chosen by their names alone, holds the one of this name.
-
-    It does where the name's BLAKE2b hash of 64 bits (of its NFC form in UTF-8, read as a big-endian
-    integer) lies below ``share`` x 2^64: more people, or others renamed, move nobody else. The
-    share is met only approximately.
-
-    Args:
-        name: of the identity.
-        share: in [0, 1].
-    """
-    text = unicodedata.normalize("NFC", name).encode(errors="surrogateescape")  # any folder name
-    digest = blake2b(text, digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
-
-
-def split_identities(names: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
-    """Split names at random, but always alike, into (kept, held out), each in the given order.
-
-    Args:
-        names: distinct names.
-        held_out: share to hold out, in [0, 1).
-
-    Raises:
-        ValueError: the share is above 0 and fewer than two would be held out, or none kept.
-    """
-    count = round(held_out * len(names))
-    if held_out and not 2 <= count < len(names):
-        raise ValueError(
-            f"held_out must leave 1 identity to train on and 2 to verify on,"
-            f" got {held_out} of {len(names)}"
-        )
-    order = np.random.default_rng(0).permutation(len(names))
-    kept, taken = np.sort(order[count:]), np.sort(order[:count])
-    return [names[i] for i in kept], [names[i] for i in taken]
 
 
 def _compare_counts(

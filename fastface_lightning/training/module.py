@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..backbones import load_weights, normalise
-from ..backbones.weights import check_finite, read_weights
+from ..backbones.weights import check_finite, read_file, read_weights
 from ..classifiers import DynamicClassPool, MomentumClassifier, PartialClassifier
+from ..data import People
 from ..data.augment import Augment
 from ..evaluation import ROC, ROCCurve, VerificationAccuracy
 from ..optim import SGD, match_memory_format
@@ -213,7 +214,9 @@ class FaceModule(LightningModule):
         head = {"params": list(self.classifier.parameters()), "lr": self.classifier_lr}
         return self.optimizer([{"params": list(self.backbone.parameters())}, head])
 
-    def start_from(self, file: str | Path, reinit: bool = False) -> None:
+    def start_from(
+        self, file: str | Path, reinit: bool = False, trained: Sequence[str] | None = None
+    ) -> None:
         """Take the weights of a file; on any error, none of them.
 
         Args:
@@ -221,10 +224,13 @@ class FaceModule(LightningModule):
                 are taken too, or InsightFace's ``backbone.pth`` or ``model.pt``. A
                 MomentumClassifier takes no centres, and its encoder follows the new backbone.
             reinit: take the backbone alone, as for other identities.
+            trained: names of the identities by label; None: they are not compared with those that
+                the file names.
 
         Raises:
             ValueError: the file does not fit; see :func:`fastface_lightning.backbones.load_weights`
-                for the backbone. The classifier must have as many classes.
+                for the backbone. The classifier must have as many classes,
+                and the same where the file names them.
         """
         saved = {} if reinit else read_weights(file, "classifier.")
         state = self.classifier.state_dict()
@@ -236,6 +242,9 @@ class FaceModule(LightningModule):
                 f"weights must hold {tuple(wanted.shape)} class centres, got "
                 f"{tuple(centres.shape)} in {file}: classifier.reinit=true takes its backbone alone"
             )
+        before = People.in_checkpoint(read_file(file))
+        if centres is not None and before is not None and trained is not None:
+            People(trained).check_same(People(before.trained))
         check_finite(saved, file)
         load_weights(self.backbone, file)
         # Of another margin, what this one does not know is left, and what it has starts anew.

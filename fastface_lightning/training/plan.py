@@ -133,7 +133,8 @@ def _data_size(cfg: DictConfig) -> tuple[int, int]:
     if "images_per_identity" in cfg.data:  # synthetic: made only when they are needed
         return cfg.data.num_identities, cfg.data.num_identities * cfg.data.images_per_identity
     if cfg.data.get("num_images") and not Path(cfg.data.root).exists():
-        share = 1 - cfg.data.get("held_out", 0)
+        held_out = cfg.data.get("held_out", 0)
+        share = 1.0 if isinstance(held_out, str) else 1 - held_out
         return round(share * cfg.data.num_identities), round(share * cfg.data.num_images)
     data: FaceDataModule = instantiate(cfg.data)
     data.setup("fit")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import NamedTuple
 
 import torch
 from hydra import compose
@@ -12,7 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from ..data import People
 from ..files import write_text
 from .module import FaceModule
 
@@ -89,18 +92,50 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     return checkpoint
 
 
-def check_checkpoint(checkpoint: Path, module: FaceModule) -> int:
-    """Optimizer steps done in a checkpoint of the same network.
+class Checkpoint(NamedTuple):
+    """What a resume asks of a checkpoint: optimizer steps done, weights, groups of parameters that
+    have learning rates of their own, people."""
+
+    step: int
+    weights: dict[str, Tensor]
+    groups: int
+    people: People
+
+
+def read_checkpoint(file: Path) -> Checkpoint:
+    """A checkpoint to go on from; its tensors stay in the file.
 
     Raises:
-        ValueError: it is no checkpoint, or another network's.
+        ValueError: it is none of train.py.
     """
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        step, weights = saved["global_step"], saved["state_dict"]
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         groups = len(saved["optimizer_states"][0]["param_groups"])
+        step, weights, people = (
+            saved["global_step"],
+            saved["state_dict"],
+            People.in_checkpoint(saved),
+        )
     except (RuntimeError, LookupError, TypeError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"resume must be a checkpoint of train.py, got {checkpoint}") from error
+        raise ValueError(
+            f"resume must be a checkpoint of train.py, got {file}: weights=FILE takes its network"
+        ) from error
+    if people is None:
+        raise ValueError(
+            f"resume must be a checkpoint that names the people of its run, got {file}: "
+            f"weights=FILE takes its network"
+        )
+    return Checkpoint(step, weights, groups, people)
+
+
+def check_checkpoint(saved: Checkpoint, module: FaceModule, people: People) -> None:
+    """Refuse a checkpoint of other people or another network.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    people.check_same(saved.people)
+    weights, groups = saved.weights, saved.groups
     for name, tensor in module.state_dict().items():
         if name not in weights or weights[name].shape != tensor.shape:
             shape = tuple(weights[name].shape) if name in weights else "nothing"
@@ -114,4 +149,3 @@ def check_checkpoint(checkpoint: Path, module: FaceModule) -> int:
             f"classifier.lr must be set as in the run of the checkpoint, where it was "
             f"{'null' if groups == 1 else 'a number'}, got {module.classifier_lr}"
         )
-    return step

@@ -19,7 +19,7 @@ from models import noise
 from PIL import Image
 from programs import ROOT, Run, load
 
-from fastface_lightning.data.datamodule import is_held_out
+from fastface_lightning.data import is_held_out
 from fastface_lightning.data.datasets.in_memory import downsampled
 
 PROGRAM = str(ROOT / "benchmarks" / "compare.py")

@@ -1,6 +1,7 @@
 """Data modules hand a trainer the right batches in the right order, and refuse what cannot work."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pixels import Pixels
@@ -25,9 +24,7 @@ from fastface_lightning.data import (
     SyntheticData,
     VerificationPairs,
     epoch_permutation,
-    split_identities,
 )
-from fastface_lightning.data.datamodule import is_held_out
 
 Tree = Callable[..., Path]
 
@@ -105,18 +102,85 @@ def test_synthetic_data_verifies_on_other_people() -> None:
     assert ready(SyntheticData(2, 2, verify_pairs=0)).val_dataloader() == []
 
 
+def verified_on(data: FaceData) -> set[int]:
+    """Numbers of the people in the tree whose images are verified on."""
+    return set(data.sets["held_out"].images[:, 0, 0, 0].tolist())
+
+
 def test_folder_data_verifies_on_people_it_does_not_train_on(tree: Tree) -> None:
     root = tree(**{f"p{k}": 3 for k in range(9)}, q9=1)
-    data = ready(FaceData(root, held_out=0.4, verify_pairs=6))
-    trained = {int(name[1:]) for name in data.train_set.identities}
-    (pairs,) = data.sets.values()
-    verified = set(pairs.images[:, 0, 0, 0].tolist())
-    assert data.verify_names == ["held_out"] and len(trained) == 6 and len(pairs.same) == 6
-    assert verified and not trained & verified
+    data = ready(FaceData(root, held_out=0.4, verify_pairs=60))
+    assert data.people.held_out == ["p2", "p6", "p7", "p8", "q9"]  # by their names' hashes
+    assert data.people.trained == data.train_set.identities == ["p0", "p1", "p3", "p4", "p5"]
+    assert data.verify_names == ["held_out"] and verified_on(data) == {2, 6, 7, 8, 9}
     again = ready(FaceData(root, held_out=0.4, seed=9))
     assert again.train_set.identities == data.train_set.identities
     everybody = ready(FaceData(root, min_images=2))
     assert everybody.num_classes == 9 and everybody.val_dataloader() == []
+
+
+def test_more_people_move_nobody_else(tree: Tree) -> None:
+    root = tree(**{f"p{k}": 2 for k in range(9)})
+    before = ready(FaceData(root, held_out=0.4)).people
+    shutil.copytree(root / "p0", root / "a_new_one")
+    after = ready(FaceData(root, held_out=0.4)).people
+    assert set(before.trained) < set(after.trained) and before.held_out == after.held_out
+    with pytest.raises(ValueError, match=r"which by their names is 0 of 10.*held_out=FILE"):
+        ready(FaceData(root, held_out=0.05))
+
+
+@pytest.mark.parametrize("kind", ["names", "list", "folder"])
+def test_the_held_out_may_be_named_listed_or_apart(tree: Tree, tmp_path: Path, kind: str) -> None:
+    root = tree(ann=2, bob=3, cem=2, dan=2)
+    if kind == "folder":
+        held_out = tmp_path / "val"
+        for name in ("cem", "ann"):
+            shutil.copytree(root / name, held_out / name)
+    else:
+        held_out = tmp_path / "val.txt"
+        rows = ["cem", "ann"]
+        if kind == "list":
+            rows = [f"{name}/{name}_000{j}.png {name}" for name in rows for j in (1, 2)]
+        held_out.write_text("\n".join([*rows, ""]))
+    data = ready(FaceData(root, held_out=held_out))
+    assert data.people.trained == ["bob", "dan"] and data.people.held_out == ["ann", "cem"]
+    assert verified_on(data) == {0, 2}
+
+
+def test_who_may_not_be_held_out(tree: Tree, tmp_path: Path) -> None:
+    root, file = tree(ann=2, bob=2, cem=2), tmp_path / "val.txt"
+    file.write_text("ann\nbert\n")
+    with pytest.raises(ValueError, match=r"must name people in .*, got bert"):
+        ready(FaceData(root, held_out=file))
+    with pytest.raises(ValueError, match="must leave somebody to train on"):
+        ready(FaceData(root, held_out=root))
+    with pytest.raises(ValueError, match="a path that is there, got"):
+        ready(FaceData(root, held_out=tmp_path / "gone"))
+
+
+def test_nobody_is_verified_on_whom_the_network_has_seen(
+    tree: Tree, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tree(**{f"p{k}": 2 for k in range(9)})
+    data = FaceData(root, held_out=0.4)
+    data.earlier = ["p1", "p2"]
+    assert ready(data).people.held_out == ["p6", "p7", "p8"]
+    assert "p1" in data.people.trained and data.people.earlier == ["p1", "p2"]
+    assert verified_on(data) == {6, 7, 8} and caplog.messages[-1].endswith("verified on: p2")
+
+
+def test_an_evaluation_holds_out_whom_the_run_did(
+    tree: Tree, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tree(**{f"p{k}": 2 for k in range(9)})
+    run = ready(FaceData(root, held_out=0.4)).people
+    (root / "p0").rename(root / "p10")
+    (root / "p2").rename(root / "p11")  # by name these would be chosen otherwise
+    data = FaceData(root, held_out=0.4)
+    data.verify_people = run.held_out
+    ready(data)
+    assert data.people.held_out == ["p2", "p6", "p7", "p8"] and len(data.sets["held_out"].same) == 6
+    assert any("1 of the 4 identities sought" in message for message in caplog.messages)
 
 
 def test_folder_data_verifies_on_a_pairs_file(tree: Tree, tmp_path: Path) -> None:
@@ -144,32 +208,6 @@ def test_absent_and_unexpected_faces_are_told(tree: Tree, caplog: pytest.LogCapt
     (message,) = caplog.messages
     assert message.startswith("ten: expected 10 identities and 31 images in")
     assert message.endswith("got 10 identities and 30 images")
-
-
-@given(st.lists(st.text(min_size=1), min_size=3, max_size=30, unique=True), st.floats(0.01, 0.99))
-@settings(max_examples=50)
-def test_a_split_is_one_and_depends_on_nothing_else(names: list[str], share: float) -> None:
-    names = sorted(names)
-    count = round(share * len(names))
-    if not 2 <= count < len(names):
-        with pytest.raises(ValueError, match="1 identity to train on and 2 to verify on"):
-            split_identities(names, share)
-        return
-    kept, held_out = split_identities(names, share)
-    assert sorted(kept + held_out) == names and len(held_out) == count
-    assert kept == sorted(kept) and held_out == sorted(held_out)
-    assert (kept, held_out) == split_identities(names, share)
-
-
-def test_who_is_held_out_is_a_function_of_the_name() -> None:
-    # b2sum -l 64 of the names in UTF-8: 2408415a125a9f1b and dbfdd8f55175fdad
-    for name, place in (("José", 0x2408415A125A9F1B), ("Aaron_Peirsol", 0xDBFDD8F55175FDAD)):
-        share = place / 2**64
-        assert [is_held_out(name, s) for s in (0, share - 1e-9, share + 1e-9, 1)] == [0, 0, 1, 1]
-    assert is_held_out("Jose\u0301", 0.141) and not is_held_out("Jose\u0301", 0.140)
-    assert is_held_out("no UTF-8 \udcff", 1.0)
-    share = np.mean([is_held_out(str(number), 0.3) for number in range(5000)])
-    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 5000) ** 0.5
 
 
 def test_lfw_data(shared_data: Path) -> None:

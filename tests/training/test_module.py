@@ -22,6 +22,7 @@ from fastface_lightning.classifiers import (
     MomentumClassifier,
     PartialClassifier,
 )
+from fastface_lightning.data import People
 from fastface_lightning.margins import AdaFace, CurricularFace, Margin
 from fastface_lightning.optim import SGD
 from fastface_lightning.schedule.fixed import FixedSchedule
@@ -148,6 +149,16 @@ def test_start_from_a_checkpoint(tmp_path: Path) -> None:
     other.start_from(file)
     assert torch.equal(other.classifier.weight, saved.classifier.weight)
     assert other.classifier.margin.t == 0
+
+
+def test_centres_are_taken_of_the_same_people_alone(tmp_path: Path) -> None:
+    saved, faces = small_face_module(2), small_face_module(2)
+    content = {"state_dict": saved.state_dict(), "data": People(["ann", "bob"]).state_dict()}
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"got 'bobby' for 'bob'.*classifier\.reinit=true"):
+        faces.start_from(tmp_path / "last.ckpt", trained=["ann", "bobby"])
+    faces.start_from(tmp_path / "last.ckpt", trained=["ann", "bob"])
+    assert same(faces, saved)
 
 
 def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:

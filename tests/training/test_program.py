@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from programs import SMALL, Ended, Run
 from safetensors.torch import load_file
 
-from fastface_lightning.data import encode_jpeg, write_verification_bin
+from fastface_lightning.data import People, encode_jpeg, write_verification_bin
 from fastface_lightning.data.datasets.synthetic_faces import draw_face
 from fastface_lightning.inference.embedder import load_embedder
 
@@ -187,6 +188,44 @@ def test_bad_files_are_named_and_skipped(run: Run, faces: Path) -> None:
     victim.write_bytes(victim.read_bytes()[:500])
     stopped = run(*base, "data.max_bad=0", folder="other")
     assert stopped.code == 2 and "max_bad" in stopped.err and str(victim) in stopped.err
+
+
+def test_people_are_those_of_the_run_however_the_folder_changes(run: Run, faces: Path) -> None:
+    """A resume refuses others and leaves all as it was, an evaluation judges on the run's own, and
+    fine-tuning verifies on nobody whom the weights have seen."""
+    base = ["data=folder", f"data.root={faces}", "data.batch_size=4", "data.num_workers=0", QUIET]
+    first = run(*base, "data.held_out=0.5", "trainer.max_steps=2")
+    names = first.folder / "identities.txt"
+    trained = names.read_text()
+    people = People.in_checkpoint(saved(first))
+    assert people is not None and "\n".join([*people.trained, ""]) == trained
+    accuracy = results_of(first)["verification"]["held_out"]["accuracy"]
+
+    evaluate = (f"checkpoint={first.folder}/checkpoints/last.ckpt",)
+    (faces / people.trained[0]).rename(faces / "a_new_name")
+    shutil.copytree(faces / people.trained[1], faces / "one_more")
+    ended = run(*evaluate, program="recipes/evaluate.py", folder="evaluated")
+    assert ended.code == 0, ended.err
+    sets = json.loads((ended.folder / "evaluation.json").read_text())["sets"]
+    assert sets["held_out"]["accuracy"] == pytest.approx(accuracy)
+    of_all = [*evaluate, f"verify=[{faces}]"]
+    said = run(*of_all, program="recipes/evaluate.py", folder="all")
+    assert f"such as {min(people.trained[1:])}" in said.out + said.err
+
+    refused = run("resume=auto", "trainer.max_steps=4")
+    assert refused.code == 2 and f"got 'a_new_name' for '{people.trained[0]}'" in refused.err
+    assert names.read_text() == trained
+
+    weights = [f"weights={first.folder}/checkpoints/last.ckpt", "classifier.reinit=true"]
+    tuned = run(*base, *weights, "data.held_out=0.6", "trainer.max_steps=2", folder="tuned")
+    assert tuned.code == 0, tuned.err
+    after = People.in_checkpoint(saved(tuned))
+    assert after is not None and set(people.held_out) <= set(after.held_out)
+    assert not set(after.held_out) & set(people.trained) and after.earlier == people.trained
+    again = run("resume=auto", "trainer.max_steps=3", folder="tuned")
+    assert again.code == 0 and People.in_checkpoint(saved(again)) == after
+    taken = run(*base, weights[0], "data.held_out=0.5", folder="centres")
+    assert taken.code == 2 and "'a_new_name'" in taken.err
 
 
 def test_fine_tuning_on_other_identities(run: Run) -> None:

@@ -13,13 +13,17 @@ from programs import ROOT
 from torch import nn
 
 from fastface_lightning.classifiers import FullClassifier
+from fastface_lightning.data import People
 from fastface_lightning.optim import SGD
 from fastface_lightning.training import run_folder
 from fastface_lightning.training.module import FaceModule
 from fastface_lightning.training.run_folder import (
     check_checkpoint,
     checkpoint_to_resume,
+    read_checkpoint,
 )
+
+PEOPLE = People(["ann", "bob", "cem", "dan"])
 
 
 def chosen(folder: Path, resume: Any = None, weights: Any = None, reinit: bool = False) -> Any:
@@ -39,6 +43,7 @@ def save(module: FaceModule, file: Path) -> Path:
         "global_step": 7,
         "state_dict": module.state_dict(),
         "optimizer_states": [module.build_optimizer().state_dict()],
+        "FaceData": PEOPLE.state_dict(),
     }
     torch.save(saved, file)
     return file
@@ -51,7 +56,9 @@ def test_a_run_goes_on_from_its_last_checkpoint_or_from_a_file(tmp_path: Path) -
     assert chosen(tmp_path / "run", resume="auto", weights="backbone.pth") == last
     assert chosen(tmp_path / "run", resume=str(last)) == last
     assert chosen(tmp_path / "other", resume=str(last)) == last
-    assert check_checkpoint(last, faces()) == 7
+    saved = read_checkpoint(last)
+    check_checkpoint(saved, faces(), PEOPLE)
+    assert saved.step == 7
 
 
 @pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "metrics.csv", "results.json"])
@@ -79,16 +86,18 @@ def test_settings_that_contradict(tmp_path: Path, settings: dict[str, Any], key:
 def test_a_checkpoint_of_another_network_or_of_none(tmp_path: Path) -> None:
     last = save(faces(), tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"of the same network .* \(6, 3\), got \(5, 3\)"):
-        check_checkpoint(last, faces(6))
+        check_checkpoint(read_checkpoint(last), faces(6), PEOPLE)
     with pytest.raises(ValueError, match=r"classifier\.lr must .* null, got 0.1"):
-        check_checkpoint(last, faces(lr=0.1))
+        check_checkpoint(read_checkpoint(last), faces(lr=0.1), PEOPLE)
+    with pytest.raises(ValueError, match="got 'eva' for 'dan'"):
+        check_checkpoint(read_checkpoint(last), faces(), People(["ann", "bob", "cem", "eva"]))
     for content in ("text", {"global_step": 1, "state_dict": {}}):
         torch.save(content, last)
         with pytest.raises(ValueError, match=r"a checkpoint of train\.py, got .*last\.ckpt"):
-            check_checkpoint(last, faces())
+            read_checkpoint(last)
     last.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"a checkpoint of train\.py"):
-        check_checkpoint(last, faces())
+        read_checkpoint(last)
 
 
 def test_another_option_at_a_resume_keeps_the_settings_that_it_has_too(

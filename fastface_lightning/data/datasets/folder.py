@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import logging
 import os
 import time
 from abc import abstractmethod
@@ -19,6 +20,7 @@ from ..formats.index import Arrays, cached, cached_while
 from ..formats.names import Labels, Names, Packer, jpeg_name
 from .base import FaceDataset
 
+logger = logging.getLogger(__name__)
 # Folders whose names of images are held at once, and that are read at once: the disk may be far.
 _BLOCK, _THREADS = 4096, 16
 # Folders whose times are compared at a start; all of them would take long, too.
@@ -106,9 +108,16 @@ class IdentityFolder(_Files):
 class FaceList(_Files):
     """Images that a file lists with their identities; labels follow the identities' sorted names.
 
-    Each line of a ``.csv`` file is ``path,identity``, below a header ``path,identity`` or none.
-    Other files have ``path identity`` with a tab or a blank before the identity, or, as MXNet's
-    ``.lst``, ``number<TAB>identity<TAB>path``. Images keep the order of the lines.
+    Lines of a ``.csv`` file have commas between their fields, others tabs or, where there is none,
+    a blank before the last field. They are all of the form of the first:
+
+    - ``path,identity`` or ``identity,path``, below a header that says so or none;
+    - ``number<TAB>identity<TAB>path``, MXNet's ``.lst``;
+    - ``flag<TAB>path<TAB>identity``, InsightFace's, also with box and landmarks after them, 17
+      fields, by which nothing is aligned here.
+
+    The path is the field that ends as an image's name does; a message says what was taken for
+    what. Images keep the order of the lines.
 
     Args:
         file: the list.
@@ -116,7 +125,7 @@ class FaceList(_Files):
         size, max_bad, reindex: see :class:`IdentityFolder`.
 
     Raises:
-        ValueError: there is no such file or folder, or a line is malformed.
+        ValueError: there is no such file or folder, or a line is not of the first one's form.
     """
 
     def __init__(
@@ -138,6 +147,8 @@ class FaceList(_Files):
         index = cached_while([self.file], self.file, lambda: _parse(self.file), reindex)
         self._files = Names.from_arrays("files", index)
         self._hold(Names.from_arrays("identities", index), index["labels"])
+        whose = self._files[0], self.identities[self.labels[0]]
+        logger.info("%s: its first image, %r, is taken to show %r", self, *map(printable, whose))
 
     def _path(self, index: int) -> bytes:
         return os.path.join(self._prefix, self._files.encoded(self._row(index)))
@@ -232,23 +243,27 @@ def leads_to(check: Callable[[], bool]) -> bool:
 def _parse(file: Path) -> Arrays:
     """Index a list of images, a line at a time."""
     files, labels, table = Packer(), Labels(), file.suffix.lower() == ".csv"
+    form: tuple[int, int, int] | None = None  # fields of a line; places of path and identity
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         rows = csv.reader(lines) if table else map(_fields, lines)
         try:
             for number, row in enumerate(rows, 1):
                 fields = [field.strip() for field in row]
-                header = number == 1 and [f.lower() for f in fields] == ["path", "identity"]
+                header = number == 1 and sorted(map(str.lower, fields)) == ["identity", "path"]
                 if header or not any(fields):
                     continue
-                if len(fields) == 3 and not table:
-                    fields = [fields[2], fields[1]]
-                if len(fields) != 2 or not all(fields):
-                    got = ",".join(row)[:80]
+                form = form or _form(fields, table)
+                if form is None or len(fields) != form[0]:
+                    path = identity = ""
+                else:
+                    path, identity = fields[form[1]], fields[form[2]]
+                if not path.lower().endswith(IMAGE_SUFFIXES) or not identity:
                     raise ValueError(
-                        f"{file}:{number}: expected a path and an identity, got {got!r}"
+                        f"{file}:{number}: expected the path of an image and an identity, in lines "
+                        f"of one form, got {','.join(row)[:80]!r}"
                     )
-                files.append(fields[0])
-                labels.append(fields[1])
+                files.append(path)
+                labels.append(identity)
         except csv.Error as error:  # a quote that is never closed, for one
             raise ValueError(f"{file} is no CSV file: {error}") from error
     if not files:
@@ -259,6 +274,18 @@ def _parse(file: Path) -> Arrays:
         **files.names().arrays("files"),
         "labels": numbers,
     }
+
+
+def _form(fields: list[str], table: bool) -> tuple[int, int, int] | None:
+    """Number of a line's fields, and which are the path and the identity; None if none is."""
+    images = [i for i, field in enumerate(fields) if field.lower().endswith(IMAGE_SUFFIXES)]
+    if len(fields) == 2 and images:
+        return 2, images[0], 1 - images[0]
+    if len(fields) == 3 and images and not table:
+        return (3, 2, 1) if images[-1] == 2 else (3, 1, 2)
+    if len(fields) == 17 and images and not table:
+        return 17, 1, 2
+    return None
 
 
 def _fields(line: str) -> list[str]:

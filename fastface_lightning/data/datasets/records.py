@@ -72,8 +72,7 @@ class RecordDataset(FaceDataset):
 def _named(people: NDArray[np.int64], file: Path) -> Names:
     """Names of the labels that occur, (C,) ascending."""
     if not file.exists():
-        width = len(str(people[-1]))  # so that sorted names keep the order of the numbers
-        return Names.of(f"{number:0{width}d}" for number in people.tolist())
+        return Names.of(map(str, people.tolist()))
     names = read_names(file)
     if people[-1] >= len(names):
         raise ValueError(f"{file} must name label {people[-1]}, got {len(names)} names")

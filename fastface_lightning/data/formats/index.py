@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
 SUFFIX = ".index"
-FORMAT = "fastface_lightning 1"
+FORMAT = "fastface_lightning 2"
 
 
 def cached(

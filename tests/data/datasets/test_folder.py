@@ -1,5 +1,6 @@
 """An identity folder's labels and images, and its patience with files that are broken."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -151,15 +152,24 @@ IMAGES = [(1, 2, 1), (0, 1, 0), (1, 1, 1)]
         ("list.txt", "{0} {1}", ""),
         ("list.tsv", "{0}\t{1}\r", "path\tidentity\n"),
         ("list.lst", "7\t{1}\t{0}\n\n", "\n"),
+        ("list.lst", "1\t{0}\t{1}", ""),
+        ("list.lst", "0\t{0}\t{1}" + "\t0.5" * 14, ""),
+        ("list.csv", "{1},{0}", "identity,path\n"),
     ],
 )
-def test_lists_of_each_kind_say_the_same(tree: Tree, name: str, line: str, head: str) -> None:
+def test_lists_of_each_kind_say_the_same(
+    tree: Tree, name: str, line: str, head: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     file = tree(ann=1, bob=2) / name
     file.write_text(head + "".join(f"{line}\n" for line in [line.format(*row) for row in ROWS]))
     dataset = FaceList(file, size=8)
     assert list(dataset.identities) == ["ann", "bob"] and dataset.num_classes == 2
     assert dataset.labels.tolist() == [1, 0, 1] and read(dataset) == IMAGES
     assert dataset.path(0) == file.parent / "bob" / "bob_0002.png"
+    assert caplog.messages == [
+        f"{file}: its first image, 'bob/bob_0002.png', is taken to show 'bob'"
+    ]
 
 
 def test_paths_start_from_the_root_unless_absolute(tree: Tree, tmp_path: Path) -> None:
@@ -190,6 +200,8 @@ def test_quotes_keep_commas_and_blanks_keep_the_last(tree: Tree) -> None:
     [
         ("a.csv", "x.png,"),
         ("a.csv", "x.png,ann,more"),
+        ("a.csv", "ann,x.png"),
+        ("a.txt", "no_image.npy ann"),
         ("a.txt", "alone.png"),
         ("a.lst", "0\tann\tx.png\tmore"),
     ],
@@ -197,7 +209,7 @@ def test_quotes_keep_commas_and_blanks_keep_the_last(tree: Tree) -> None:
 def test_a_malformed_line_is_named_and_nothing_kept(tree: Tree, name: str, line: str) -> None:
     file = tree(ann=1) / name
     file.write_text(f"ann/ann_0001.png{',' if name == 'a.csv' else ' '}ann\n{line}\n")
-    with pytest.raises(ValueError, match=rf"{name}:2: expected a path and an identity, got '"):
+    with pytest.raises(ValueError, match=rf"{name}:2: expected the path of an image and"):
         FaceList(file)
     assert not list(file.parent.glob("*.index"))
 
