@@ -10,19 +10,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fastface_lightning.cli import check_numbers, program
+from fastface_lightning.cli import check_numbers, confirm, program
 
 log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parent / "conf"
-NUMBERS = (
-    *("seed", "plan", "data.batch_size", "data.num_workers", "optimizer.lr", "classifier.lr"),
-    *("averaging.window", "averaging.decay", "averaging.every_n_steps"),
-    *("checkpoint.every_n_steps", "verify.every_n_steps", "verify.every_n_epochs"),
-    *("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches"),
-)
+LEAST = {  # numbers, and how small they may be
+    **dict.fromkeys(("seed", "data.num_workers", "averaging.window", "averaging.decay"), 0),
+    **dict.fromkeys(("optimizer.lr", "optimizer.weight_decay", "optimizer.momentum"), 0),
+    **dict.fromkeys(("classifier.lr", "classifier.scale", "trainer.gradient_clip_val"), 0),
+    **dict.fromkeys(("data.batch_size", "trainer.accumulate_grad_batches"), 1),
+    **dict.fromkeys(("verify.every_n_steps", "verify.every_n_epochs"), 1),
+    **dict.fromkeys(("checkpoint.every_n_steps", "averaging.every_n_steps"), 1),
+    **dict.fromkeys(("trainer.max_steps", "trainer.max_epochs"), -1),
+}
 
 
-@program(config_path=CONF, config_name="train")
+@program(config_path=CONF, config_name="train", resumes=True)
 def main(cfg: DictConfig) -> float | None:
     """Train, verify and leave a record in the run folder; returns the verification accuracy."""
     # What takes seconds to import waits until there is something to do: --help comes at once.
@@ -41,9 +44,11 @@ def main(cfg: DictConfig) -> float | None:
     from fastface_lightning.training.run_record import RunRecord
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    cfg, overrides = run_folder.with_earlier_overrides(cfg, folder)
-    check_numbers(cfg, *NUMBERS)
+    overrides = [text for text in HydraConfig.get().overrides.task if text[:7] != "resume="]
+    check_numbers(cfg, LEAST)
     checkpoint = run_folder.checkpoint_to_resume(cfg, folder)
+    if cfg.resume == "auto" and checkpoint is None:
+        confirm(f"resume=auto finds no checkpoint in {folder}: a new run begins there")
     resolve_device(cfg)
     if cfg.plan is not False and cfg.plan is not None:  # 0 is a mistake, not a no
         plan_run(cfg, folder)
@@ -60,10 +65,13 @@ def main(cfg: DictConfig) -> float | None:
         data.earlier = [*known.trained, *known.earlier]
     data.setup("fit")
     module = build_module(cfg, data, schedule)
+    module.build_optimizer()  # what it refuses is refused before anything slow
     if cfg.weights and checkpoint is None:
         module.start_from(cfg.weights, cfg.classifier.reinit, data.people.trained)
     if saved:
         run_folder.check_checkpoint(saved, module, data.people)
+        if changed := run_folder.changed_settings(saved.config, config):
+            log.info("from here on %s", "; ".join(changed))
     resume_step = saved.step if saved else 0
     data.train_dataloader()  # refuses a batch that is too large before anything slow
     trainer = build_trainer(cfg, folder, schedule, record, resume_step)

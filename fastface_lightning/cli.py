@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import io
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -34,7 +37,9 @@ BAD_INPUT = (
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning's, in its order
 
 
-def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[], None]]:
+def program(
+    config_path: Path, config_name: str, resumes: bool = False
+) -> Callable[[Task], Callable[[], None]]:
     """Make a function of a config a program.
 
     ``key=value`` overrides the config, ``--help`` explains it, ``-m`` sweeps. Bad input ends the
@@ -44,6 +49,8 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
     Args:
         config_path: folder of configs, absolute.
         config_name: the program's own config in it.
+        resumes: whether ``resume=auto`` and ``resume=FILE`` are composed of what the run was
+            composed of, its ``overrides.yaml``, with the command's settings on top.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
@@ -56,12 +63,16 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
             @functools.wraps(task)
             def job(config: DictConfig) -> Any:
                 with redirect_stderr(stderr):
+                    check_additions(config)
                     if HydraConfig.get().mode != RunMode.MULTIRUN:
                         return task(config)
                     sweeps[:] = [Path(HydraConfig.get().sweep.dir)]
                     return sweep_job(task, config)
 
             error: Exception | None = None
+            sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
+            if resumes:
+                sys.argv[1:] = with_earlier_settings(sys.argv[1:], config_path, config_name)
             try:
                 # Hydra prints an error in its own way and exits: what it prints is kept back.
                 with redirect_stderr(hydra_stderr):
@@ -81,6 +92,7 @@ def program(config_path: Path, config_name: str) -> Callable[[Task], Callable[[]
                 text = sentence(error)
                 if text is None:  # a fault of the program
                     raise error
+                text += did_you_mean(text, config_path, config_name)
                 print(f"error: {text}", file=sys.stderr)
                 sys.exit(2)
 
@@ -116,6 +128,18 @@ def is_first_rank() -> bool:
     return next((os.environ[key] for key in RANKS if key in os.environ), "0") == "0"
 
 
+def confirm(sentence: str) -> None:
+    """Say what is going to happen, and where somebody sits at a terminal ask for a yes.
+
+    Raises:
+        ValueError: the answer is no.
+    """
+    log.warning(sentence)
+    asks = is_first_rank() and sys.stdin is not None and sys.stdin.isatty()
+    if asks and not input("Go on? [y/N] ").strip().lower().startswith("y"):
+        raise ValueError(f"{sentence}, which was not confirmed")
+
+
 class Recipes(SearchPathPlugin):
     """Puts ``folder`` on Hydra's search path: its folders are groups, ``+paper=f2c_ms1m``.
 
@@ -134,12 +158,108 @@ def find_recipes(config_path: Path) -> None:
     Plugins.instance().register(Recipes)
 
 
-def check_numbers(config: DictConfig, *keys: str) -> None:
-    """Refuse words where a program itself needs a number."""
-    for key in keys:
+def as_typed(argument: str) -> str:
+    """An argument ``key=PATH`` as Hydra takes it, quoted where the path has characters that its
+    grammar has another use for, such as blanks, commas or brackets; ``~`` is the home folder.
+
+    A path is known by a file or folder that is there, or by its ``~``.
+    """
+    key, equals, value = argument.partition("=")
+    path = os.path.expanduser(value)
+    plain = re.fullmatch(r"[\w./:+-]*", path, re.ASCII)
+    if not equals or "${" in value or (plain and path == value) or not value[:1].strip("\"'"):
+        return argument
+    if path == value and not (os.path.exists(path) or key in ("hydra.run.dir", "hydra.sweep.dir")):
+        return argument
+    quoted = re.sub(r"(\\*)(?='|$)", r"\1\1", path).replace("'", "\\'")
+    return f"{key}={path}" if plain else f"{key}='{quoted}'"
+
+
+def with_earlier_settings(arguments: list[str], config_path: Path, config_name: str) -> list[str]:
+    """The arguments of a run that is gone on with, under those of this command.
+
+    With ``resume=auto`` they are the run folder's, with ``resume=FILE`` those beside the file. What
+    another option of a group does not know is left out, and said. A sweep's jobs are composed of
+    its command alone.
+    """
+    given = {text.partition("=")[0]: text for text in arguments}
+    resume = given.get("resume", "").partition("=")[2].strip("'\"")
+    run = given.get("hydra.run.dir", "").partition("=")[2].strip("'\"")
+    folder = Path(run) if resume == "auto" else Path(resume).parent.parent
+    if not resume or not (run or resume != "auto") or {"-m", "--multirun"} & given.keys():
+        return arguments
+    earlier = folder / "overrides.yaml"
+    if not earlier.is_file():
+        return arguments
+    before = {text.partition("=")[0]: text for text in map(str, OmegaConf.load(earlier))}
+    # Another option for a group may not have all the settings of the one before.
+    changed = {group for group, text in given.items() if before.get(group) != text}
+    doubtful = {key for key in before if "." in key and key.split(".")[0] in changed} - {*given}
+    kept = {key: text for key, text in before.items() if key not in doubtful | given.keys()}
+    with initialize_config_dir(str(config_path), version_base="1.3"):
+        groups = [text for key, text in given.items() if re.fullmatch(r"[\w+/@]+", key)]
+        for key in sorted(doubtful):
+            try:
+                compose(config_name, [*kept.values(), *groups, before[key]])
+            except HydraException:
+                text = f"{before[key]} is left out: {given[key.split('.')[0]]} has no such setting"
+                print(text, file=sys.stderr)
+            else:
+                kept[key] = before[key]
+    return [*kept.values(), *arguments]
+
+
+def check_additions(config: DictConfig) -> None:
+    """Refuse what ``+key=value`` adds where no object is built that would heed it."""
+    for text in HydraConfig.get().overrides.task:
+        key = text.lstrip("+").partition("=")[0]
+        if not text.startswith("+") or OmegaConf.select(config, key, default=None) is None:
+            continue
+        parts = key.split(".")
+        nodes = (OmegaConf.select(config, ".".join(parts[:end])) for end in range(1, len(parts)))
+        if not any(isinstance(node, DictConfig) and "_target_" in node for node in nodes):
+            raise ValueError(f"no setting is called {key}, got {text}{nearest(key, config)}")
+
+
+def did_you_mean(text: str, config_path: Path, config_name: str) -> str:
+    """What may help with an error of Hydra's: the key nearest to one it does not know, the quotes
+    around a value that it cannot read."""
+    if "hydra.cc/docs" in text and "override_grammar" in text:
+        return ", or put quotes around the value, as in 'data.root=\"/my faces, (all)\"'"
+    unknown = re.match(r"Could not override '([^']+)'", text)
+    if unknown is None:
+        return ""
+    others = [text for text in sys.argv[1:] if not text.startswith(f"{unknown[1]}=")]
+    groups = [text for text in others if re.match(r"[\w@+/]+=", text)]
+    try:
+        with initialize_config_dir(str(config_path), version_base="1.3"):
+            return nearest(unknown[1], compose(config_name, groups))
+    except (HydraException, OmegaConfBaseException):
+        return ""
+
+
+def nearest(key: str, config: DictConfig) -> str:
+    """The setting whose name is nearest to ``key``, as a question; nothing where none is."""
+
+    def names(node: Any, prefix: str = "") -> Iterator[str]:
+        for name, value in node.items():
+            yield f"{prefix}{name}"
+            if isinstance(value, dict):
+                yield from names(value, f"{prefix}{name}.")
+
+    known = [name for name in names(OmegaConf.to_container(config)) if not key.startswith(name)]
+    near = difflib.get_close_matches(key, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_numbers(config: DictConfig, least: Mapping[str, float]) -> None:
+    """Refuse words where a program itself needs a number, and numbers below the least allowed."""
+    for key, bound in least.items():
         value = OmegaConf.select(config, key)
-        if value is not None and not isinstance(value, (int, float)):
+        if value is not None and type(value) not in (int, float):
             raise ValueError(f"{key} must be a number, got {value!r}")
+        if value is not None and not value >= bound:
+            raise ValueError(f"{key} must be at least {bound:g}, got {value}")
 
 
 def sentence(error: BaseException) -> str | None:

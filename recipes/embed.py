@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> int:
     listed = target.with_suffix(".txt")
     if cfg.landmarks is not None and listed.resolve() == Path(cfg.landmarks).resolve():
         raise ValueError(f"target must have another name, its list would replace {cfg.landmarks}")
-    check_numbers(cfg, "batch_size", "num_workers")
+    check_numbers(cfg, {"batch_size": 1, "num_workers": 0})
 
     import numpy as np
 

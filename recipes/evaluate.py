@@ -46,7 +46,7 @@ Results = dict[str, dict[str, Any]]
 @program(config_path=CONF, config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate every set, write after each what is known so far, and print the table."""
-    check_numbers(cfg, "batch_size", "num_workers")
+    check_numbers(cfg, {"batch_size": 1, "num_workers": 0})
     paths = verify_paths(cfg)
 
     from rich.console import Console

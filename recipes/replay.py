@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.total_steps is not None:
         check_count("total_steps", cfg.total_steps, least=1)
-    check_numbers(cfg, "lr")
+    check_numbers(cfg, {"lr": 0})
     schedule = instantiate(cfg.schedule)
     if isinstance(schedule, FixedSchedule):
         raise ValueError(f"schedule must be fastface, mhlr or autowu, got {schedule}")

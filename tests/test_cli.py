@@ -3,11 +3,17 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from programs import ROOT, Run
+
+from fastface_lightning.cli import as_typed, confirm, with_earlier_settings
 
 TOY = """
 import functools, json, os
@@ -155,3 +161,91 @@ def test_only_the_first_of_the_ranks_writes(
     ended = run("-m", "what=bad,good", f"hydra.sweep.dir={tmp_path / 'sweep'}", program=toy)
     assert ended.code == 2
     assert not list(tmp_path.rglob("sweep.json")) and not list(tmp_path.rglob("failure.txt"))
+
+
+def test_another_option_at_a_resume_keeps_the_settings_that_it_has_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = ["trainer=cpu", "trainer.max_epochs=3", "trainer.precision=32-true"]
+    before += ["optimizer.lr=0.02", "optimizer.nesterov=true", "seed=5"]
+    OmegaConf.save(OmegaConf.create(before), tmp_path / "overrides.yaml")
+    now = [f"hydra.run.dir={tmp_path}", "resume=auto", "trainer=ddp", "optimizer=adamw"]
+    now += ["trainer.precision=bf16-mixed"]
+    both = with_earlier_settings(now, ROOT / "conf", "train")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", both)
+    assert (cfg.trainer.strategy, cfg.trainer.max_epochs, cfg.seed) == ("ddp", 3, 5)
+    assert (cfg.trainer.precision, cfg.optimizer.lr) == ("bf16-mixed", 0.02)
+    assert sorted(both) == sorted([*now, "trainer.max_epochs=3", "optimizer.lr=0.02", "seed=5"])
+    said = capsys.readouterr().err
+    assert "optimizer.nesterov=true" in said and "optimizer.lr" not in said
+
+
+def test_a_resume_knows_what_its_runs_parts_know(tmp_path: Path) -> None:
+    """Settings that the default parts do not have, and a file's run in another folder."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    OmegaConf.save(["data=folder", "data.root=faces", "seed=5"], folder.parent / "overrides.yaml")
+    for resume in ("auto", f"{folder}/last.ckpt"):
+        given = [f"resume={resume}", "data.min_images=2", f"hydra.run.dir={tmp_path}/run"]
+        assert with_earlier_settings(given, ROOT / "conf", "train") == [
+            *("data=folder", "data.root=faces", "seed=5"),
+            *given,
+        ]
+    for given in (["resume=auto"], ["seed=3"], ["resume=elsewhere/last.ckpt"]):
+        assert with_earlier_settings(given, ROOT / "conf", "train") == given
+    sweep = ["-m", "resume=auto", f"hydra.run.dir={tmp_path}/run"]
+    assert with_earlier_settings(sweep, ROOT / "conf", "train") == sweep
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a b", "Zoë, (all)", "[x]", "a=b", "it's", "back\\slash", "end\\", "$HOME", "50%", "{a: 1}"],
+)
+def test_paths_may_be_typed_as_they_are(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.mkdir()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        typed = compose("train", ["data=folder", as_typed(f"data.root={path}")])
+        new = compose("train", [as_typed(f"hydra.run.dir={path}/new")], return_hydra_config=True)
+    assert typed.data.root == str(path) and new.hydra.run.dir == f"{path}/new"
+
+
+def test_what_is_no_path_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ann")
+    for name in ("1", "[a,b]"):
+        (tmp_path / name).mkdir()
+    for argument in (
+        "seed=1",
+        "verify=[a,c]",
+        "-m",
+        "+paper=x",
+        "a='[a,b]'",
+        "a=${seed}",
+        "--cfg=job",
+    ):
+        assert as_typed(argument) == argument
+    assert as_typed("data.root=~/faces") == "data.root=/home/ann/faces"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("sed=2", "did you mean seed?"),
+        ("+foo=2", "no setting is called foo"),
+        ("+sead=2", "did you mean seed?"),
+        ("what=a(b", "put quotes around the value"),
+    ],
+)
+def test_what_is_mistyped_gets_a_hint(run: Run, toy: str, argument: str, words: str) -> None:
+    ended = run(argument, program=toy)
+    assert ended.code == 2 and words in ended.err
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_at_a_terminal_a_new_run_is_asked_for(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda _: answer)
+    with nullcontext() if answer == "y" else pytest.raises(ValueError, match="not confirmed"):
+        confirm("a new run begins")

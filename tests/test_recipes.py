@@ -227,11 +227,11 @@ def test_a_recipe_trains(paper: str, run: Run) -> None:
 @pytest.mark.usefixtures("faces")
 def test_a_recipe_resumes(run: Run) -> None:
     """With resume=auto alone: the recipe is found again."""
-    run(*two_steps("f2c_ms1m"), "model.name=iresnet_tiny")
+    run(*two_steps("f2c_fastface_ms1m"), "model.name=iresnet_tiny")
     ended = run("resume=auto", "trainer.max_steps=3")
     assert ended.code == 0, ended.err
     assert steps_done(ended.folder) == 3
-    assert "+paper=f2c_ms1m" in OmegaConf.load(ended.folder / "overrides.yaml")
+    assert "+paper=f2c_fastface_ms1m" in OmegaConf.load(ended.folder / "overrides.yaml")
 
 
 def steps_done(folder: Path) -> int:

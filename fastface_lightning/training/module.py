@@ -24,6 +24,7 @@ from ..data.augment import Augment
 from ..evaluation import ROC, ROCCurve, VerificationAccuracy
 from ..optim import SGD, match_memory_format
 from ..schedule.length import callbacks_of
+from .resumed import check_schedulers, optimizer_record, set_optimizer
 
 log = logging.getLogger(__name__)
 LEFT_OVER = 0.1  # highest share of its first weights that a momentum encoder should end with
@@ -93,7 +94,8 @@ class FaceModule(LightningModule):
         self.rocs = nn.ModuleList(ROCCurve() for _ in verify_names)
         self.curves: dict[str, ROC] = {}
         self.verify_as = "verify"
-        self._resumed_from: list[str] | None = None
+        self._resumed_from: dict[str, Any] = {}
+        self._optimizer_record: dict[str, Any] = {}
         self._reduce_loss = False
 
     def forward(self, images: Tensor) -> Tensor:
@@ -183,6 +185,7 @@ class FaceModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer, world_size = self.build_optimizer(), self.trainer.world_size
+        self._optimizer_record = optimizer_record(optimizer)
         if isinstance(self.classifier, PartialClassifier) and self.classifier.rate < 1:
             check_sparse(optimizer)
             if world_size > 1:
@@ -284,30 +287,40 @@ class FaceModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["torch_schedulers"] = self._scheduler_names()
+        checkpoint["optimizer"] = self._optimizer_record
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed_from = checkpoint.get("torch_schedulers")
         raw, trainer = checkpoint.get("current_model_state"), self._trainer
-        if raw is None or trainer is None or trainer.state.fn != "fit":
+        if trainer is None or trainer.state.fn != "fit":
             return
-        if not callbacks_of(trainer, "WeightAverage"):
+        self._resumed_from = {
+            "names": checkpoint.get("torch_schedulers"),
+            "states": checkpoint.get("lr_schedulers"),
+        }
+        if "optimizer" in checkpoint and (new := set_optimizer(checkpoint, self.build_optimizer())):
+            log.info("from here on the optimizer has %s", "; ".join(new))
+        if raw is not None and not callbacks_of(trainer, "WeightAverage"):
             log.warning("the checkpoint has averaged weights: the run goes on from the raw ones")
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **raw}
 
     def on_fit_start(self) -> None:
         self._followed_step = None
-        if self.trainer.ckpt_path:
-            # Who has counted the steps has made the loader, which Lightning then does not put where
-            # the checkpoint stopped: the epoch would begin anew. So it is made again.
-            self.trainer.fit_loop._combined_loader = None
+        if not self.trainer.ckpt_path:
+            return
+        # Who has counted the steps has made the loader, which Lightning then does not put where
+        # the checkpoint stopped: the epoch would begin anew. So it is made again.
+        self.trainer.fit_loop._combined_loader = None
         # Lightning would fill one scheduler with another's state, or with none, and say nothing.
-        saved, now = self._resumed_from, self._scheduler_names()
+        saved, now = self._resumed_from.get("names"), self._scheduler_names()
         if saved is not None and saved != now:
             written, have = (", ".join(names) or "no torch scheduler" for names in (saved, now))
             raise MisconfigurationException(
                 f"the checkpoint must come from the same schedule, got one written with "
                 f"{written} for a run with {have}: resume with schedule=NAME as it was"
             )
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        states = [scheduler.state_dict() for scheduler in schedulers]
+        check_schedulers(self._resumed_from.get("states") or (), states)
 
     def on_train_start(self) -> None:
         steps = self.trainer.estimated_stepping_batches

@@ -54,7 +54,7 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     Raises:
         ValueError: ``plan`` is no such number, or the run has several devices or no end.
     """
-    if not 0 < cfg.plan < float("inf"):
+    if not isinstance(cfg.plan, (int, float)) or not 0 < cfg.plan < float("inf"):
         raise ValueError(f"plan must be true or a GPU's memory in GiB, got {cfg.plan}")
     if cfg.trainer.strategy not in ("auto", "single_device") or cfg.trainer.devices not in (1, "1"):
         raise ValueError(

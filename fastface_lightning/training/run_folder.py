@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from hydra import compose
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from ..data import People
 from ..files import write_text
 from .module import FaceModule
 
-log = logging.getLogger(__name__)
 SETTINGS = ("config.yaml", "overrides.yaml")  # what a run was composed to, and of
 
 
@@ -33,34 +29,6 @@ def write_settings(folder: Path, *texts: str) -> None:
     """Write what :func:`read_settings` reads; other ranks of a resumed run may read meanwhile."""
     for name, text in zip(SETTINGS, texts, strict=True):
         write_text(folder / name, text)
-
-
-def with_earlier_overrides(cfg: DictConfig, folder: Path) -> tuple[DictConfig, list[str]]:
-    """With ``resume=auto`` what the run was started with, and over it what this command says.
-
-    Returns:
-        The config, and the overrides it is composed of.
-    """
-    overrides = list(HydraConfig.get().overrides.task)
-    earlier = folder / "overrides.yaml"
-    if cfg.resume == "auto" and earlier.exists():
-        before = {text.partition("=")[0]: text for text in map(str, OmegaConf.load(earlier))}
-        now = {text.partition("=")[0]: text for text in overrides}
-        # Another option for a group may not have all the settings of the one before.
-        changed = {group for group, text in now.items() if before.get(group) != text}
-        doubtful = {key for key in before if "." in key and key.split(".")[0] in changed} - {*now}
-        kept = {key: text for key, text in before.items() if key not in doubtful} | now
-        for key in sorted(doubtful):
-            try:
-                compose("train", [*kept.values(), before[key]])
-            except HydraException:
-                group = kept[key.split(".")[0]]
-                log.warning("%s is left out: %s has no such setting", before[key], group)
-            else:
-                kept[key] = before[key]
-        overrides = list(kept.values())
-        cfg = compose("train", overrides)
-    return cfg, [text for text in overrides if not text.startswith("resume=")]
 
 
 def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
@@ -93,9 +61,10 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
 
 
 class Checkpoint(NamedTuple):
-    """What a resume asks of a checkpoint: optimizer steps done, weights, groups of parameters that
-    have learning rates of their own, people."""
+    """What a resume asks of a checkpoint: what the run was composed of, optimizer steps done,
+    weights, groups of parameters that have learning rates of their own, people."""
 
+    config: dict[str, Any]
     step: int
     weights: dict[str, Tensor]
     groups: int
@@ -125,7 +94,33 @@ def read_checkpoint(file: Path) -> Checkpoint:
             f"resume must be a checkpoint that names the people of its run, got {file}: "
             f"weights=FILE takes its network"
         )
-    return Checkpoint(step, weights, groups, people)
+    return Checkpoint(saved.get("run", {}).get("config", {}), step, weights, groups, people)
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a resume sets otherwise than the run it goes on with, a phrase each; of the optimizer
+    the module says it.
+
+    Raises:
+        ValueError: a setting that only a start heeds.
+    """
+    old, new = _leaves(before), _leaves(now)
+    changed = [key for key in old | new if old.get(key) != new.get(key)] if before else []
+    for key in sorted({"weights", "classifier.reinit"}.intersection(changed)):
+        raise ValueError(
+            f"{key} is for the start of a run, got {new.get(key)} for one that goes on"
+        )
+    own = [key for key in changed if not key.startswith(("optimizer.", "classifier.lr", "resume"))]
+    return [f"{key} is {new.get(key)}, was {old.get(key)}" for key in own]
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings, by their keys with dots between."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        inside = isinstance(value, Mapping) and value
+        leaves |= _leaves(value, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
+    return leaves
 
 
 def check_checkpoint(saved: Checkpoint, module: FaceModule, people: People) -> None:

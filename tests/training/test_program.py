@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def test_resume_goes_on_with_its_settings_its_metrics_and_its_schedule(run: Run)
     checkpoint stay, and steps, images and time add up."""
     steps = ["trainer.log_every_n_steps=1", "checkpoint.every_n_steps=2", "trainer.max_epochs=2"]
     first = run(*SMALL, "resume=auto", "trainer.max_steps=5", "optimizer.lr=0.05", *steps)
-    assert first.code == 0 and saved(first)["global_step"] == 5  # nothing to go on from
+    assert first.code == 0 and saved(first)["global_step"] == 5
+    assert "finds no checkpoint" in first.out
     with (first.folder / "metrics.csv").open("a", newline="") as file:  # a row past the checkpoint
         row = {"step": "7", "train/loss": "1.0", "epoch": "0"}
         csv.DictWriter(file, list(rows(first.folder)[0])).writerow(row)
@@ -117,8 +119,33 @@ def test_resume_goes_on_with_its_settings_its_metrics_and_its_schedule(run: Run)
     for key in ("steps", "images", "final_loss", "verification", "lr_changes", "final_lr"):
         assert again[key] == results[key]
     file = second.folder / "checkpoints" / "last.ckpt"
-    third = run(*SMALL, f"resume={file}", "trainer.max_steps=9", folder="other")
+    more = ["trainer.max_steps=9", "trainer.max_epochs=3"]  # all else as beside the file
+    third = run(f"resume={file}", *more, folder="other")
     assert results_of(third)["steps"] == 9
+
+
+def test_what_a_resume_sets_holds_from_then_on(run: Run) -> None:
+    """Of an optimizer, whose state would bring back the old; of a torch schedule with its base."""
+    each = ["trainer.log_every_n_steps=1", "schedule=cosine", "schedule.T_max=8"]
+    first = run(*SMALL, *each, "optimizer.lr=0.04", "trainer.max_steps=4")
+    rates = [float(row["lr-SGD"]) for row in rows(first.folder) if row["lr-SGD"]]
+    new = ["optimizer.lr=0.02", "optimizer.weight_decay=0.001", "margin.m=0.2"]
+    second = run("resume=auto", *new, "trainer.max_steps=8")
+    after = [float(row["lr-SGD"]) for row in rows(second.folder) if row["lr-SGD"]]
+    assert after[:4] == rates
+    expected = [0.02 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(4, 8)]
+    assert after[4:] == pytest.approx(expected, rel=1e-5)
+    (group,) = saved(second)["optimizer_states"][0]["param_groups"]
+    assert group["weight_decay"] == 0.001
+    for said in ("margin.m is 0.2, was 0.4", "lr 0.02, was 0.04", "weight_decay 0.001, was 0.0005"):
+        assert said in second.out
+    for other, words in {
+        "optimizer=adamw": "written with SGD for AdamW",
+        "schedule.T_max=9": "T_max must be 8, got 9",
+        "weights=x": "weights is for the start of a run, got x",
+    }.items():
+        refused = run("resume=auto", other, "trainer.max_steps=9")
+        assert refused.code == 2 and words in refused.err
 
 
 def test_the_average_is_what_is_verified_saved_exported_and_started_from(run: Run) -> None:

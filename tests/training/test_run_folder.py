@@ -2,20 +2,16 @@
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from programs import ROOT
 from torch import nn
 
 from fastface_lightning.classifiers import FullClassifier
 from fastface_lightning.data import People
 from fastface_lightning.optim import SGD
-from fastface_lightning.training import run_folder
 from fastface_lightning.training.module import FaceModule
 from fastface_lightning.training.run_folder import (
     check_checkpoint,
@@ -98,22 +94,3 @@ def test_a_checkpoint_of_another_network_or_of_none(tmp_path: Path) -> None:
     last.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"a checkpoint of train\.py"):
         read_checkpoint(last)
-
-
-def test_another_option_at_a_resume_keeps_the_settings_that_it_has_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    before = ["trainer=cpu", "trainer.max_epochs=3", "trainer.precision=32-true"]
-    before += ["optimizer.lr=0.02", "optimizer.nesterov=true", "seed=5"]
-    OmegaConf.save(OmegaConf.create(before), tmp_path / "overrides.yaml")
-    now = ["resume=auto", "trainer=ddp", "optimizer=adamw", "trainer.precision=bf16-mixed"]
-    running = SimpleNamespace(overrides=SimpleNamespace(task=now))
-    monkeypatch.setattr(run_folder, "HydraConfig", SimpleNamespace(get=lambda: running))
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg, overrides = run_folder.with_earlier_overrides(compose("train", now), tmp_path)
-    assert (cfg.trainer.strategy, cfg.trainer.max_epochs, cfg.seed) == ("ddp", 3, 5)
-    assert (cfg.trainer.precision, cfg.optimizer.lr) == ("bf16-mixed", 0.02)
-    assert sorted(overrides) == sorted(
-        [*now[1:], "trainer.max_epochs=3", "optimizer.lr=0.02", "seed=5"]
-    )
-    assert "optimizer.nesterov=true" in caplog.text and "optimizer.lr" not in caplog.text
