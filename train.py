@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fastface_lightning.cli import check_numbers, confirm, program
+
+if TYPE_CHECKING:
+    from fastface_lightning.training.interrupts import EndOnSignal
 
 log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parent / "conf"
@@ -29,19 +34,10 @@ LEAST = {  # numbers, and how small they may be
 def main(cfg: DictConfig) -> float | None:
     """Train, verify and leave a record in the run folder; returns the verification accuracy."""
     # What takes seconds to import waits until there is something to do: --help comes at once.
-    from lightning.pytorch import seed_everything
-
-    from fastface_lightning.backbones.weights import read_file
-    from fastface_lightning.data import ARCFACE_POINTS, People
-    from fastface_lightning.data.datasets.sample import sample_of
-    from fastface_lightning.data.formats.names import write_names
-    from fastface_lightning.report.figures import print_summary
-    from fastface_lightning.report.image_grid import plot_faces
     from fastface_lightning.training import run_folder
-    from fastface_lightning.training.build import build_module, build_trainer
     from fastface_lightning.training.devices import resolve_device
+    from fastface_lightning.training.interrupts import EndOnSignal
     from fastface_lightning.training.plan import plan_run
-    from fastface_lightning.training.run_record import RunRecord
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     overrides = [text for text in HydraConfig.get().overrides.task if text[:7] != "resume="]
@@ -53,6 +49,35 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.plan is not False and cfg.plan is not None:  # 0 is a mistake, not a no
         plan_run(cfg, folder)
         return None
+    with EndOnSignal() as signals, run_folder.in_use(folder):
+        accuracy = train(cfg, folder, checkpoint, overrides, signals)
+    if signals.code:
+        go_on = shlex.join([f"hydra.run.dir={folder}", "resume=auto"])
+        print(f"go on: python {shlex.quote(sys.argv[0])} {go_on}")
+        sys.exit(signals.code)
+    return accuracy
+
+
+def train(
+    cfg: DictConfig,
+    folder: Path,
+    checkpoint: Path | None,
+    overrides: list[str],
+    signals: EndOnSignal,
+) -> float | None:
+    """The run itself, from its data to its report."""
+    from lightning.pytorch import seed_everything
+
+    from fastface_lightning.backbones.weights import read_file
+    from fastface_lightning.data import ARCFACE_POINTS, People
+    from fastface_lightning.data.datasets.sample import sample_of
+    from fastface_lightning.data.formats.names import write_names
+    from fastface_lightning.report.figures import print_summary
+    from fastface_lightning.report.image_grid import plot_faces
+    from fastface_lightning.training import run_folder
+    from fastface_lightning.training.build import build_module, build_trainer
+    from fastface_lightning.training.run_record import RunRecord
+
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     record = RunRecord(folder, config)
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -74,7 +99,7 @@ def main(cfg: DictConfig) -> float | None:
             log.info("from here on %s", "; ".join(changed))
     resume_step = saved.step if saved else 0
     data.train_dataloader()  # refuses a batch that is too large before anything slow
-    trainer = build_trainer(cfg, folder, schedule, record, resume_step)
+    trainer = build_trainer(cfg, folder, schedule, record, resume_step, signals)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if str(getattr(callback, "monitor", "")).startswith("verify/") and not data.verify_names:
             raise ValueError(
@@ -101,15 +126,15 @@ def main(cfg: DictConfig) -> float | None:
         if checkpoint and trainer.global_step <= resume_step:  # refused: the run stays as it was
             run_folder.write_settings(folder, *settings_before)
         raise
-    if data.verify_names and record.verified_step != trainer.global_step:
-        trainer.validate(module, data, verbose=False)
-    if data.verify_names:
+    if data.verify_names and not signals.code:
+        if record.verified_step != trainer.global_step:
+            trainer.validate(module, data, verbose=False)
         record.verify_raw(trainer, module, data)
     results = record.write(trainer)
     if trainer.is_global_zero:
         print_summary(results, folder)
     accuracies = [verified["accuracy"] for verified in results["verification"].values()]
-    return sum(accuracies) / len(accuracies) if accuracies else None
+    return sum(accuracies) / len(accuracies) if all(accuracies) and accuracies else None
 
 
 if __name__ == "__main__":

@@ -27,14 +27,18 @@ class RaiseAt(Callback):
 
 
 class KillAt(Callback):
-    """`kill -9` of every process of the run, before one of its batches."""
+    """A signal to every process of the run, or to this one, before one of its batches."""
 
-    def __init__(self, batch: int | None) -> None:
-        self.batch = batch
+    def __init__(
+        self, batch: int | None, signal: str = "SIGKILL", group: bool = True, times: int = 1
+    ) -> None:
+        self.batch, self.signal, self.group, self.times = batch, signal, group, times
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batch:
-            os.killpg(0, signal.SIGKILL)
+            for _ in range(self.times):
+                number = getattr(signal, self.signal)
+                os.killpg(0, number) if self.group else os.kill(os.getpid(), number)
 
 
 class WriteInputs(Callback):

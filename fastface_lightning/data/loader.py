@@ -4,6 +4,7 @@ So how many batches of which epoch are done is all that a checkpoint must hold f
 with the next image, without fetching those before it.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -170,6 +171,12 @@ class GroupSampler(EpochSampler):
         return groups.T
 
 
+def ignore_signals(_: int) -> None:
+    """What ends a program is its main process's business: its workers end with it, in silence."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class FaceLoader(DataLoader[Any]):
     """Shuffled batches of a :class:`FaceDataset`, resumable at any of them.
 
@@ -212,6 +219,7 @@ class FaceLoader(DataLoader[Any]):
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
+            worker_init_fn=ignore_signals,
         )
         self._epoch = self._batches = 0
         self._resume: dict[str, Any] | None = None

@@ -218,7 +218,9 @@ def print_summary(results: dict[str, Any], folder: str | Path) -> None:
     table.add_column(style="bold")
     table.add_column()
     for name, verified in results["verification"].items():
-        accuracy = f"{verified['accuracy']:.2%} ± {verified['std']:.2%}"
+        accuracy = "none: no embedding is finite"
+        if verified["accuracy"] is not None:
+            accuracy = f"{verified['accuracy']:.2%} ± {verified['std']:.2%}"
         if verified["untrained_accuracy"] is not None:
             accuracy += f" (untrained {verified['untrained_accuracy']:.2%}, chance 50 %)"
         table.add_row(f"verification {name}", accuracy)

@@ -18,6 +18,8 @@ from ..schedule.fixed import FixedSchedule
 from .checkpoints import OneRun
 from .csv_logger import ResumableCSVLogger
 from .devices import loss_scaling
+from .finite import EndOnNonFinite
+from .interrupts import EndOnSignal
 from .module import FaceModule
 from .run_record import RunRecord
 from .seeding import SeededBatches
@@ -64,7 +66,12 @@ def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceMo
 
 
 def build_trainer(
-    cfg: DictConfig, folder: Path, schedule: Any, record: RunRecord, resume_step: int
+    cfg: DictConfig,
+    folder: Path,
+    schedule: Any,
+    record: RunRecord,
+    resume_step: int,
+    signals: EndOnSignal | None = None,
 ) -> Trainer:
     """The trainer with everything that watches the run."""
     callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values()]
@@ -84,7 +91,10 @@ def build_trainer(
         verify = {"check_val_every_n_epoch": None, "val_check_interval": batches}
     return instantiate(
         cfg.trainer,
-        callbacks=[OneRun(folder, resume_step), SeededBatches(cfg.seed), *callbacks, record],
+        callbacks=[
+            *(OneRun(folder, resume_step), SeededBatches(cfg.seed), signals or EndOnSignal()),
+            *(EndOnNonFinite(cfg.max_nonfinite), *callbacks, record),
+        ],
         logger=loggers or False,
         default_root_dir=str(folder),
         **verify,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from .finite import is_finite
+
+log = logging.getLogger(__name__)
+
 
 class LastAndBest(Checkpoint):
     """Keeps ``last.ckpt``: every so many steps, after every epoch, and where the run stops; and
     ``best.ckpt``: of the verification with the highest mean accuracy, the earliest among equals.
+    Weights that are not finite are kept as neither.
 
     Never after the last batch of an epoch but at the epoch's end, when it has been verified:
     Lightning 2.6 counts an epoch twice when it goes on from between the two.
@@ -27,6 +33,7 @@ class LastAndBest(Checkpoint):
     Attributes:
         best: optimizer steps done at the best verification and its accuracy, ``{"step": int,
             "accuracy": float}``; None before the first. The untrained network does not count.
+        last_good: path of ``last.ckpt``, once this run has written or resumed it; else None.
 
     Raises:
         ValueError: ``every_n_steps`` below 1.
@@ -37,19 +44,25 @@ class LastAndBest(Checkpoint):
             raise ValueError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
         self.folder, self.every_n_steps = Path(dirpath), every_n_steps
         self.best: dict[str, Any] | None = None
+        self.last_good: Path | None = None
         self._saved_step = -1
         self._best_is_due = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run is at a saved step until its next optimizer step.
         self._saved_step = trainer.global_step
+        self.last_good = Path(trainer.ckpt_path) if trainer.ckpt_path else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
-        if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        # Of a run that is stopped within an epoch, what is saved at the epoch's end goes on with
+        # the next epoch.
+        if (
+            due or trainer.should_stop
+        ) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,12 +102,22 @@ class LastAndBest(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.global_step:
             self._saved_step = trainer.global_step
-            trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
+            if self._write(trainer, "last.ckpt"):
+                self.last_good = self.folder / "last.ckpt"
 
     def _save_best(self, trainer: Trainer) -> None:
         if self._best_is_due:
             self._best_is_due = False
-            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
+            self._write(trainer, "best.ckpt")
+
+    def _write(self, trainer: Trainer, name: str) -> bool:
+        finite = is_finite(trainer.lightning_module)
+        if not trainer.strategy.reduce_boolean_decision(finite):
+            step = trainer.global_step
+            log.warning("step %d: the weights are not finite, %s is left as it was", step, name)
+            return False
+        trainer.save_checkpoint(self.folder / name, weights_only=False)
+        return True
 
 
 class EarlyStop(EarlyStopping):

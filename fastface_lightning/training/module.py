@@ -142,7 +142,9 @@ class FaceModule(LightningModule):
         # What is not finite becomes a mistaken pair: a deep network gives such before its batch
         # norms have seen any image, and no run should end for it.
         lost = ~(a.isfinite().all(1) & b.isfinite().all(1))
-        self._lost += lost.sum()
+        self._lost[dataloader_idx] += torch.stack(
+            [lost.sum(), lost.new_tensor(len(lost), dtype=torch.int64)]
+        )
         unit = F.one_hot(torch.zeros_like(same, dtype=torch.int64), a.shape[1]).to(a)
         opposite = torch.where(same[:, None], -unit, unit)  # as unlike, or as alike, as can be
         a, b = a.where(~lost[:, None], unit), b.where(~lost[:, None], opposite)
@@ -150,18 +152,25 @@ class FaceModule(LightningModule):
         self.rocs[dataloader_idx].update((a * b).sum(1), same, index)  # type: ignore[operator]
 
     def on_validation_epoch_start(self) -> None:
-        self._lost = torch.zeros((), dtype=torch.int64, device=self.device)
+        # Pairs whose embeddings are not finite, and all pairs, of each set.
+        self._lost = torch.zeros(len(self.metrics), 2, dtype=torch.int64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        if self._lost:
-            text = "%d verification pairs have embeddings that are not finite: counted as mistaken"
-            log.warning(text, self._lost)
         self.curves = {}
+        counts = self.trainer.strategy.reduce(self._lost, reduce_op="sum").tolist()
         accuracies = []
         metric: Any
         roc: Any
-        for name, metric, roc in zip(self.verify_names, self.metrics, self.rocs, strict=True):
+        for name, metric, roc, (lost, pairs) in zip(
+            self.verify_names, self.metrics, self.rocs, counts, strict=True
+        ):
             accuracies.append(metric.compute())
+            if lost:
+                text = "%s: of %d of %d pairs the embeddings are not finite, %s"
+                mistaken = "which counts as mistaken" if lost < pairs else "so there is no accuracy"
+                log.warning(text, name, lost, pairs, mistaken)
+            if lost == pairs:
+                accuracies[-1] = torch.full_like(accuracies[-1], torch.nan)
             # Every rank has the same result; sync_dist only tells Lightning so.
             logged = f"{self.verify_as}/{name}"
             self.log(f"{logged}/accuracy", accuracies[-1], prog_bar=True, sync_dist=True)

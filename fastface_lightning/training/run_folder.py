@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -17,6 +19,27 @@ from ..files import write_text
 from .module import FaceModule
 
 SETTINGS = ("config.yaml", "overrides.yaml")  # what a run was composed to, and of
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Within it no other program can enter the run folder; of ranks the first holds it.
+
+    Raises:
+        ValueError: another one has it.
+    """
+    if getattr(rank_zero_only, "rank", 0):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # of a process that dies it is released
+        except OSError as error:
+            raise ValueError(f"the run folder must be of one run, got {folder}, in use") from error
+        yield
 
 
 def read_settings(folder: Path) -> list[str]:

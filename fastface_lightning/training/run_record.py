@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -39,8 +40,9 @@ class RunRecord(Callback):
         config: what the run was composed of, plain data.
 
     Attributes:
-        verification: by the name of each set ``accuracy`` at the last verification, its ``std``
-            over the folds and ``untrained_accuracy``, None where that is not known; once a run with
+        verification: by the name of each set ``accuracy`` at the last verification, None where no
+            embedding was finite, its ``std`` over the folds and ``untrained_accuracy``, None where
+            that is not known; once a run with
             averaged weights has ended, ``raw_accuracy``, of the weights as they were trained.
         verified_step: optimizer steps done at the last verification.
         images: trained on so far, by all ranks.
@@ -97,7 +99,8 @@ class RunRecord(Callback):
             verified = self.verification.setdefault(name, {"untrained_accuracy": None})
             verified.pop("raw_accuracy", None)  # of an earlier part of the run
             for key in ("accuracy", "std"):
-                verified[key] = trainer.callback_metrics[f"verify/{name}/{key}"].item()
+                value = trainer.callback_metrics[f"verify/{name}/{key}"].item()
+                verified[key] = value if math.isfinite(value) else None
             if not trainer.global_step and not trainer.sanity_checking:
                 verified["untrained_accuracy"] = verified["accuracy"]
         self.verified_step = trainer.global_step

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from fastface_lightning.data import People, encode_jpeg, write_verification_bin
 from fastface_lightning.data.datasets.synthetic_faces import draw_face
 from fastface_lightning.inference.embedder import load_embedder
+from fastface_lightning.training.run_folder import in_use
 
 pytestmark = pytest.mark.program
 QUIET = "trainer.enable_progress_bar=false"
@@ -199,6 +201,60 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run: Run) -> None:
     assert ended.code == 2 and "CosineAnnealingLR for a run with MultiStepLR" in ended.err
     assert ended.err.count("error:") == 1 and "Traceback" not in ended.err
     assert (first.folder / "overrides.yaml").read_text() == settings
+
+
+def signalled(run: Run, **settings: Any) -> Ended:
+    given = {"_target_": "watching.KillAt", "batch": 3, "signal": "SIGINT", "group": False}
+    return run(*SMALL, *(f"+callbacks.kill.{k}={v}" for k, v in {**given, **settings}.items()))
+
+
+def test_a_first_signal_ends_a_run_well(run: Run) -> None:
+    """After the step, with a checkpoint, results, a report and the command that goes on."""
+    ended = signalled(run)
+    assert ended.code == 130 and "Traceback" not in ended.err
+    assert saved(ended)["global_step"] == 3
+    assert json.loads((ended.folder / "results.json").read_text())["steps"] == 3
+    assert (ended.folder / "report.html").is_file()
+    (line,) = (line for line in ended.out.splitlines() if line.startswith("go on: python "))
+    arguments = shlex.split(line)[4:]
+    again = run(*arguments, "+callbacks.kill.batch=null", "trainer.max_epochs=1")
+    assert again.code == 0, again.err
+    assert results_of(again)["steps"] == 4
+
+
+@pytest.mark.parametrize("settings", [{"times": 2}, {"batch": 1}])
+def test_a_second_signal_or_one_before_the_first_step_ends_it_now(
+    run: Run, settings: dict[str, Any]
+) -> None:
+    ended = signalled(run, signal="SIGTERM", **settings)
+    assert ended.code == 143 and "Traceback" not in ended.err
+    assert not list(ended.folder.glob("checkpoints/*"))
+
+
+def test_losses_that_are_no_numbers_end_a_run_and_spoil_no_checkpoint(run: Run) -> None:
+    rate = [
+        "schedule=cosine",
+        "max_nonfinite=2",
+        "optimizer.lr=1e12",
+        "trainer.gradient_clip_val=0",
+    ]
+    ended = run(*SMALL, *rate)
+    assert ended.code == 2 and "max_nonfinite=2" in ended.err and "no checkpoint" in ended.err
+    assert not list(ended.folder.glob("checkpoints/*"))
+    good = run(*SMALL, "trainer.max_steps=4", folder="good")
+    before = saved(good)
+    spoilt = run("resume=auto", *rate[1:], "trainer.max_steps=40", folder="good")
+    last = good.folder / "checkpoints" / "last.ckpt"
+    assert spoilt.code == 2 and f"{last} is the last good checkpoint" in spoilt.err
+    assert saved(spoilt)["global_step"] == before["global_step"] == 4
+    short = run(*SMALL, *rate[:1], *rate[2:], "trainer.max_steps=3", folder="short")
+    assert short.code == 2 and "at the end" in short.err
+
+
+def test_two_runs_never_share_a_folder(run: Run, tmp_path: Path) -> None:
+    with in_use(tmp_path / "run"):
+        assert "in use" in run(*SMALL, "trainer.max_steps=1").err
+    assert run(*SMALL, "trainer.max_steps=1").code == 0
 
 
 def test_bad_files_are_named_and_skipped(run: Run, faces: Path) -> None:

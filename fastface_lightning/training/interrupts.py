@@ -1,0 +1,74 @@
+"""Ctrl-C and SIGTERM end a run well, after a whole step; a second one ends it now."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class EndOnSignal(Callback):
+    """Ends the run after the optimizer step in progress, where a signal asks for it.
+
+    As a context manager it takes over SIGINT, which Ctrl-C sends, and SIGTERM, which SLURM,
+    containers and ``timeout`` send. The first one stops the trainer, which keeps its last
+    checkpoint; ranks agree on it every ``log_every_n_steps``. A second one, and one that comes
+    while no step has been done or all have, ends the program at once with SystemExit(128 + signal).
+    Lightning's own handling exits while a step is under way, and with 1; it is replaced.
+
+    Attributes:
+        code: exit code of a run that was stopped, 130 or 143; 0 where none was.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._received = 0
+        self._before: dict[signal.Signals, Any] = {}
+        self._step: int | None = None  # optimizer steps done; None while no training goes on
+
+    def __enter__(self) -> EndOnSignal:
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received or not self._step:
+            raise SystemExit(128 + number)
+        self._received = number
+        said = (
+            f"\n{signal.Signals(number).name}: the run ends after this step; again: it ends now\n"
+        )
+        os.write(2, said.encode())  # print and log may be what was interrupted
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = 0
+        if self._before:
+            signal.signal(signal.SIGTERM, self._handle)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._step == trainer.global_step:
+            return
+        self._step = trainer.global_step
+        received = self._received
+        if trainer.world_size > 1:
+            if self._step % max(trainer.log_every_n_steps, 1):  # type: ignore[attr-defined]
+                return
+            any_rank = trainer.strategy.reduce_boolean_decision(bool(received), all=False)
+            received = (received or signal.SIGTERM) if any_rank else 0
+        if received:
+            self.code = 128 + received
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # there may be no time
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = None
