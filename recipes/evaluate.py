@@ -195,10 +195,10 @@ def draw_worst(protocol: Pairs, outcome: Outcome, file: Path) -> None:
     from fastface_lightning.inference.protocols import worst_pairs
     from fastface_lightning.report.image_grid import plot_pairs
 
-    worst = worst_pairs(outcome, WORST)
+    worst, index = worst_pairs(outcome, WORST), protocol.pairs.pairs()
     plot_pairs(
         file,
-        [protocol.pairs.images[2 * i : 2 * i + 2] for i in worst],
+        [protocol.pairs.images[index[i]] for i in worst],
         [bool(outcome.same[i]) for i in worst],
         [f"pair {i}: {outcome.scores[i]:.3f}" for i in worst],
         f"{protocol.name}: the pairs most mistaken, with their cosines",

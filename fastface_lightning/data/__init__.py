@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .ijb import IJBData, TemplateSubjects, is_ijb, read_ijb
     from .loader import EpochSampler, FaceLoader, GroupSampler, epoch_permutation
     from .pairs import (
+        PairImages,
         VerificationPairs,
         held_out_pairs,
         interleaved,
@@ -61,8 +62,8 @@ _NAMES = {
     "formats.verification_bin": "write_verification_bin",
     "ijb": "IJBData TemplateSubjects is_ijb read_ijb",
     "loader": "EpochSampler FaceLoader GroupSampler epoch_permutation",
-    "pairs": "VerificationPairs held_out_pairs interleaved pair_files read_pairs read_verification"
-    " read_verification_bin synthetic_pairs",
+    "pairs": "PairImages VerificationPairs held_out_pairs interleaved pair_files read_pairs"
+    " read_verification read_verification_bin synthetic_pairs",
     "people": "People is_held_out",
 }
 __all__ = [name for names in _NAMES.values() for name in names.split()]

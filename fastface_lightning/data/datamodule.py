@@ -3,7 +3,9 @@
 Training batches are (images (B, 3, H, W) uint8 RGB, labels (B,) int64), or several such by name for
 a classifier that compares images of one identity. Verification batches are (a (B, 3, H, W) uint8, b
 likewise, same (B,) bool, index (B,) int64): the pairs (a, b) with their places in the set, by which
-a metric can drop the repeats that a distributed sampler pads with.
+a metric can drop the repeats that a distributed sampler pads with. Of pairs held out, whose images
+recur, they are (images (B, 3, H, W) uint8, places (B,) int64), each image once, of
+:class:`PairImages`.
 """
 
 import logging
@@ -16,7 +18,7 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from .datasets.base import FaceDataset, abridged
 from .datasets.folder import FaceList, IdentityFolder
@@ -26,7 +28,14 @@ from .datasets.synthetic import SyntheticFaces
 from .formats.names import read_names
 from .formats.tar import is_shard
 from .loader import EpochSampler, FaceLoader, GroupSampler
-from .pairs import VerificationPairs, held_out_pairs, read_pairs, read_verification, synthetic_pairs
+from .pairs import (
+    PairImages,
+    VerificationPairs,
+    held_out_pairs,
+    read_pairs,
+    read_verification,
+    synthetic_pairs,
+)
 from .people import People, is_held_out
 
 logger = logging.getLogger(__name__)
@@ -192,8 +201,12 @@ class FaceDataModule(LightningDataModule, ABC):
         """One loader a verification set, in order; without workers, as the pairs are in memory."""
         loaders = []
         for pairs in self.sets.values():
-            a, b, places = pairs.images[0::2], pairs.images[1::2], torch.arange(len(pairs.same))
-            dataset = TensorDataset(a, b, pairs.same, places)
+            dataset: Dataset[Any]
+            if pairs.index is None:
+                a, b, places = pairs.images[0::2], pairs.images[1::2], torch.arange(len(pairs.same))
+                dataset = TensorDataset(a, b, pairs.same, places)
+            else:
+                dataset = PairImages(pairs)
             pin_memory = torch.cuda.is_available()
             loaders.append(DataLoader(dataset, self.batch_size, pin_memory=pin_memory))
         return loaders

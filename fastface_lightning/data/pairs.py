@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .datasets.base import FaceDataset, abridged
 from .datasets.synthetic import SyntheticFaces, check_range
@@ -28,17 +29,40 @@ _MOST_IMAGES, _MOST_USES = 20_000, 100
 
 
 class VerificationPairs(NamedTuple):
-    """P pairs of images; images 2i and 2i + 1 are pair i.
+    """P pairs of images; images 2i and 2i + 1 are pair i, unless there is an ``index``.
 
     Attributes:
-        images: (2P, 3, H, W) uint8, RGB.
+        images: (2P, 3, H, W) uint8, RGB; with an index (M, 3, H, W), each image once.
         same: (P,) bool, whether pair i shows one person.
         missing: a sentence for each pair left out because an image is absent or unreadable.
+        index: (P, 2) int64, the images of each pair; None: 2i and 2i + 1.
     """
 
     images: Tensor
     same: Tensor
     missing: list[str]
+    index: Tensor | None = None  # type: ignore[assignment]  # as a tuple's method is called
+
+    def pairs(self) -> Tensor:
+        """(P, 2) int64, the images of each pair, whether there is an ``index`` or not."""
+        return torch.arange(2 * len(self.same)).view(-1, 2) if self.index is None else self.index
+
+
+class PairImages(Dataset[tuple[Tensor, int]]):
+    """The images of pairs in which they recur: ``images[i]`` is (image i, i).
+
+    Attributes:
+        same, index: the pairs', which a verification compares once all images are embedded.
+    """
+
+    def __init__(self, pairs: VerificationPairs) -> None:
+        self._images, self.same, self.index = pairs.images, pairs.same, pairs.pairs()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._images[index], index
 
 
 class PairFiles(NamedTuple):
@@ -268,7 +292,7 @@ def held_out_pairs(dataset: FaceDataset, num_pairs: int, seed: int = 0) -> Verif
     if (counts > 0).sum() < 2:
         raise ValueError(f"pairs of two people need two people in {dataset}, got 1")
     pairs = sample_pairs(dataset.labels, num_pairs, seed)
-    return _read_alternating(dataset, pairs[0::2], pairs[1::2])
+    return _read_alternating(dataset, pairs[0::2], pairs[1::2], once=True)
 
 
 def sample_pairs(labels: NDArray[np.integer], num_pairs: int, seed: int = 0) -> NDArray[np.int64]:
@@ -387,7 +411,10 @@ def _planes(pixels: NDArray[np.uint8]) -> Tensor:
 
 
 def _read_alternating(
-    dataset: FaceDataset, same: NDArray[np.int64], different: NDArray[np.int64]
+    dataset: FaceDataset,
+    same: NDArray[np.int64],
+    different: NDArray[np.int64],
+    once: bool = False,
 ) -> VerificationPairs:
     """Images of pairs of one person and of two, (P / 2, 2) indices each, in turns."""
     indices = np.stack([same, different], axis=1).reshape(-1, 2).tolist()
@@ -396,6 +423,7 @@ def _read_alternating(
         lambda index: _planes(dataset.read(index)),
         lambda index: Path(dataset.name(index)).stem,
         str(dataset),
+        once,
     )
 
 
@@ -404,20 +432,34 @@ def _load(
     read: Callable[[Any], Tensor],
     name: Callable[[Any], str],
     source: str,
+    once: bool = False,
 ) -> VerificationPairs:
-    """Read both images of each pair; a pair of which ``read`` raises ValueError is missing."""
+    """Read both images of each pair, or each image once; a pair of which ``read`` raises ValueError
+    is missing."""
     images: list[Tensor] = []
-    same, missing = [], []
+    same, missing, index = [], [], []
+    places: dict[Any, int] = {}
+
+    def place(image: Any) -> int:
+        if image not in places:
+            images.append(read(image))
+            places[image] = len(images) - 1
+        return places[image]
+
     for first, second, truth in pairs:
         try:
-            images += read(first), read(second)
+            if once:
+                index.append((place(first), place(second)))
+            else:
+                images += read(first), read(second)
             same.append(truth)
         except ValueError as error:
             missing.append(f"{name(first)} and {name(second)}: {error}")
     total = len(pairs)
-    if not images:
+    if not same:
         raise ValueError(f"none of the {total} pairs of {source} can be read: {missing[0]}")
     if missing:
         left_out = len(missing), total, source, abridged(missing, 3)
         logger.warning("left out %d of the %d pairs of %s: %s", *left_out)
-    return VerificationPairs(torch.stack(images), torch.tensor(same), missing)
+    at = torch.tensor(index) if once else None
+    return VerificationPairs(torch.stack(images), torch.tensor(same), missing, at)

@@ -92,8 +92,8 @@ class Pairs(Protocol):
         return hashlib.sha256(self.pairs.images.numpy().data).hexdigest()
 
     def evaluate(self, features: Tensor) -> Outcome:
-        units, same = F.normalize(features), self.pairs.same
-        a, b = units[0::2], units[1::2]
+        units, same, index = F.normalize(features), self.pairs.same, self.pairs.pairs()
+        a, b = units[index[:, 0]], units[index[:, 1]]
         scores = (a * b).sum(1)
         folds = verification_accuracy(a, b, same)
         try:

@@ -27,6 +27,7 @@ from ..schedule.length import callbacks_of
 from .resumed import check_schedulers, optimizer_record, set_optimizer
 
 log = logging.getLogger(__name__)
+PAIRS = 2**14  # compared at a time
 LEFT_OVER = 0.1  # highest share of its first weights that a momentum encoder should end with
 
 
@@ -47,7 +48,8 @@ class FaceModule(LightningModule):
 
     Batches are what :class:`fastface_lightning.data.FaceDataModule` gives: for training images
     uint8 (N, 3, 112, 112) RGB and labels (N,) int64, or a dict of such for a MomentumClassifier;
-    for validation the two images of each pair, whether they show one person, and the pair's number.
+    for validation the two images of each pair, whether they show one person, and the pair's number,
+    or images and their places in a :class:`fastface_lightning.data.PairImages`.
 
     Logs ``train/loss`` (every step), of a DynamicClassPool ``train/in_pool``, and for each set of
     pairs ``verify/<set>/accuracy`` and ``verify/<set>/std`` (ten folds), with their mean over the
@@ -135,27 +137,56 @@ class FaceModule(LightningModule):
         return loss
 
     def validation_step(
-        self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+        self, batch: tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if len(batch) == 2:  # images whose pairs are compared at the end
+            images, places = batch
+            self._embedded.setdefault(dataloader_idx, []).append((places, self.embed(images)))
+            return
         a, b, same, index = batch
-        a, b = self.embed(a), self.embed(b)
+        self._compare(dataloader_idx, self.embed(a), self.embed(b), same, index)
+
+    def _compare(self, number: int, a: Tensor, b: Tensor, same: Tensor, index: Tensor) -> None:
+        """Give pairs of embeddings (N, D) to the metrics of a set."""
         # What is not finite becomes a mistaken pair: a deep network gives such before its batch
         # norms have seen any image, and no run should end for it.
         lost = ~(a.isfinite().all(1) & b.isfinite().all(1))
-        self._lost[dataloader_idx] += torch.stack(
-            [lost.sum(), lost.new_tensor(len(lost), dtype=torch.int64)]
-        )
+        self._lost[number, 0] += lost.sum()
+        self._lost[number, 1] += len(lost)
         unit = F.one_hot(torch.zeros_like(same, dtype=torch.int64), a.shape[1]).to(a)
         opposite = torch.where(same[:, None], -unit, unit)  # as unlike, or as alike, as can be
         a, b = a.where(~lost[:, None], unit), b.where(~lost[:, None], opposite)
-        self.metrics[dataloader_idx].update(a, b, same, index)  # type: ignore[operator]
-        self.rocs[dataloader_idx].update((a * b).sum(1), same, index)  # type: ignore[operator]
+        self.metrics[number].update(a, b, same, index)  # type: ignore[operator]
+        self.rocs[number].update((a * b).sum(1), same, index)  # type: ignore[operator]
+
+    def _compare_recurring(self, number: int) -> None:
+        """Compare a set's pairs by the embeddings of its images, of which each rank has a part."""
+        places, units = map(torch.cat, zip(*self._embedded[number], strict=True))
+        if self.trainer.world_size > 1:
+            gathered: Any = self.all_gather((places, units))
+            places, units = (part.flatten(0, 1) for part in gathered)
+        loaders: Any = self.trainer.val_dataloaders
+        images = (loaders if isinstance(loaders, list) else [loaders])[number].dataset
+        table = units.new_zeros(len(images), units.shape[1])
+        embedded = torch.zeros(len(images), dtype=torch.bool, device=units.device)
+        table[places], embedded[places] = units, True
+        index = images.index.to(units.device)
+        usable = embedded[index].all(1).nonzero()[:, 0]
+        mine = usable[self.trainer.global_rank :: self.trainer.world_size]
+        same = images.same.to(units.device)
+        for pairs in mine.split(PAIRS):
+            a, b = table[index[pairs, 0]], table[index[pairs, 1]]
+            self._compare(number, a, b, same[pairs], pairs)
 
     def on_validation_epoch_start(self) -> None:
+        # Of sets whose images recur, places and embeddings.
+        self._embedded: dict[int, list[tuple[Tensor, Tensor]]] = {}
         # Pairs whose embeddings are not finite, and all pairs, of each set.
         self._lost = torch.zeros(len(self.metrics), 2, dtype=torch.int64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
+        for number in self._embedded:
+            self._compare_recurring(number)
         self.curves = {}
         counts = self.trainer.strategy.reduce(self._lost, reduce_op="sum").tolist()
         accuracies = []

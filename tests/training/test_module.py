@@ -23,7 +23,7 @@ from fastface_lightning.classifiers import (
     MomentumClassifier,
     PartialClassifier,
 )
-from fastface_lightning.data import People
+from fastface_lightning.data import PairImages, People, VerificationPairs
 from fastface_lightning.margins import AdaFace, CurricularFace, Margin
 from fastface_lightning.optim import SGD
 from fastface_lightning.schedule.fixed import FixedSchedule
@@ -251,6 +251,35 @@ def test_pairs_without_finite_embeddings_count_as_mistaken(
     (found,) = quiet(tmp_path).validate(faces, pairs, verbose=False)
     assert found["verify/noise/accuracy"] == pytest.approx(accuracy, nan_ok=True)
     assert (f"of {lost} of 20 pairs the embeddings are not finite" in caplog.text) == (lost > 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_recurring_images_are_embedded_once_and_judged_alike(tmp_path: Path) -> None:
+    """As if every pair had its two images; on a part of the images the pairs that it holds."""
+    images = torch.randint(0, 256, (9, 3, 112, 112), dtype=torch.uint8)
+    index = torch.tensor([(i, j) for i in range(9) for j in range(i)])
+    same = index.sum(1) % 3 == 0
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.AvgPool2d(28), nn.Flatten(), nn.Linear(48, 8))
+    calls: list[int] = []
+    backbone.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    faces = FaceModule(backbone, nn.Identity(), torch.optim.SGD, verify_names=["noise"])
+
+    def verified(dataset: Any, **settings: Any) -> dict[str, float]:
+        (found,) = quiet(tmp_path, **settings).validate(
+            faces, DataLoader(dataset, 4), verbose=False
+        )
+        return found
+
+    once = PairImages(VerificationPairs(images, same, [], index))
+    a, b, places = images[index[:, 0]], images[index[:, 1]], torch.arange(len(index))
+    expected = verified(TensorDataset(a, b, same, places))
+    assert sum(calls) == 4 * len(index)
+    calls.clear()
+    assert verified(once) == pytest.approx(expected, abs=1e-6) and sum(calls) == 2 * 9
+    part = (index < 8).all(1)
+    expected = verified(TensorDataset(a[part], b[part], same[part], places[part]))
+    assert verified(once, limit_val_batches=2) == pytest.approx(expected, abs=1e-6)
 
 
 class Pairs(torch.utils.data.Dataset[Any]):
