@@ -35,6 +35,7 @@ def main(cfg: DictConfig) -> float | None:
     """Train, verify and leave a record in the run folder; returns the verification accuracy."""
     # What takes seconds to import waits until there is something to do: --help comes at once.
     from fastface_lightning.training import run_folder
+    from fastface_lightning.training.console import quiet_console
     from fastface_lightning.training.devices import resolve_device
     from fastface_lightning.training.interrupts import EndOnSignal
     from fastface_lightning.training.plan import plan_run
@@ -49,11 +50,11 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.plan is not False and cfg.plan is not None:  # 0 is a mistake, not a no
         plan_run(cfg, folder)
         return None
-    with EndOnSignal() as signals, run_folder.in_use(folder):
+    with quiet_console(), EndOnSignal() as signals, run_folder.in_use(folder):
         accuracy = train(cfg, folder, checkpoint, overrides, signals)
     if signals.code:
         go_on = shlex.join([f"hydra.run.dir={folder}", "resume=auto"])
-        print(f"go on: python {shlex.quote(sys.argv[0])} {go_on}")
+        log.info("go on: python %s %s", shlex.quote(sys.argv[0]), go_on)
         sys.exit(signals.code)
     return accuracy
 
@@ -72,7 +73,7 @@ def train(
     from fastface_lightning.data import ARCFACE_POINTS, People
     from fastface_lightning.data.datasets.sample import sample_of
     from fastface_lightning.data.formats.names import write_names
-    from fastface_lightning.report.figures import print_summary
+    from fastface_lightning.report.figures import summary
     from fastface_lightning.report.image_grid import plot_faces
     from fastface_lightning.training import run_folder
     from fastface_lightning.training.build import build_module, build_trainer
@@ -89,6 +90,7 @@ def train(
     elif cfg.weights and (known := People.in_checkpoint(read_file(cfg.weights))):
         data.earlier = [*known.trained, *known.earlier]
     data.setup("fit")
+    say_counts(data.counts())
     module = build_module(cfg, data, schedule)
     module.build_optimizer()  # what it refuses is refused before anything slow
     if cfg.weights and checkpoint is None:
@@ -132,9 +134,20 @@ def train(
         record.verify_raw(trainer, module, data)
     results = record.write(trainer)
     if trainer.is_global_zero:
-        print_summary(results, folder)
+        log.info("the run has ended\n%s", summary(results, folder))
     accuracies = [verified["accuracy"] for verified in results["verification"].values()]
     return sum(accuracies) / len(accuracies) if all(accuracies) and accuracies else None
+
+
+def say_counts(counts: dict[str, int]) -> None:
+    """What there is to train on and to verify on."""
+    people, images, held_out = (counts[key] for key in ("identities", "images", "held_out"))
+    said = f"{people:,} people, {images:,} images to train on"
+    if held_out:
+        said += f"; {held_out:,} people, {counts['held_out_images']:,} images held out to verify on"
+    if counts["single"]:
+        said += f"; {counts['single']:,} of those trained on have one image"
+    log.info(said)
 
 
 if __name__ == "__main__":

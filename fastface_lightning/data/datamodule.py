@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
@@ -130,6 +131,19 @@ class FaceDataModule(LightningDataModule, ABC):
         self.num_classes = self.train_set.num_classes
         self.people = People(self.train_set.identities, self._held_out, self.earlier)
         self.sets, self.verify_names = sets, list(sets)
+
+    def counts(self) -> dict[str, int]:
+        """How many ``identities`` and ``images`` are trained on, how many identities have a
+        ``single`` image, and how many are held out, ``held_out``, with the images verified on."""
+        images = np.bincount(self.train_set.labels)
+        held_out = self.sets.get("held_out")
+        return {
+            "identities": self.num_classes,
+            "images": len(self.train_set),
+            "single": int((images == 1).sum()),
+            "held_out": len(self.people.held_out),
+            "held_out_images": 0 if held_out is None else len(held_out.images),
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         if not self._state:  # of millions of people it takes seconds

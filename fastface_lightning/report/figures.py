@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -209,12 +210,12 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def print_summary(results: dict[str, Any], folder: str | Path) -> None:
-    """Print a run's ``results.json`` as a table."""
+def summary(results: dict[str, Any], folder: str | Path) -> str:
+    """A run's ``results.json`` as a table of text, 100 columns wide."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Run", title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
     for name, verified in results["verification"].items():
@@ -233,15 +234,21 @@ def print_summary(results: dict[str, Any], folder: str | Path) -> None:
         table.add_row("averaging", results["averaging"])
     if results["final_loss"] is not None:
         table.add_row("loss", f"{results['final_loss']:.4f} (mean of the last 100 batches)")
-    changes = ", ".join(f"step {c['step']}: {c['lr']:.3g}" for c in results["lr_changes"])
-    lr = f"{results['final_lr']:.3g}"
-    table.add_row("learning rate", f"{lr} ({changes})" if changes else lr)
+    lr = f"{results['final_lr']:.3g} at the end"
+    changes = results["lr_changes"]
+    if changes:  # the rate before the first, and after each
+        lr = f"{changes[0]['lr'] / changes[0]['factor']:.3g}"
+        lr += "".join(f", from step {c['step'] + 1:,} on {c['lr']:.3g}" for c in changes)
+    table.add_row("learning rate", lr)
     table.add_row("trained", f"{results['steps']:,} steps, {results['images']:,} images")
     table.add_row("speed", f"{results['images_per_second']:,.0f} images/s on {results['device']}")
     table.add_row("time", f"{results['wall_seconds']:,.0f} s")
     table.add_row("peak memory", f"{results['peak_memory_bytes'] / 2**30:.2f} GiB")
     table.add_row("files", printable(str(folder)))
-    Console(markup=False).print(table)
+    console = Console(markup=False, width=100, file=io.StringIO())
+    console.print(table)
+    lines = str(console.file.getvalue()).splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def print_plan(plan: dict[str, Any]) -> None:

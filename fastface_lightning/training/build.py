@@ -16,6 +16,7 @@ from ..data import FaceDataModule
 from ..schedule.callback import FastFaceCallback
 from ..schedule.fixed import FixedSchedule
 from .checkpoints import OneRun
+from .console import ProgressBar
 from .csv_logger import ResumableCSVLogger
 from .devices import loss_scaling
 from .finite import EndOnNonFinite
@@ -85,6 +86,8 @@ def build_trainer(
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if cfg.averaging:
         callbacks.append(instantiate(cfg.averaging))
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(ProgressBar())
     verify = {"check_val_every_n_epoch": cfg.verify.every_n_epochs}
     if cfg.verify.every_n_steps is not None:
         batches = cfg.verify.every_n_steps * cfg.trainer.accumulate_grad_batches

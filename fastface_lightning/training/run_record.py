@@ -59,6 +59,7 @@ class RunRecord(Callback):
         self.images = 0
         self.train_seconds = 0.0
         self._train_set: FaceDataset | None = None
+        self._counts: dict[str, int] = {}
         self._earlier_bad: list[str] = []
         self._lr: float | None = None
         self._lr_changes: list[Change] = []
@@ -67,7 +68,9 @@ class RunRecord(Callback):
         self._at_last_log = (0, 0.0)  # images and seconds of training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._train_set = getattr(trainer.datamodule, "train_set", None)  # type: ignore[attr-defined]
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, FaceDataModule):
+            self._train_set, self._counts = data.train_set, data.counts()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.perf_counter()
@@ -157,6 +160,7 @@ class RunRecord(Callback):
         if schedule is None and 10 * len(changes) >= trainer.global_step:
             changes = []  # it always changes
         results = {
+            "data": self._counts,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "final_loss": sum(losses) / len(losses) if losses else None,

@@ -215,8 +215,8 @@ def test_a_first_signal_ends_a_run_well(run: Run) -> None:
     assert saved(ended)["global_step"] == 3
     assert json.loads((ended.folder / "results.json").read_text())["steps"] == 3
     assert (ended.folder / "report.html").is_file()
-    (line,) = (line for line in ended.out.splitlines() if line.startswith("go on: python "))
-    arguments = shlex.split(line)[4:]
+    (line,) = (line for line in ended.out.splitlines() if "go on: python " in line)
+    arguments = shlex.split(line.partition("python ")[2])[1:]
     again = run(*arguments, "+callbacks.kill.batch=null", "trainer.max_epochs=1")
     assert again.code == 0, again.err
     assert results_of(again)["steps"] == 4
@@ -249,6 +249,23 @@ def test_losses_that_are_no_numbers_end_a_run_and_spoil_no_checkpoint(run: Run) 
     assert saved(spoilt)["global_step"] == before["global_step"] == 4
     short = run(*SMALL, *rate[:1], *rate[2:], "trainer.max_steps=3", folder="short")
     assert short.code == 2 and "at the end" in short.err
+
+
+def test_the_log_holds_what_the_console_said_once(run: Run, faces: Path) -> None:
+    given = [f"data.root={faces}", "data.held_out=0.5", "data.batch_size=4", "data.num_workers=0"]
+    ended = run("data=folder", *given, "trainer.max_steps=2", QUIET)
+    (log,) = (file.read_text() for file in ended.folder.glob("*.log"))  # named by the program
+    people = "3 people, 12 images to train on; 3 people, 12 images held out to verify on"
+    for said in (people, "verification held_out", "the window must be longer"):
+        assert log.count(said) == ended.out.count(said) == 1
+    assert "TPU" not in ended.out + ended.err and "treespec" not in ended.out + ended.err
+    assert results_of(ended)["data"] == {
+        "identities": 3,
+        "images": 12,
+        "single": 0,
+        "held_out": 3,
+        "held_out_images": 12,
+    }
 
 
 def test_two_runs_never_share_a_folder(run: Run, tmp_path: Path) -> None:
