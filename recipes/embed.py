@@ -42,7 +42,13 @@ def main(cfg: DictConfig) -> int:
     )
 
     embedder = load_embedder(
-        cfg.checkpoint, cfg.network, cfg.device, mirror=cfg.mirror, batch_size=cfg.batch_size
+        cfg.checkpoint,
+        cfg.network,
+        cfg.device,
+        mirror=cfg.mirror,
+        batch_size=cfg.batch_size,
+        range=cfg.range,
+        channels=cfg.channels,
     )
     names = find_images(root)
     points = None if cfg.landmarks is None else landmarks_of(names, cfg.landmarks)

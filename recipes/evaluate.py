@@ -57,7 +57,13 @@ def main(cfg: DictConfig) -> None:
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     embedder = load_embedder(
-        cfg.checkpoint, cfg.network, cfg.device, mirror=cfg.mirror, batch_size=cfg.batch_size
+        cfg.checkpoint,
+        cfg.network,
+        cfg.device,
+        mirror=cfg.mirror,
+        batch_size=cfg.batch_size,
+        range=cfg.range,
+        channels=cfg.channels,
     )
     cache = Path(cfg.cache or Path(cfg.checkpoint).parent / "embeddings")
     results: Results = {}

@@ -163,14 +163,13 @@ def _create(
 
 
 def _output_size(model: nn.Module, name: str) -> int:
-    """Length of the vector the model gives for an image, by a forward on the meta device."""
-    state = chain(model.named_parameters(), model.named_buffers())
-    shapes = {key: tensor.to("meta") for key, tensor in state}
-    images = torch.zeros(2, *IMAGE_SHAPE, device="meta")
+    """Length of the vector the model gives for an image, by a forward."""
+    parameter = next(chain(model.parameters(), model.buffers()))
+    images = torch.zeros(2, *IMAGE_SHAPE, device=parameter.device)
     training = model.training
     try:
         with torch.no_grad():
-            output = torch.func.functional_call(model.eval(), shapes, images)
+            output = model.eval()(images)
     except Exception as error:  # a model's code may fail on a strange size in any way
         fault = _first_line(error)
         raise ValueError(f"{name} cannot take 3x112x112 images: {fault}") from error

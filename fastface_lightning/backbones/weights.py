@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..files import METADATA_KEY
 from .base import architecture
 
-WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
+# DistributedDataParallel and DataParallel; torch.compile; what others call the network in theirs.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 SAFETENSORS = ".safetensors"
 # The last batch norm of MobileFaceNet, of any other timm model behind a neck, and of IResNet.
 LAST_BIASES = ("features.layers.3.bias", "neck.features.bias", "features.bias")
@@ -67,6 +68,8 @@ def read_weights(file: str | Path, part: str = "backbone.") -> dict[str, Tensor]
     has nothing of another part.
     """
     content = read_file(file)
+    if isinstance(content, Mapping) and "state_dict_backbone" in content:  # of arcface_torch
+        content = content["state_dict_backbone"]
     is_checkpoint = isinstance(content, Mapping) and "state_dict" in content
     state = content["state_dict"] if is_checkpoint else content
     if state == {}:

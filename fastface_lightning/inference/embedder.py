@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..preprocessing import IMAGE_SHAPE
+from ..preprocessing import IMAGE_SHAPE, normalise
 
 
 class Embedder(ABC):
@@ -24,6 +25,8 @@ class Embedder(ABC):
         device: where images are embedded.
         mirror: see :func:`load_embedder`.
         batch_size: images embedded at once.
+        range: lowest and highest value of a pixel; None: -1 and 1.
+        channels: see :func:`load_embedder`.
     """
 
     def __init__(
@@ -33,11 +36,19 @@ class Embedder(ABC):
         device: torch.device,
         mirror: bool,
         batch_size: int,
+        range: Sequence[float] | None = None,
+        channels: str = "rgb",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 image, got {batch_size}")
         self.embedding_size, self.about = embedding_size, dict(about)
+        low, high = (-1.0, 1.0) if range is None else map(float, range)
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"range must be two numbers, the lowest first, got {range}")
+        if channels not in ("rgb", "bgr"):
+            raise ValueError(f"channels must be rgb or bgr, got {channels}")
         self.device, self.mirror, self.batch_size = device, mirror, batch_size
+        self.range, self.channels = (low, high), channels
 
     def __call__(self, images: Tensor) -> Tensor:
         """Unit embeddings (N, D) float32, on the CPU, of aligned faces.
@@ -65,10 +76,18 @@ class Embedder(ABC):
         features = torch.empty(len(images), self.embedding_size)
         batches = (rows.split(self.batch_size) for rows in (images, features))
         for batch, out in zip(*batches, strict=True):
+            if self.channels == "bgr":
+                batch = batch.flip(1)
             out.copy_(self._forward(batch))
             if self.mirror:
                 out += self._forward(batch.flip(-1)).cpu()
         return features
+
+    def _floats(self, images: Tensor) -> Tensor:
+        """Images uint8 as float32 in the network's range."""
+        low, high = self.range
+        pixels = normalise(images)
+        return pixels if self.range == (-1.0, 1.0) else (pixels + 1) * ((high - low) / 2) + low
 
     @abstractmethod
     def _forward(self, images: Tensor) -> Tensor:
@@ -86,6 +105,8 @@ def load_embedder(
     device: str | torch.device | None = None,
     mirror: bool = False,
     batch_size: int = 128,
+    range: Sequence[float] | None = None,
+    channels: str = "rgb",
 ) -> Embedder:
     """Load a trained model as a function from images to unit embeddings.
 
@@ -100,6 +121,10 @@ def load_embedder(
         mirror: add the mirror image's embedding, as the accuracies in papers are measured; twice
             the work.
         batch_size: images embedded at once.
+        range: lowest and highest value of a pixel that a model from elsewhere wants; None is
+            [-1, 1], as here and at InsightFace's, but [0, 255] for an ONNX that normalises by
+            itself.
+        channels: ``rgb``, or ``bgr`` for a model that was trained on such images, as AdaFace's.
 
     Returns:
         A function from images (N, 3, 112, 112) uint8 RGB to embeddings (N, D) float32 of length 1,
@@ -128,7 +153,7 @@ def load_embedder(
     if path.suffix.lower() == ".onnx":
         from .onnx_embedder import OnnxEmbedder
 
-        return OnnxEmbedder(path, device, mirror, batch_size)
+        return OnnxEmbedder(path, device, mirror, batch_size, range, channels)
     from .torch_embedder import load_torch_embedder  # which takes timm, and seconds
 
-    return load_torch_embedder(path, network, device, mirror, batch_size)
+    return load_torch_embedder(path, network, device, mirror, batch_size, range, channels)

@@ -4,51 +4,100 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..files import METADATA_KEY
-from ..preprocessing import IMAGE_SHAPE, normalise
+from ..preprocessing import IMAGE_SHAPE
 from .embedder import Embedder
+
+log = logging.getLogger(__name__)
+ALIKE = 0.999  # a cosine above which images are not told apart
 
 
 class OnnxEmbedder(Embedder):
     """An :class:`Embedder` by an ONNX file.
 
     Args:
-        file: its one input is (N, 3, 112, 112), uint8 in [0, 255] or floats in [-1, 1], RGB; its
-            first output is (N, D). N may be a number, and then is the batch size.
+        file: its one input is (N, 3, 112, 112), uint8 in [0, 255] or floats; its first output is
+            (N, D). N may be a number, and then is the batch size.
         device: where the graph runs; images and embeddings are on the CPU.
         mirror: see :func:`load_embedder`.
         batch_size: images embedded at once.
+        range: lowest and highest value that a graph of floats wants; None: what the file says, or
+            [-1, 1], or [0, 255] where a graph that normalises by itself shows by a few images,
+            which it would not tell apart in [-1, 1].
+        channels: ``rgb``, or ``bgr``.
 
     Raises:
-        ValueError: onnxruntime is absent, or the file is no such ONNX.
+        ValueError: onnxruntime is absent, the file is no such ONNX, or it tells nothing apart.
     """
 
-    def __init__(self, file: Path, device: torch.device, mirror: bool, batch_size: int) -> None:
+    def __init__(
+        self,
+        file: Path,
+        device: torch.device,
+        mirror: bool,
+        batch_size: int,
+        range: Sequence[float] | None = None,
+        channels: str = "rgb",
+    ) -> None:
         self.file, self.session = file, _session(file, device)
         fixed, self.is_uint8, embedding_size = _signature(self.session, file)
         self.is_fixed = fixed is not None
         metadata = self.session.get_modelmeta().custom_metadata_map
         about = json.loads(metadata.get(METADATA_KEY, "{}"))
-        super().__init__(embedding_size, about, torch.device("cpu"), mirror, fixed or batch_size)
+        if self.is_uint8 and range is not None:
+            raise ValueError(f"range must be null for a graph of uint8, got {list(range)}")
+        given = (embedding_size, about, torch.device("cpu"), mirror, fixed or batch_size)
+        super().__init__(*given, range, channels)
+        if range is None and not (about or self.is_uint8):
+            self._find_range()
+
+    def _find_range(self) -> None:
+        """Take [0, 255] where the graph can tell images apart in it, and not in [-1, 1]."""
+        if self._alike() < ALIKE:
+            return
+        self.range = (0.0, 255.0)
+        if self._alike() >= ALIKE:
+            raise ValueError(
+                f"an ONNX must tell images apart in [-1, 1] or [0, 255], got embeddings that are "
+                f"all alike from {self.file}: give the range that it wants"
+            )
+        log.info("%s normalises by itself: it is given pixels in [0, 255]", self.file)
+
+    def _alike(self) -> float:
+        """Lowest cosine between the embeddings of patterns that have little in common."""
+        half = torch.arange(IMAGE_SHAPE[1]) < IMAGE_SHAPE[1] // 2
+        light, left, top = (
+            torch.ones(112, 112, dtype=torch.bool),
+            half.expand(112, 112),
+            half[:, None],
+        )
+        patterns = [light, ~light, left, top.expand(112, 112), left ^ top]
+        images = torch.stack(patterns)[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
+        rows = [self._forward(part) for part in images.split(self.batch_size)]
+        units = F.normalize(torch.cat(rows).float())
+        return float((units @ units.T).min())
 
     def _forward(self, images: Tensor) -> Tensor:
         count = len(images)
         if self.is_fixed and count < self.batch_size:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
-        pixels = (images.contiguous() if self.is_uint8 else normalise(images)).numpy()
+        pixels = (images.contiguous() if self.is_uint8 else self._floats(images)).numpy()
         embeddings = self.session.run(None, {self.session.get_inputs()[0].name: pixels})[0]
         return torch.from_numpy(embeddings)[:count]
 
     @cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(str(self.mirror).encode())
+        digest = hashlib.sha256(f"{self.mirror} {self.range} {self.channels}".encode())
         digest.update(self.file.read_bytes())
         return digest.hexdigest()
 
@@ -85,7 +134,7 @@ def _signature(session: Any, file: Path) -> tuple[int | None, bool, int]:
     if not fits:
         described = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
         raise ValueError(
-            f"an ONNX must have one input, (N, 3, 112, 112) of floats in [-1, 1] or of uint8, "
+            f"an ONNX must have one input, (N, 3, 112, 112) of floats or of uint8, "
             f"got {described} in {file}"
         )
     if len(embedding.shape) != 2 or not isinstance(embedding.shape[1], int):

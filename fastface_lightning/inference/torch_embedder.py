@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones import build_backbone, load_weights, normalise
+from ..backbones import build_backbone, load_weights
 from ..backbones.weights import embedding_size_of, read_about, read_weights, recognise
 from .embedder import Embedder
 
@@ -31,11 +31,13 @@ class TorchEmbedder(Embedder):
 
     @torch.inference_mode()
     def _forward(self, images: Tensor) -> Tensor:
-        return self.network(normalise(images.to(self.device, non_blocking=True)))
+        return self.network(self._floats(images.to(self.device, non_blocking=True)))
 
     @cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.about.get("network"), self.mirror]).encode())
+        digest = hashlib.sha256(
+            json.dumps([self.about.get("network"), self.mirror, self.range, self.channels]).encode()
+        )
         for key, value in sorted(self.network.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -48,6 +50,8 @@ def load_torch_embedder(
     device: torch.device,
     mirror: bool,
     batch_size: int,
+    range: Sequence[float] | None = None,
+    channels: str = "rgb",
 ) -> TorchEmbedder:
     """:func:`load_embedder` of a file of weights."""
     about = read_about(path)
@@ -62,7 +66,8 @@ def load_torch_embedder(
     model = build_backbone(**spec)
     load_weights(model, path)
     about["network"] = spec
-    return TorchEmbedder(model, spec["embedding_size"], about, device, mirror, batch_size)
+    given = (spec["embedding_size"], about, device, mirror, batch_size, range, channels)
+    return TorchEmbedder(model, *given)
 
 
 def about_run(run: Mapping[str, Any]) -> dict[str, Any]:

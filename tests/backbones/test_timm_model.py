@@ -1,6 +1,7 @@
 """build_backbone turns any timm name into images -> embeddings, or says why it cannot."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -97,3 +98,35 @@ def test_refuses_an_argument_out_of_range(name: str, value: float) -> None:
     for model in ("iresnet_tiny", "test_resnet"):
         with pytest.raises(ValueError, match=f"^{name} must .* got {value}"):
             build_backbone(model, **{name: value})
+
+
+@pytest.mark.slow
+def test_a_model_of_every_family_embeds_or_is_refused_in_a_sentence() -> None:
+    """The smallest by its name; those refused have tables of positions for one larger size."""
+    small = ("atto", "femto", "pico", "nano", "xxs", "xx_small", "tiny", "mini", "_s", "18", "b0")
+    refused = {}
+    for module in timm.list_modules():
+        names = timm.list_models(module=module)
+        if not names:
+            continue
+        order = sorted(
+            names,
+            key=lambda name: min(
+                (place for place, token in enumerate(small) if token in name), default=len(small)
+            ),
+        )
+        try:
+            model = build_backbone(order[0], 32).eval()
+            with torch.no_grad():
+                assert model(torch.zeros(1, 3, 112, 112)).shape == (1, 32), order[0]
+        except ValueError as error:
+            refused[order[0]] = str(error)
+    assert len(refused) < 20, refused
+    assert all(f"{name} cannot" in text and "\n" not in text for name, text in refused.items())
+
+
+def test_models_that_deceive_a_probe() -> None:
+    """Submodules that are shared, and a table of positions that does not reach."""
+    assert build_backbone("coat_lite_tiny", 8).eval()(torch.zeros(1, 3, 112, 112)).shape == (1, 8)
+    with pytest.raises(ValueError, match="mvitv2_tiny cannot"):
+        build_backbone("mvitv2_tiny", 8)

@@ -70,7 +70,7 @@ def test_a_state_dict_round_trips(name: str, tmp_path: Path) -> None:
     assert_equal(model.state_dict(), source.state_dict())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod.", "model.", "net."])
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_prefixes_of_wrappers_are_dropped(
     prefix: str, checkpoint: bool, model: nn.Module, tmp_path: Path
@@ -82,6 +82,14 @@ def test_prefixes_of_wrappers_are_dropped(
     else:
         content = {f"{prefix}{key}": value for key, value in source.items()}
     load_weights(model, save(content, tmp_path / "model.pt"))
+    assert_equal(model.state_dict(), source)
+
+
+def test_a_checkpoint_of_arcface_torch_gives_its_backbone(model: nn.Module, tmp_path: Path) -> None:
+    source = trained("iresnet_tiny").state_dict()
+    content = {"epoch": 1, "global_step": 2, "state_dict_backbone": source}
+    content |= {"state_dict_softmax_fc": {"weight": torch.ones(3, 8)}, "state_optimizer": {}}
+    load_weights(model, save(content, tmp_path / "checkpoint_gpu_0.pt"))
     assert_equal(model.state_dict(), source)
 
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from models import FLOATS, RUN, SIZE, network, noise, onnx_file, save_checkpoint
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -186,6 +186,52 @@ def test_an_onnx_of_another_kind_is_refused(
     file = onnx_file(tmp_path / "other.onnx", inputs, output, op)
     with pytest.raises(ValueError, match=r"an ONNX must .*other\.onnx"):
         load_embedder(file)
+
+
+def projecting(file: Path, shift: float, scale: float) -> Path:
+    """An ONNX that gives a random projection of (images - shift) * scale."""
+    weight = np.random.default_rng(0).normal(size=(3 * 112 * 112, 8)).astype(np.float32)
+    constants = {"shift": np.float32(shift), "scale": np.float32(scale), "w": weight}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Sub", ["images", "shift"], ["shifted"]),
+            helper.make_node("Mul", ["shifted", "scale"], ["scaled"]),
+            helper.make_node("Flatten", ["scaled"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "w"], ["out"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info(*FLOATS)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["N", 8])],
+        [numpy_helper.from_array(np.array(value), name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), file)
+    return file
+
+
+def test_an_onnx_that_normalises_by_itself_is_given_pixels(tmp_path: Path) -> None:
+    images = noise(4)
+    bare = load_embedder(projecting(tmp_path / "bare.onnx", 0.0, 1.0))
+    itself = load_embedder(projecting(tmp_path / "itself.onnx", 127.5, 1 / 127.5))
+    assert torch.allclose(bare(images), itself(images), atol=1e-5)
+    assert (bare.range, itself.range) == ((-1.0, 1.0), (0.0, 255.0))
+    given = load_embedder(tmp_path / "itself.onnx", range=[0, 255], channels="bgr")
+    assert torch.allclose(given(images), bare(images.flip(1)), atol=1e-5)
+    assert len({each.fingerprint for each in (itself, given)}) == 2
+    with pytest.raises(ValueError, match=r"all alike from .*same\.onnx"):
+        load_embedder(projecting(tmp_path / "same.onnx", 1e9, 1.0))
+
+
+def test_range_and_channels_of_a_torch_network(tmp_path: Path) -> None:
+    model, images = network(), noise(3)
+    file = save_checkpoint(tmp_path / "best.ckpt", model)
+    with torch.no_grad():
+        expected = model(images.flip(1).float() / 255)
+    got = load_embedder(file, range=(0, 1), channels="bgr").features(images)
+    assert torch.allclose(got, expected, atol=1e-4)
+    for wrong in ({"range": [1, 0]}, {"channels": "gbr"}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
+            load_embedder(file, **wrong)
 
 
 def test_what_an_onnx_says_of_itself_is_kept(tmp_path: Path) -> None:
