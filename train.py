@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fastface_lightning.cli import check_numbers, confirm, program
@@ -76,7 +75,7 @@ def train(
     from fastface_lightning.report.figures import summary
     from fastface_lightning.report.image_grid import plot_faces
     from fastface_lightning.training import run_folder
-    from fastface_lightning.training.build import build_module, build_trainer
+    from fastface_lightning.training.build import build_module, build_trainer, instantiate
     from fastface_lightning.training.run_record import RunRecord
 
     config: Any = OmegaConf.to_container(cfg, resolve=True)

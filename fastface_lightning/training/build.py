@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+import hydra.utils
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from omegaconf import DictConfig
@@ -26,6 +26,11 @@ from .run_record import RunRecord
 from .seeding import SeededBatches
 
 log = logging.getLogger(__name__)
+
+
+def instantiate(config: Any, **settings: Any) -> Any:
+    """Hydra's, whose objects get plain lists and dictionaries, as others' code expects them."""
+    return hydra.utils.instantiate(config, _convert_="all", **settings)
 
 
 def build_classifier(

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,7 +28,7 @@ from ..data.augment import flip_some
 from ..files import write_text
 from ..optim import BLOCK, SGD
 from ..report.figures import print_plan
-from .build import build_classifier
+from .build import build_classifier, instantiate
 from .devices import uses_cuda
 from .environment import device_name, memory_of
 from .module import check_sparse

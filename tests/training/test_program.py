@@ -83,6 +83,7 @@ def test_verifies_every_so_many_steps_and_keeps_the_best(run: Run, tmp_path: Pat
 def test_early_stop_ends_once_accuracy_stops_improving(run: Run, faces: Path) -> None:
     """After ``patience`` verifications; where there are none the run is refused beforehand."""
     stop = ["callbacks=early_stop", "schedule=constant", "averaging=power"]
+    stop += ["+trainer.max_time={hours: 3}"]  # Lightning takes plain dictionaries alone
     ended = run(
         *SMALL,
         *stop,
