@@ -70,8 +70,9 @@ def train(
 
     from fastface_lightning.backbones.weights import read_file
     from fastface_lightning.data import ARCFACE_POINTS, People
-    from fastface_lightning.data.datasets.sample import sample_of
+    from fastface_lightning.data.datasets.sample import common_size, sample_of
     from fastface_lightning.data.formats.names import write_names
+    from fastface_lightning.preprocessing import IMAGE_SHAPE
     from fastface_lightning.report.figures import summary
     from fastface_lightning.report.image_grid import plot_faces
     from fastface_lightning.training import run_folder
@@ -115,6 +116,10 @@ def train(
         write_names(folder / "identities.txt", data.train_set.identities)
         if checkpoint is None:
             plot_faces(folder / "samples.png", *sample_of(data.train_set), ARCFACE_POINTS)
+            height, width = common_size(data.train_set)
+            if {height, width} - {0, *IMAGE_SHAPE[1:]}:
+                text = "images are %d x %d and resized: are they aligned? See samples.png"
+                log.warning(text, width, height)
 
     if not data.verify_names:
         log.info("this data has no verification pairs: the run is not verified")

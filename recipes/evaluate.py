@@ -183,9 +183,11 @@ def draw_figures(outcomes: dict[str, Outcome], folder: Path) -> None:
     from fastface_lightning.report.curves import plot_curves, plot_scores, thin_curve
 
     curves, scores = {}, {}
-    for name, (_, cosines, same) in outcomes.items():
+    thresholds = {}
+    for name, (results, cosines, same) in outcomes.items():
         if len(cosines):
             scores[name] = (cosines[same].numpy(), cosines[~same].numpy())
+            thresholds[name] = results["cosine_thresholds"]
         if same.any() and not same.all():
             far, tar, _ = roc_curve(cosines, same)
             taken = thin_curve(far)
@@ -193,7 +195,7 @@ def draw_figures(outcomes: dict[str, Outcome], folder: Path) -> None:
     if curves:
         plot_curves(folder / "roc.png", curves)
     if scores:
-        plot_scores(folder / "scores.png", scores)
+        plot_scores(folder / "scores.png", scores, thresholds)
 
 
 def draw_worst(protocol: Pairs, outcome: Outcome, file: Path) -> None:

@@ -64,12 +64,18 @@ def plot_curves(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLik
     figure.savefig(path, dpi=130)
 
 
-def plot_scores(path: str | Path, scores: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+def plot_scores(
+    path: str | Path,
+    scores: Mapping[str, Sequence[NDArray[Any]]],
+    thresholds: Mapping[str, Mapping[str, float | None]],
+) -> None:
     """Draw a histogram of each set's cosines, of one person and of two, into an image file.
 
     Args:
         path: image file to write.
         scores: by the name of the set, the cosines of pairs of one person and of two, (n,) each.
+        thresholds: by the name of the set, least cosine accepted at each false accept rate; None
+            where none is.
     """
     from matplotlib.figure import Figure
 
@@ -86,6 +92,19 @@ def plot_scores(path: str | Path, scores: Mapping[str, Sequence[NDArray[Any]]]) 
                 shares = np.full(len(values), 1 / len(values))
                 label = f"{people} ({len(values):,})"
                 axis.hist(values, bins, weights=shares, color=color, alpha=0.6, label=label)
+        for far, cosine in thresholds[name].items():
+            if cosine is not None:
+                axis.axvline(cosine, color="black", linewidth=0.8, linestyle=":")
+                axis.annotate(
+                    f"FAR {float(far):g}",
+                    (cosine, 1),
+                    (1, -3),
+                    ("data", "axes fraction"),
+                    "offset points",
+                    rotation=90,
+                    va="top",
+                    fontsize=7,
+                )
         axis.set_title(readable(name), loc="left", fontsize=10)
         axis.set_ylabel("share of pairs")
         axis.legend(loc="upper left", frameon=False)

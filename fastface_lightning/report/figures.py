@@ -251,6 +251,14 @@ def summary(results: dict[str, Any], folder: str | Path) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def duration(seconds: float) -> str:
+    """Two units, as people say it."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
 def print_plan(plan: dict[str, Any]) -> None:
     """Print a run's ``plan.json`` as two tables and a line on time."""
     from rich.console import Console
@@ -290,8 +298,9 @@ def print_plan(plan: dict[str, Any]) -> None:
     text = f"  {plan['batches']:,} batches compute {figure} PFLOP"
     if plan["reserve"]:
         text += (
-            f": at least {plan['hours']:.3g} hours, at the speed of the paper's RTX 4090 and where "
-            f"the data come as fast. Peaks include {_size(plan['reserve'])} for the GPU's libraries"
+            f": at least {duration(3600 * plan['hours'])}, at the speed of the paper's RTX 4090 "
+            f"and where the data come as fast. Peaks include {_size(plan['reserve'])} for the "
+            f"GPU's libraries"
         )
     console.print(text + ".", soft_wrap=True)
     if not heads[chosen]["fits"]:

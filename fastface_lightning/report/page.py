@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..files import printable, write_text
 from .curves import legend_label, plot_roc
-from .figures import legend_above, mark_changes, new_figure, schedule_figure, thin
+from .figures import duration, legend_above, mark_changes, new_figure, schedule_figure, thin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -206,14 +206,6 @@ def _data_uri(data: bytes) -> str:
     with Image.open(io.BytesIO(data)) as picture:
         picture.convert("RGB").save(jpeg, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
-
-
-def duration(seconds: float) -> str:
-    """Two units, as people say it."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def schedule(run: Run) -> Figure | None:

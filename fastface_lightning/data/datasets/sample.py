@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..formats.image import decode_original
 from .base import FaceDataset
 
 
@@ -26,6 +29,16 @@ def sample_of(faces: FaceDataset) -> Sample:
     names = [faces.identities[label] for label in labels]
     title = f"{faces}: {len(faces):,} images of {faces.num_classes:,} identities"
     return Sample(list(images), list(labels), names, title)
+
+
+def common_size(faces: FaceDataset, images: int = 20) -> tuple[int, int]:
+    """Height and width, pixels, that most of some images of a data set have as they are stored;
+    (0, 0) where none can be read."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    for i in _spread(np.arange(len(faces)), images).tolist():
+        with suppress(ValueError):
+            sizes[decode_original(faces.encoded(i)).shape[:2]] += 1
+    return max(sizes, key=lambda size: sizes[size], default=(0, 0))
 
 
 def pick_images(labels: ArrayLike, identities: int = 10, images: int = 6) -> list[int]:

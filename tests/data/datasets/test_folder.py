@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fastface_lightning.data import FaceList, IdentityFolder, identity_names
+from fastface_lightning.data.datasets.sample import common_size
 
 Tree = Callable[..., Path]
 
@@ -113,6 +114,13 @@ def test_workers_and_main_process_count_together(tree: Tree, context: str, worke
     images = torch.cat([x for x, _ in loader])
     assert images[:, 1, 0, 0].tolist() == [1, 3, 3, 4, 6, 6]
     assert dataset.bad_images() == bad
+
+
+def test_the_size_that_most_images_have(tree: Tree) -> None:
+    root = tree(ann=3, bob=2)
+    Image.new("RGB", (40, 30)).save(root / "bob" / "bob_0002.png")
+    break_file(root / "ann" / "ann_0001.png")
+    assert common_size(IdentityFolder(root)) == (8, 8)
 
 
 def test_restrictions_add_up(tree: Tree) -> None:
