@@ -145,19 +145,24 @@ def measures(row: Row) -> dict[str, float | None]:
 def in_order(values: Iterable[str]) -> list[str]:
     """Each value once: numbers by size, and before them, as they came, what is none."""
 
-    def size(value: str) -> float:
-        try:
-            return float(value)
-        except ValueError:
-            return -math.inf
+    return sorted(
+        dict.fromkeys(values), key=lambda value: float(value) if is_number(value) else -math.inf
+    )
 
-    return sorted(dict.fromkeys(values), key=size)
+
+def is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def sweep_figure(rows: Sequence[Row]) -> Figure | None:
-    """A map of each measure over the one or two settings that were swept, seeds averaged.
+    """A map of each measure over the one or two settings that were swept, seeds averaged; bars
+    where the one setting is no number.
 
-    Every cell says its value, how many of its jobs failed, or that there was none.
+    Every cell, or bar, says its value, how many of its jobs failed, or that there was none.
 
     Returns:
         None if more settings were swept beside the seed, or none, or no job has any measure.
@@ -177,7 +182,9 @@ def sweep_figure(rows: Sequence[Row]) -> Figure | None:
         jobs.setdefault(tuple(settings(row).get(key, "") for key in keys), []).append(row)
     xs, *others = (in_order(values) for values in zip(*jobs, strict=True))
     ys = others[0] if others else [""]
-    size = (max(3.4, 0.75 * len(xs) + 1.2) * len(titles), max(2.0, 0.5 * len(ys) + 1.4))
+    bars = not others and not any(map(is_number, xs))
+    tall, wide = (len(xs), 3) if bars else (len(ys), len(xs))
+    size = (max(3.4, 0.75 * wide + 1.2) * len(titles), max(2.0, 0.5 * tall + 1.4))
     figure = Figure(figsize=size, layout="constrained")
     for axis, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
@@ -194,6 +201,14 @@ def sweep_figure(rows: Sequence[Row]) -> Figure | None:
                 texts[at] = format(means[at], FORMS[title]) + (
                     f"\n{failed} failed" if failed else ""
                 )
+        if bars:
+            axis.barh(range(len(xs)), np.nan_to_num(means[0]), color="tab:blue", alpha=0.6)
+            for (_, i), text in texts.items():
+                axis.text(0, i, f" {text}".replace("\n", ", "), va="center", fontsize=8)
+            axis.set_yticks(range(len(xs)), [readable(x, 20) for x in xs])
+            axis.set_ylabel(readable(keys[0]))
+            axis.invert_yaxis()
+            continue
         axis.imshow(np.ma.masked_invalid(means), origin="lower", aspect="auto")
         middle = (np.nanmin(means) + np.nanmax(means)) / 2  # dark below, where text is white
         for (j, i), text in texts.items():

@@ -208,6 +208,15 @@ def test_one_setting_of_strange_values_is_drawn(tmp_path: Path) -> None:
     assert texts(seeds) == ["50.00%", "50.00%"]
 
 
+def test_one_setting_that_is_no_number_has_bars() -> None:
+    rows = [row(0, 0.8, schedule="constant"), row(1, 0.9, schedule="fastface")]
+    figure = sweep_figure([*rows, row(2, error="bad", schedule="mhlr")])
+    assert figure is not None
+    axis = figure.axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [0.8, 0.9, 0]
+    assert [text.get_text().strip() for text in axis.texts] == ["80.00%", "90.00%", "failed"]
+
+
 def test_nothing_is_drawn_of_nothing() -> None:
     three = [row(i, 0.5, a=i, b=-i, c=i) for i in range(2)]
     failed = [row(i, error="bad", a=i) for i in range(2)]
