@@ -18,7 +18,7 @@ from fastface_lightning.cli import check_numbers, program
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastface_lightning.data import People
+    from fastface_lightning.data import People, VerificationPairs
     from fastface_lightning.inference.embedder import Embedder
     from fastface_lightning.inference.protocols import Outcome, Pairs, Protocol
 
@@ -208,9 +208,17 @@ def draw_worst(protocol: Pairs, outcome: Outcome, file: Path) -> None:
         file,
         [protocol.pairs.images[index[i]] for i in worst],
         [bool(outcome.same[i]) for i in worst],
-        [f"pair {i}: {outcome.scores[i]:.3f}" for i in worst],
+        [caption(protocol.pairs, i, float(outcome.scores[i])) for i in worst],
         f"{protocol.name}: the pairs most mistaken, with their cosines",
     )
+
+
+def caption(pairs: VerificationPairs, number: int, score: float) -> str:
+    """The cosine of a pair, and its images by name."""
+    if not pairs.names:
+        return f"pair {number}: {score:.3f}"
+    first, second = (pairs.names[i] for i in pairs.pairs()[number].tolist())
+    return f"{score:.3f}: {first}, {second}"
 
 
 def write(cfg: DictConfig, folder: Path, embedder: Embedder, results: Results) -> str:

@@ -14,7 +14,12 @@ from programs import ROOT, Run, load
 from torch.nn import functional as F
 
 import fastface_lightning.inference.embedding_file as embedding_file
-from fastface_lightning.data import encode_jpeg, write_verification_bin
+from fastface_lightning.data import (
+    IdentityFolder,
+    encode_jpeg,
+    held_out_pairs,
+    write_verification_bin,
+)
 from fastface_lightning.data.formats.recordio_writer import InsightFaceWriter
 from fastface_lightning.evaluation import tar_at_far, verification_accuracy
 from fastface_lightning.inference.embedder import load_embedder
@@ -217,6 +222,21 @@ def test_published_rows_are_those_of_the_model() -> None:
     assert program.headline(about, {"lfw": lfw}).count("published") == 1
     assert program.headline({}, {"lfw": lfw}).count("published") == 5
     assert program.headline(about, {"mine": lfw}).count("published") == 0
+
+
+def test_the_worst_pairs_are_named(place: Path) -> None:
+    program, faces = load(ROOT / PROGRAM), place / "faces"
+    pairs = held_out_pairs(IdentityFolder(faces), 4)
+    first, second = (pairs.names[i] for i in pairs.pairs()[1].tolist())
+    assert program.caption(pairs, 1, 0.25) == f"0.250: {first}, {second}"
+    assert first[:3] != second[:3] and {first[:3], second[:3]} <= {
+        "ada",
+        "bob",
+        "cem",
+        "dan",
+        "eve",
+    }
+    assert program.caption(pairs._replace(names=()), 1, 0.25) == "pair 1: 0.250"
 
 
 @pytest.mark.program

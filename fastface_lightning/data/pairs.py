@@ -36,12 +36,14 @@ class VerificationPairs(NamedTuple):
         same: (P,) bool, whether pair i shows one person.
         missing: a sentence for each pair left out because an image is absent or unreadable.
         index: (P, 2) int64, the images of each pair; None: 2i and 2i + 1.
+        names: what to call each image; empty where that is not known.
     """
 
     images: Tensor
     same: Tensor
     missing: list[str]
     index: Tensor | None = None  # type: ignore[assignment]  # as a tuple's method is called
+    names: Sequence[str] = ()
 
     def pairs(self) -> Tensor:
         """(P, 2) int64, the images of each pair, whether there is an ``index`` or not."""
@@ -437,12 +439,13 @@ def _load(
     """Read both images of each pair, or each image once; a pair of which ``read`` raises ValueError
     is missing."""
     images: list[Tensor] = []
-    same, missing, index = [], [], []
+    same, missing, index, names = [], [], [], list[str]()
     places: dict[Any, int] = {}
 
     def place(image: Any) -> int:
         if image not in places:
             images.append(read(image))
+            names.append(name(image))
             places[image] = len(images) - 1
         return places[image]
 
@@ -452,6 +455,7 @@ def _load(
                 index.append((place(first), place(second)))
             else:
                 images += read(first), read(second)
+                names += name(first), name(second)
             same.append(truth)
         except ValueError as error:
             missing.append(f"{name(first)} and {name(second)}: {error}")
@@ -462,4 +466,4 @@ def _load(
         left_out = len(missing), total, source, abridged(missing, 3)
         logger.warning("left out %d of the %d pairs of %s: %s", *left_out)
     at = torch.tensor(index) if once else None
-    return VerificationPairs(torch.stack(images), torch.tensor(same), missing, at)
+    return VerificationPairs(torch.stack(images), torch.tensor(same), missing, at, names)
