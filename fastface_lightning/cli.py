@@ -18,6 +18,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -63,7 +64,7 @@ def program(
             @functools.wraps(task)
             def job(config: DictConfig) -> Any:
                 with redirect_stderr(stderr):
-                    check_additions(config)
+                    check_additions(config, config_name)
                     if HydraConfig.get().mode != RunMode.MULTIRUN:
                         return task(config)
                     sweeps[:] = [Path(HydraConfig.get().sweep.dir)]
@@ -164,6 +165,8 @@ def as_typed(argument: str) -> str:
 
     A path is known by a file or folder that is there, or by its ``~``.
     """
+    if argument.startswith("-"):
+        return argument
     key, equals, value = argument.partition("=")
     path = os.path.expanduser(value)
     plain = re.fullmatch(r"[\w./:+-]*", path, re.ASCII)
@@ -182,43 +185,72 @@ def with_earlier_settings(arguments: list[str], config_path: Path, config_name: 
     another option of a group does not know is left out, and said. A sweep's jobs are composed of
     its command alone.
     """
-    given = {text.partition("=")[0]: text for text in arguments}
-    resume = given.get("resume", "").partition("=")[2].strip("'\"")
-    run = given.get("hydra.run.dir", "").partition("=")[2].strip("'\"")
-    folder = Path(run) if resume == "auto" else Path(resume).parent.parent
-    if not resume or not (run or resume != "auto") or {"-m", "--multirun"} & given.keys():
+    options = [text for text in arguments if text.startswith("-")]
+    given = {text.partition("=")[0]: text for text in arguments if text not in options}
+    resume, run = (_value(given.get(key)) for key in ("resume", "hydra.run.dir"))
+    if not resume or (resume == "auto" and not run) or {"-m", "--multirun"} & {*options}:
         return arguments
+    folder = Path(run) if resume == "auto" else Path(resume).parent.parent
     earlier = folder / "overrides.yaml"
     if not earlier.is_file():
+        if resume != "auto" or (folder / "checkpoints").exists():
+            print(f"no settings in {earlier}: composed of this command alone", file=sys.stderr)
         return arguments
     before = {text.partition("=")[0]: text for text in map(str, OmegaConf.load(earlier))}
     # Another option for a group may not have all the settings of the one before.
     changed = {group for group, text in given.items() if before.get(group) != text}
     doubtful = {key for key in before if "." in key and key.split(".")[0] in changed} - {*given}
     kept = {key: text for key, text in before.items() if key not in doubtful | given.keys()}
+    groups = [text for key, text in given.items() if re.fullmatch(r"[\w+/@]+", key)]
+
+    def composes(*more: str) -> bool:
+        try:
+            compose(config_name, [*kept.values(), *groups, *more])
+        except HydraException:
+            return False
+        return True
+
     with initialize_config_dir(str(config_path), version_base="1.3"):
-        groups = [text for key, text in given.items() if re.fullmatch(r"[\w+/@]+", key)]
-        for key in sorted(doubtful):
-            try:
-                compose(config_name, [*kept.values(), *groups, before[key]])
-            except HydraException:
-                text = f"{before[key]} is left out: {given[key.split('.')[0]]} has no such setting"
-                print(text, file=sys.stderr)
-            else:
-                kept[key] = before[key]
-    return [*kept.values(), *arguments]
+        if doubtful and composes():  # else Hydra says what is wrong
+            for key in sorted(doubtful):
+                if composes(before[key]):
+                    kept[key] = before[key]
+                else:
+                    part = given[key.split(".")[0]]
+                    text = f"{before[key]} is left out: {part} has no such setting"
+                    print(text, file=sys.stderr)
+    return [*options, *kept.values(), *given.values()]
 
 
-def check_additions(config: DictConfig) -> None:
+def _value(argument: str | None) -> str:
+    """The value of ``key=value`` as Hydra reads it; empty where there is none."""
+    if argument is None:
+        return ""
+    try:
+        value = OverridesParser.create().parse_override(argument).value()
+        return str(OmegaConf.to_container(OmegaConf.create([value]), resolve=True)[0])  # type: ignore[index]
+    except (HydraException, OmegaConfBaseException):
+        return ""
+
+
+def check_additions(config: DictConfig, config_name: str) -> None:
     """Refuse what ``+key=value`` adds where no object is built that would heed it."""
-    for text in HydraConfig.get().overrides.task:
+    added = [text for text in HydraConfig.get().overrides.task if text.startswith("+")]
+    if not added:
+        return
+    plain = compose(
+        config_name, [text for text in HydraConfig.get().overrides.task if text not in added]
+    )
+    for text in added:
         key = text.lstrip("+").partition("=")[0]
-        if not text.startswith("+") or OmegaConf.select(config, key, default=None) is None:
-            continue
         parts = key.split(".")
-        nodes = (OmegaConf.select(config, ".".join(parts[:end])) for end in range(1, len(parts)))
+        parent = OmegaConf.select(config, ".".join(parts[:-1])) if parts[1:] else config
+        known = OmegaConf.select(plain, key, default=None) is not None
+        if known or not isinstance(parent, DictConfig) or parts[-1] not in parent:  # or a group
+            continue
+        nodes = [OmegaConf.select(config, ".".join(parts[: end + 1])) for end in range(len(parts))]
         if not any(isinstance(node, DictConfig) and "_target_" in node for node in nodes):
-            raise ValueError(f"no setting is called {key}, got {text}{nearest(key, config)}")
+            raise ValueError(f"no setting is called {key}, got {text}{nearest(key, plain)}")
 
 
 def did_you_mean(text: str, config_path: Path, config_name: str) -> str:

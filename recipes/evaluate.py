@@ -130,10 +130,11 @@ def people_of(checkpoint: str) -> People:
 
 def warn_of_trained(protocol: Protocol, people: People) -> None:
     """Say whether a set shows people that the model was trained on, as far as names tell."""
+    from fastface_lightning.data.people import common
     from fastface_lightning.inference.protocols import Identities
 
     if isinstance(protocol, Identities):
-        trained = {*people.trained, *people.earlier}.intersection(protocol.faces.identities)
+        trained = common(protocol.faces.identities, [*people.trained, *people.earlier])
         if trained:
             log.warning(
                 "%s: %d of its %d people have names of people the model was trained on, such as "

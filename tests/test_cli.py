@@ -211,6 +211,21 @@ def test_paths_may_be_typed_as_they_are(tmp_path: Path, name: str) -> None:
     assert typed.data.root == str(path) and new.hydra.run.dir == f"{path}/new"
 
 
+def test_a_folder_is_found_as_hydra_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "Anna's runs"
+    folder.mkdir()
+    OmegaConf.save(["seed=5"], folder / "overrides.yaml")
+    monkeypatch.setenv("RUNS", str(folder))
+    for run_dir in (as_typed(f"hydra.run.dir={folder}"), "hydra.run.dir=${oc.env:RUNS}"):
+        given = ["--config-dir=D", run_dir, "resume=auto"]
+        both = with_earlier_settings(given, ROOT / "conf", "train")
+        assert both == ["--config-dir=D", "seed=5", run_dir, "resume=auto"]
+    assert with_earlier_settings(["resume=a/b/c"], ROOT / "conf", "train") == ["resume=a/b/c"]
+    assert "this command alone" in capsys.readouterr().err
+
+
 def test_what_is_no_path_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/ann")
@@ -229,6 +244,11 @@ def test_what_is_no_path_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert as_typed("data.root=~/faces") == "data.root=/home/ann/faces"
 
 
+def test_what_is_added_where_it_is_heeded(run: Run, toy: str) -> None:
+    for argument in ("++seed=3", "+new={_target_: builtins.dict}", "+new._target_=builtins.dict"):
+        assert run(argument, program=toy, folder=argument[-6:]).code == 0
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
@@ -236,6 +256,7 @@ def test_what_is_no_path_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("+foo=2", "no setting is called foo"),
         ("+sead=2", "did you mean seed?"),
         ("what=a(b", "put quotes around the value"),
+        ("+foo=null", "no setting is called foo"),
     ],
 )
 def test_what_is_mistyped_gets_a_hint(run: Run, toy: str, argument: str, words: str) -> None:

@@ -37,7 +37,7 @@ from .pairs import (
     read_verification,
     synthetic_pairs,
 )
-from .people import People, is_held_out
+from .people import People, as_compared, common, is_held_out
 
 logger = logging.getLogger(__name__)
 LISTS = (".txt", ".csv", ".lst")  # files that name people or images, in lower case
@@ -47,7 +47,8 @@ class FaceDataModule(LightningDataModule, ABC):
     """Training set and verification sets as loaders; a subclass says what they are.
 
     Args:
-        batch_size: B, images a training step and rank; pairs a verification step.
+        batch_size: B, images a training step and rank; pairs a verification step, images of people
+            held out.
         num_workers: processes that decode training images; 0 decodes in the main process. Dual
             loaders share them as they share the images: a third for instances, at least one each.
         seed: at least 0; with the epoch it decides the order of the training images.
@@ -322,23 +323,28 @@ class FaceData(FaceDataModule):
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
         faces = self.faces()
         source, names = self._choose(faces)
-        apart = set(names)
-        kept = [name for name in faces.identities if name not in apart] if apart else None
-        if kept == []:
-            raise ValueError(f"held_out must leave somebody to train on, got {self.held_out}")
-        if kept and source is not faces and len(kept) < faces.num_classes:
-            count = faces.num_classes - len(kept)
-            logger.info("%d of the people in %s are in %s too: held out", count, source, faces)
-        train_set = faces.restricted(kept, self.min_images)
-        if self.verify_people is not None:
-            names = self.verify_people
-        seen = set(self.earlier).intersection(names)
+        apart = set(map(as_compared, names))
+        kept = [name for name in faces.identities if as_compared(name) not in apart]
+        if self.verify_people is None:
+            if not kept:
+                raise ValueError(f"held_out must leave somebody to train on, got {self.held_out}")
+            if source is not faces and len(kept) < faces.num_classes:
+                count = faces.num_classes - len(kept)
+                logger.info("%d of the people in %s are in %s too: held out", count, source, faces)
+        train_set = faces.restricted(kept if kept and apart else None, self.min_images)
+        seen = common(names, self.earlier)
         if seen:
             sentence = "%d of the %d people held out have been trained on before: not verified on"
-            logger.warning(sentence + ": %s", len(seen), len(names), abridged(sorted(seen)))
-        self._held_out = [name for name in names if name not in seen]
-        if not self._held_out:
+            logger.warning(sentence + ": %s", len(seen), len(names), abridged(seen))
+        gone = set(seen)
+        self._held_out = [name for name in names if name not in gone]
+        if not names:
             return train_set, {}
+        if len(self._held_out) < 2:
+            raise ValueError(
+                f"held_out must leave 2 people to verify on whom weights have not seen, got "
+                f"{len(self._held_out)} of {len(names)}: held_out=FILE names others, 0 nobody"
+            )
         people = source.restricted(self._held_out)
         return train_set, {"held_out": held_out_pairs(people, self.verify_pairs)}
 
@@ -346,6 +352,8 @@ class FaceData(FaceDataModule):
         """Who is held out: the data set with their images, and their names."""
         if not isinstance(self.held_out, (str, Path)):
             share = self.held_out
+            if self.verify_people is not None:
+                return faces, self.verify_people
             names = [name for name in faces.identities if share and is_held_out(name, share)]
             if share and not 2 <= len(names) < faces.num_classes:
                 raise ValueError(
@@ -355,6 +363,9 @@ class FaceData(FaceDataModule):
                 )
             return faces, names
         file = Path(self.held_out)
+        if self.verify_people is not None:
+            apart = file.exists() and file.suffix.lower() not in LISTS
+            return open_faces(file) if apart else faces, self.verify_people
         if not file.exists():
             raise ValueError(f"held_out must be a share or a path that is there, got {file}")
         others: FaceDataset

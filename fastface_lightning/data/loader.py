@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from .datasets.base import FaceDataset, collate
 
 BLOCK = 2**16  # groups sampled at a time, where their first images are given
+WORKER_SECONDS = 20  # that a worker lives on after SIGTERM
 GROUPS = 0x67726F75  # no other seed of the project ends in this word, nor in a padding zero
 
 
@@ -172,9 +173,10 @@ class GroupSampler(EpochSampler):
 
 
 def ignore_signals(_: int) -> None:
-    """What ends a program is its main process's business: its workers end with it, in silence."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """What ends a program is its main process's business: its workers end with it, in silence, or
+    some seconds after they were told to, should it not end them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_SECONDS))
 
 
 class FaceLoader(DataLoader[Any]):

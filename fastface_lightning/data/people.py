@@ -72,13 +72,26 @@ class People(NamedTuple):
         ):
             both = zip_longest(*lists)
             for number, (old, new) in enumerate(both):
-                if old != new:
+                if (old and as_compared(old)) != (new and as_compared(new)):
                     old, new = (name and repr(printable(name)) for name in (old, new))
                     raise ValueError(
                         f"the people {what} must be those of the checkpoint, got "
                         f"{new} for {old}, the first that differ, as number {number}: give the "
                         f"data it had, or begin anew with weights=FILE classifier.reinit=true"
                     )
+
+
+def as_compared(name: str) -> str:
+    """A name as it is compared with others: in NFC, of which file systems keep other forms."""
+    return unicodedata.normalize("NFC", name)
+
+
+def common(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Those of ``names`` that are among the others. Numbers are no names: any set has them."""
+    if all(name.isdecimal() for name in names) or all(name.isdecimal() for name in others):
+        return []
+    known = set(map(as_compared, others))
+    return [name for name in names if as_compared(name) in known]
 
 
 def is_held_out(name: str, share: float) -> bool:
@@ -92,6 +105,6 @@ def is_held_out(name: str, share: float) -> bool:
         name: of the identity.
         share: in [0, 1].
     """
-    text = unicodedata.normalize("NFC", name).encode(errors="surrogateescape")  # any folder name
+    text = as_compared(name).encode(errors="surrogateescape")  # any folder name
     digest = blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64

@@ -19,7 +19,7 @@ from ..preprocessing import IMAGE_SHAPE
 from .embedder import Embedder
 
 log = logging.getLogger(__name__)
-ALIKE = 0.999  # a cosine above which images are not told apart
+ALIKE = 1e-5  # 1 - cosine below which images are not told apart
 
 
 class OnnxEmbedder(Embedder):
@@ -62,30 +62,35 @@ class OnnxEmbedder(Embedder):
             self._find_range()
 
     def _find_range(self) -> None:
-        """Take [0, 255] where the graph can tell images apart in it, and not in [-1, 1]."""
-        if self._alike() < ALIKE:
-            return
-        self.range = (0.0, 255.0)
-        if self._alike() >= ALIKE:
+        """Take [0, 255] where images lie far further apart in it than in [-1, 1]."""
+        spreads = {}
+        for self.range in ((-1.0, 1.0), (0.0, 255.0)):
+            spreads[self.range] = self._spread()
+        normal, pixels = spreads.values()
+        if max(normal, pixels) < ALIKE:
             raise ValueError(
                 f"an ONNX must tell images apart in [-1, 1] or [0, 255], got embeddings that are "
                 f"all alike from {self.file}: give the range that it wants"
             )
-        log.info("%s normalises by itself: it is given pixels in [0, 255]", self.file)
+        if normal > 0.05 or pixels < 10 * normal:
+            self.range = (-1.0, 1.0)
+        else:
+            log.warning(
+                "%s tells images apart in [0, 255] alone, as if it normalised by itself: it is "
+                "given such; range=[-1,1] says otherwise",
+                self.file,
+            )
 
-    def _alike(self) -> float:
-        """Lowest cosine between the embeddings of patterns that have little in common."""
-        half = torch.arange(IMAGE_SHAPE[1]) < IMAGE_SHAPE[1] // 2
-        light, left, top = (
-            torch.ones(112, 112, dtype=torch.bool),
-            half.expand(112, 112),
-            half[:, None],
-        )
-        patterns = [light, ~light, left, top.expand(112, 112), left ^ top]
+    def _spread(self) -> float:
+        """1 - lowest cosine between the embeddings of patterns that have little in common; 0 where
+        they are not finite."""
+        size = IMAGE_SHAPE[1]
+        y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        patterns = [x < size // 2, y < size // 2, (x + y) // 8 % 2 == 0, (x - y).abs() < size // 4]
         images = torch.stack(patterns)[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
-        rows = [self._forward(part) for part in images.split(self.batch_size)]
-        units = F.normalize(torch.cat(rows).float())
-        return float((units @ units.T).min())
+        rows = torch.cat([self._forward(part) for part in images.split(self.batch_size)])
+        units = F.normalize(rows.float())
+        return float(1 - (units @ units.T).min()) if units.isfinite().all() else 0.0
 
     def _forward(self, images: Tensor) -> Tensor:
         count = len(images)

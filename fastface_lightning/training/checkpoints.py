@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class LastAndBest(Checkpoint):
     """Keeps ``last.ckpt``: every so many steps, after every epoch, and where the run stops; and
     ``best.ckpt``: of the verification with the highest mean accuracy, the earliest among equals.
-    Weights that are not finite are kept as neither.
+    Weights or optimizer states that are not finite are kept as neither.
 
     Never after the last batch of an epoch but at the epoch's end, when it has been verified:
     Lightning 2.6 counts an epoch twice when it goes on from between the two.
@@ -111,10 +111,12 @@ class LastAndBest(Checkpoint):
             self._write(trainer, "best.ckpt")
 
     def _write(self, trainer: Trainer, name: str) -> bool:
-        finite = is_finite(trainer.lightning_module)
+        module, optimizers = trainer.lightning_module, trainer.optimizers
+        states = [state.values() for each in optimizers for state in each.state.values()]
+        finite = is_finite(module.parameters(), module.buffers(), *states)
         if not trainer.strategy.reduce_boolean_decision(finite):
-            step = trainer.global_step
-            log.warning("step %d: the weights are not finite, %s is left as it was", step, name)
+            text = "step %d: weights or optimizer states are not finite, %s is left as it was"
+            log.warning(text, trainer.global_step, name)
             return False
         trainer.save_checkpoint(self.folder / name, weights_only=False)
         return True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..schedule.length import callbacks_of
 from ..schedule.plateau import check_count
@@ -18,15 +21,17 @@ class EndOnNonFinite(Callback):
     Losses are read in blocks of 32 steps on accelerators, so that training does not wait for each.
 
     Args:
-        max_nonfinite: losses in a row that may be so, as a loss scaler skips some; at least 1.
+        max_nonfinite: losses in a row that may be so, as a loss scaler skips some; at least 1, or
+            inf.
 
     Raises:
         ValueError: there were more, or the run has ended with weights that are not finite. It names
             the last good checkpoint.
     """
 
-    def __init__(self, max_nonfinite: int = 100) -> None:
-        check_count("max_nonfinite", max_nonfinite, 1)
+    def __init__(self, max_nonfinite: float = 100) -> None:
+        if max_nonfinite != math.inf:
+            check_count("max_nonfinite", max_nonfinite, 1)
         self.max_nonfinite = max_nonfinite
         self._unread: list[Tensor] = []
         self._run = 0  # losses in a row, up to the last that was read
@@ -40,16 +45,19 @@ class EndOnNonFinite(Callback):
         if outputs:
             self._unread.append(outputs["loss"])
         if len(self._unread) >= (1 if pl_module.device.type == "cpu" else 32):
-            self._read(trainer)
-            if self._run > self.max_nonfinite:
-                raise self._error(trainer, f"got {self._run} up to step {trainer.global_step}")
+            longest = self._read(trainer)
+            if longest > self.max_nonfinite:
+                raise self._error(trainer, f"got {longest} up to step {trainer.global_step}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read(trainer)
-        if self._run and not is_finite(pl_module):
+        finite = is_finite(pl_module.parameters(), pl_module.buffers())
+        if not trainer.strategy.reduce_boolean_decision(finite):
             raise self._error(trainer, f"got {self._run} at the end, and such weights")
 
-    def _read(self, trainer: Trainer) -> None:
+    def _read(self, trainer: Trainer) -> int:
+        """Take up the unread losses; the longest row of those that are not finite."""
+        longest = self._run
         if self._unread:
             losses = torch.stack(self._unread).float()
             self._unread = []
@@ -57,6 +65,8 @@ class EndOnNonFinite(Callback):
                 losses = trainer.strategy.reduce(losses, reduce_op="mean")
             for finite in losses.isfinite().tolist():
                 self._run = 0 if finite else self._run + 1
+                longest = max(longest, self._run)
+        return longest
 
     def _error(self, trainer: Trainer, got: str) -> ValueError:
         kept = [callback.last_good for callback in callbacks_of(trainer, "LastAndBest")]
@@ -69,15 +79,11 @@ class EndOnNonFinite(Callback):
 
 
 @torch.no_grad()
-def is_finite(module: nn.Module) -> bool:
-    """Whether no parameter or buffer of a module has a NaN or an infinity in it."""
-    tensors = [*module.parameters(), *module.buffers()]
-    norms = [
-        torch.linalg.vector_norm(tensor.detach(), torch.inf).float()  # without a mask of its size
-        for tensor in tensors
-        if tensor.is_floating_point() and tensor.numel()
-    ]
+def is_finite(*tensors: Iterable[Any]) -> bool:
+    """Whether no floating-point tensor among these has a NaN or an infinity in it."""
     by_device: dict[torch.device, list[Tensor]] = {}
-    for norm in norms:
-        by_device.setdefault(norm.device, []).append(norm)
+    for tensor in chain(*tensors):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+            norm = torch.linalg.vector_norm(tensor.detach(), torch.inf)  # no mask of its size
+            by_device.setdefault(norm.device, []).append(norm.float())
     return all(bool(torch.stack(each).isfinite().all()) for each in by_device.values())

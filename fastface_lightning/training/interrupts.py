@@ -65,9 +65,14 @@ class EndOnSignal(Callback):
                 return
             any_rank = trainer.strategy.reduce_boolean_decision(bool(received), all=False)
             received = (received or signal.SIGTERM) if any_rank else 0
-        if received:
+        # What is to be verified now is verified, and the run ends a step later, or as planned.
+        loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+        done = batch_idx if trainer.check_val_every_n_epoch else loop.total_batch_idx
+        verifies = loop.batch_progress.is_last_batch or (every and (done + 1) % every == 0)
+        if received and not verifies and self._step != trainer.max_steps:
             self.code = 128 + received
             trainer.should_stop = True
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
             trainer.limit_val_batches = 0  # there may be no time
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 COUNTED = {
     *("last_epoch", "_step_count", "_last_lr", "base_lrs", "max_lrs", "T_cur", "T_i", "best"),
     *("num_bad_epochs", "cooldown_counter", "mode_worse", "_get_lr_called_within_step"),
-    *("_is_initial", "_initial_step"),
+    *("_is_initial", "_initial_step", "_schedulers"),
 }
 
 
@@ -61,10 +62,16 @@ def set_optimizer(checkpoint: dict[str, Any], optimizer: Optimizer) -> list[str]
             if key in group and group[key] != new[key]:
                 changes[f"{key} {new[key]}, was {group[key]}"] = ""
             group[key] = new[key]
-    for state in checkpoint.get("lr_schedulers", ()):
+    for state in _with_nested(checkpoint.get("lr_schedulers", ())):
         for key in {"base_lrs", "max_lrs", "_last_lr"} & state.keys():
             state[key] = [lr * factor for lr, factor in zip(state[key], factors, strict=False)]
     return list(changes)
+
+
+def _with_nested(states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The states of schedulers, and of those that they are made of."""
+    inside = [_with_nested(state.get("_schedulers", ())) for state in states]
+    return [*states, *chain(*inside)]
 
 
 def check_schedulers(saved: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> None:
@@ -78,7 +85,7 @@ def check_schedulers(saved: Sequence[dict[str, Any]], now: Sequence[dict[str, An
         MisconfigurationException: names the first setting that differs, of which a run's length is
             the usual one.
     """
-    for before, after in zip(saved, now, strict=False):
+    for before, after in zip(_with_nested(saved), _with_nested(now), strict=False):
         for key in after.keys() - COUNTED:
             if key in before and before[key] != after[key]:
                 raise MisconfigurationException(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..data import People
 from ..files import write_text
 from .module import FaceModule
 
+log = logging.getLogger(__name__)
 SETTINGS = ("config.yaml", "overrides.yaml")  # what a run was composed to, and of
 
 
@@ -37,8 +39,10 @@ def in_use(folder: Path) -> Iterator[None]:
             fcntl.flock(
                 lock, fcntl.LOCK_EX | fcntl.LOCK_NB
             )  # of a process that dies it is released
-        except OSError as error:
+        except BlockingIOError as error:
             raise ValueError(f"the run folder must be of one run, got {folder}, in use") from error
+        except OSError as error:
+            log.warning("the disk cannot lock %s against a second run: %s", folder, error)
         yield
 
 
@@ -58,18 +62,14 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     """The checkpoint to go on from, if any.
 
     Raises:
-        ValueError: ``resume`` is no file or contradicts ``weights``, or the folder holds another
-            run, which is never overwritten.
+        ValueError: ``resume`` is no file, or the folder holds another run, which is never
+            overwritten.
     """
     last = folder / "checkpoints" / "last.ckpt"
     if cfg.classifier.reinit and not cfg.weights:
         raise ValueError("classifier.reinit=true needs weights=FILE, whose backbone it takes")
     if cfg.resume == "auto":
         return last if last.exists() else None
-    if cfg.resume is not None and cfg.weights:
-        raise ValueError(
-            f"a run starts from weights or goes on from resume, got {cfg.weights} and {cfg.resume}"
-        )
     checkpoint = None if cfg.resume is None else Path(cfg.resume)
     if checkpoint is not None and not checkpoint.is_file():
         raise ValueError(f"resume must be 'auto' or a checkpoint file, got {checkpoint}")

@@ -169,6 +169,23 @@ def test_nobody_is_verified_on_whom_the_network_has_seen(
     assert verified_on(data) == {6, 7, 8} and caplog.messages[-1].endswith("verified on: p2")
 
 
+def test_nobody_left_to_verify_on_is_refused(tree: Tree) -> None:
+    data = FaceData(tree(**{f"p{k}": 2 for k in range(9)}), held_out=0.4)
+    data.earlier = ["p2", "p6", "p7"]
+    with pytest.raises(ValueError, match=r"got 1 of 4: held_out=FILE"):
+        ready(data)
+
+
+def test_an_evaluation_needs_those_held_out_alone(tree: Tree) -> None:
+    root = tree(**{f"p{k}": 2 for k in range(9)})
+    people = ready(FaceData(root, held_out=0.4)).people
+    for name in people.trained:
+        shutil.rmtree(root / name)
+    data = FaceData(root, held_out=0.4)
+    data.verify_people = people.held_out
+    assert verified_on(ready(data)) == {2, 6, 7, 8}
+
+
 def test_an_evaluation_holds_out_whom_the_run_did(
     tree: Tree, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastface_lightning.data import People, is_held_out
+from fastface_lightning.data.people import common
 
 NAMES = st.lists(st.text(st.characters(exclude_categories=["Cs"])), unique=True, max_size=8)
 
@@ -43,6 +44,12 @@ def test_a_file_with_them_holds_tensors_alone(tmp_path: Path) -> None:
     assert saved["AnyData"]["held_out"].tolist() == [False, False, True]
     assert People.in_checkpoint(saved) == (["ann", "cem"], ["bob"], ["no UTF-8 \udcff"])
     assert People.in_checkpoint({"state_dict": {}}) is People.in_checkpoint([]) is None
+
+
+def test_names_are_compared_in_one_form_and_numbers_not_at_all() -> None:
+    assert common(["Jose\u0301", "ann"], ["José", "bob"]) == ["Jose\u0301"]
+    assert common(["7", "8"], ["7", "9"]) == common(["7", "8"], ["7", "ann"]) == ["7"] * 0
+    People(["Jose\u0301"]).check_same(People(["José"]))
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,33 @@ def test_a_checkpoint_of_another_torch_schedule_is_refused(tmp_path: Path) -> No
         trained(whole, 2, ckpt_path=tmp_path / "last.ckpt")
 
 
+def test_a_schedule_of_schedules_resumes(tmp_path: Path) -> None:
+    def warmed(optimizer: Any, _: int) -> Any:
+        parts = [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8),
+        ]
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[2])
+
+    def trained(steps: int, lr: float, **more: Any) -> list[float]:
+        faces, trainer, seen = module(), quiet(tmp_path, max_steps=steps), list[float]()
+        faces.scheduler, faces.optimizer = warmed, partial(torch.optim.SGD, lr=lr)
+        watch = Callback()
+        watch.on_train_batch_start = lambda trainer, *_: seen.append(  # type: ignore[method-assign]
+            trainer.optimizers[0].param_groups[0]["lr"]
+        )
+        trainer.callbacks.append(watch)
+        trainer.fit(faces, DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4), **more)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return seen
+
+    whole = trained(6, 0.1)
+    trained(3, 0.1)
+    assert trained(6, 0.2, ckpt_path=tmp_path / "3.ckpt") == pytest.approx(
+        [2 * x for x in whole[3:]]
+    )
+
+
 class Overflows(nn.Module):
     """Gives (brightness, 1), but infinity for a black image."""
 

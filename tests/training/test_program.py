@@ -323,7 +323,8 @@ def test_people_are_those_of_the_run_however_the_folder_changes(run: Run, faces:
     after = People.in_checkpoint(saved(tuned))
     assert after is not None and set(people.held_out) <= set(after.held_out)
     assert not set(after.held_out) & set(people.trained) and after.earlier == people.trained
-    again = run("resume=auto", "trainer.max_steps=3", folder="tuned")
+    last = f"resume={tuned.folder}/checkpoints/last.ckpt"
+    again = run(last, "trainer.max_steps=3", folder="tuned")  # though it began from weights
     assert again.code == 0 and People.in_checkpoint(saved(again)) == after
     taken = run(*base, weights[0], "data.held_out=0.5", folder="centres")
     assert taken.code == 2 and "'a_new_name'" in taken.err

@@ -70,7 +70,6 @@ def test_another_run_is_never_overwritten(tmp_path: Path, name: str) -> None:
     ("settings", "key"),
     [
         ({"resume": "nowhere.ckpt"}, "nowhere.ckpt"),
-        ({"resume": "nowhere.ckpt", "weights": "backbone.pth"}, "starts from weights or"),
         ({"reinit": True}, "reinit"),
     ],
 )

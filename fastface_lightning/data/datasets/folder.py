@@ -257,7 +257,9 @@ def _parse(file: Path) -> Arrays:
                     path = identity = ""
                 else:
                     path, identity = fields[form[1]], fields[form[2]]
-                if not path.lower().endswith(IMAGE_SUFFIXES) or not identity:
+                guessed = not table and form is not None and form[0] == 2
+                wrong = not identity or (guessed and "/" in identity)  # a path with a blank in it
+                if wrong or not path.lower().endswith(IMAGE_SUFFIXES):
                     raise ValueError(
                         f"{file}:{number}: expected the path of an image and an identity, in lines "
                         f"of one form, got {','.join(row)[:80]!r}"

@@ -210,6 +210,7 @@ def test_quotes_keep_commas_and_blanks_keep_the_last(tree: Tree) -> None:
         ("a.csv", "x.png,ann,more"),
         ("a.csv", "ann,x.png"),
         ("a.txt", "no_image.npy ann"),
+        ("a.txt", "ann bob/1 x.jpg"),
         ("a.txt", "alone.png"),
         ("a.lst", "0\tann\tx.png\tmore"),
     ],
