@@ -95,6 +95,8 @@ def train(
     module.build_optimizer()  # what it refuses is refused before anything slow
     if cfg.weights and checkpoint is None:
         module.start_from(cfg.weights, cfg.classifier.reinit, data.people.trained)
+        parts = "backbone" if cfg.classifier.reinit else "backbone and class centres"
+        log.info("the run starts with the %s of %s", parts, cfg.weights)
     if saved:
         run_folder.check_checkpoint(saved, module, data.people)
         if changed := run_folder.changed_settings(saved.config, config):
@@ -124,7 +126,7 @@ def train(
     if not data.verify_names:
         log.info("this data has no verification pairs: the run is not verified")
     elif checkpoint is None:
-        log.info("verifying the untrained network")
+        log.info("verifying the network before it is trained")
         trainer.validate(module, data, verbose=False)
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -136,9 +138,12 @@ def train(
         if record.verified_step != trainer.global_step:
             trainer.validate(module, data, verbose=False)
         record.verify_raw(trainer, module, data)
-    results = record.write(trainer)
+    results = record.write(trainer, bool(signals.code))
     if trainer.is_global_zero:
-        log.info("the run has ended\n%s", summary(results, folder))
+        how = "was interrupted" if signals.code else "has ended"
+        if resume_step and trainer.global_step == resume_step and not signals.code:
+            how = "had done all its steps, which trainer.max_epochs or max_steps prolong"
+        log.info("the run %s\n%s", how, summary(results, folder))
     accuracies = [verified["accuracy"] for verified in results["verification"].values()]
     return sum(accuracies) / len(accuracies) if all(accuracies) and accuracies else None
 

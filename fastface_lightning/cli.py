@@ -95,11 +95,20 @@ def program(
                     raise error
                 text += did_you_mean(text, config_path, config_name)
                 print(f"error: {text}", file=sys.stderr)
+                write_to_logs(text)
                 sys.exit(2)
 
         return main
 
     return decorate
+
+
+def write_to_logs(text: str) -> None:
+    """Put an error that the console has been told into the run's log file, where there is one."""
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 def sweep_job(task: Task, config: DictConfig) -> Any:

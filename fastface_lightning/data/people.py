@@ -73,10 +73,10 @@ class People(NamedTuple):
             both = zip_longest(*lists)
             for number, (old, new) in enumerate(both):
                 if (old and as_compared(old)) != (new and as_compared(new)):
-                    old, new = (name and repr(printable(name)) for name in (old, new))
+                    old, new = (repr(printable(name)) if name else "nobody" for name in (old, new))
                     raise ValueError(
                         f"the people {what} must be those of the checkpoint, got "
-                        f"{new} for {old}, the first that differ, as number {number}: give the "
+                        f"{new} for {old}, the first that differ, as number {number + 1}: give the "
                         f"data it had, or begin anew with weights=FILE classifier.reinit=true"
                     )
 

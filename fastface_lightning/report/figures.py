@@ -222,6 +222,8 @@ def summary(results: dict[str, Any], folder: str | Path) -> str:
         accuracy = "none: no embedding is finite"
         if verified["accuracy"] is not None:
             accuracy = f"{verified['accuracy']:.2%} ± {verified['std']:.2%}"
+            if results["verified_step"] != results["steps"]:
+                accuracy += f" at step {results['verified_step']:,}"
         if verified["untrained_accuracy"] is not None:
             accuracy += f" (untrained {verified['untrained_accuracy']:.2%}, chance 50 %)"
         table.add_row(f"verification {name}", accuracy)
@@ -233,7 +235,9 @@ def summary(results: dict[str, Any], folder: str | Path) -> str:
     if results["averaging"]:
         table.add_row("averaging", results["averaging"])
     if results["final_loss"] is not None:
-        table.add_row("loss", f"{results['final_loss']:.4f} (mean of the last 100 batches)")
+        table.add_row(
+            "loss", f"{results['final_loss']:.4f} (mean of the last batches, 100 at most)"
+        )
     lr = f"{results['final_lr']:.3g} at the end"
     changes = results["lr_changes"]
     if changes:  # the rate before the first, and after each

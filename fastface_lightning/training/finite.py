@@ -45,15 +45,19 @@ class EndOnNonFinite(Callback):
         if outputs:
             self._unread.append(outputs["loss"])
         if len(self._unread) >= (1 if pl_module.device.type == "cpu" else 32):
-            longest = self._read(trainer)
-            if longest > self.max_nonfinite:
-                raise self._error(trainer, f"got {longest} up to step {trainer.global_step}")
+            longest, most = self._read(trainer), self.max_nonfinite
+            if longest > most:
+                rule = f"at most max_nonfinite={most} losses in a row may be NaN or infinite"
+                step = trainer.global_step
+                raise self._error(trainer, f"{rule}, got {longest} up to step {step}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read(trainer)
         finite = is_finite(pl_module.parameters(), pl_module.buffers())
         if not trainer.strategy.reduce_boolean_decision(finite):
-            raise self._error(trainer, f"got {self._run} at the end, and such weights")
+            raise self._error(
+                trainer, "a run must end with finite weights, got NaN or infinite ones"
+            )
 
     def _read(self, trainer: Trainer) -> int:
         """Take up the unread losses; the longest row of those that are not finite."""
@@ -72,7 +76,6 @@ class EndOnNonFinite(Callback):
         kept = [callback.last_good for callback in callbacks_of(trainer, "LastAndBest")]
         goes_on = f"{kept[0]} is the last good checkpoint" if any(kept) else "no checkpoint is good"
         return ValueError(
-            f"at most max_nonfinite={self.max_nonfinite} losses in a row may be NaN or infinite, "
             f"{got}; {goes_on}: a lower optimizer.lr helps, trainer.gradient_clip_val, or "
             f"trainer.precision=32-true"
         )

@@ -49,7 +49,7 @@ class RunRecord(Callback):
         train_seconds: of training with data loading, without verification.
     """
 
-    _KEPT = ("verification", "verified_step", "images", "train_seconds", "_lr")
+    _KEPT = ("verification", "verified_step", "images", "train_seconds", "_lr", "_peak")
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder, self.config = folder, config
@@ -62,6 +62,7 @@ class RunRecord(Callback):
         self._counts: dict[str, int] = {}
         self._earlier_bad: list[str] = []
         self._lr: float | None = None
+        self._peak = 0  # bytes, of earlier parts of the run
         self._lr_changes: list[Change] = []
         self._losses: deque[Tensor] = deque(maxlen=100)
         self._started = self._last = time.perf_counter()
@@ -129,6 +130,7 @@ class RunRecord(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._peak = max(self._peak, peak_memory(trainer.strategy.root_device))
         verified = self.verified_step == trainer.global_step  # else the figures are of others
         accuracies = {name: each["accuracy"] for name, each in self.verification.items()}
         checkpoint["run"] = {
@@ -138,11 +140,12 @@ class RunRecord(Callback):
             "verification": accuracies if verified else {},
         }
 
-    def write(self, trainer: Trainer) -> dict[str, Any]:
+    def write(self, trainer: Trainer, interrupted: bool = False) -> dict[str, Any]:
         """Write ``results.json``, and the report from it and what else is in the folder.
 
         Args:
             trainer: whose ``fit`` has ended.
+            interrupted: whether a signal ended it.
 
         Returns:
             What ``results.json`` holds. ``final_loss`` is the mean of the last 100 micro-batches;
@@ -165,6 +168,8 @@ class RunRecord(Callback):
             "epochs": trainer.current_epoch,
             "final_loss": sum(losses) / len(losses) if losses else None,
             "verification": self.verification,
+            "verified_step": self.verified_step,
+            "interrupted": interrupted,
             "best": None if checkpoints is None else checkpoints.best,
             "averaging": None if averaging is None else repr(averaging),
             "lr_changes": [change._asdict() for change in changes],
@@ -173,7 +178,7 @@ class RunRecord(Callback):
             "bad_images": self._bad_images(),
             "images_per_second": self.images / max(self.train_seconds, 1e-9),
             "wall_seconds": time.perf_counter() - self._started,
-            "peak_memory_bytes": peak_memory(device),
+            "peak_memory_bytes": max(self._peak, peak_memory(device)),
             "device": device_name(device),
             "precision": str(trainer.precision),
             "environment": environment(self.commit),

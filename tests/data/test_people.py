@@ -57,10 +57,10 @@ def test_names_are_compared_in_one_form_and_numbers_not_at_all() -> None:
     [
         (
             People(["ann", "bill", "cem"], ["dan", "eva"]),
-            "trained on .* got 'bill' for 'bob'.*number 1",
+            "trained on .* got 'bill' for 'bob'.*number 2",
         ),
-        (People(["ann", "bob"], ["dan", "eva"]), "trained on .* got None for 'cem'.*number 2"),
-        (People(["ann", "bob", "cem"], ["dan", "eva", "flo"]), "held out .* got 'flo' for None"),
+        (People(["ann", "bob"], ["dan", "eva"]), "trained on .* got nobody for 'cem'.*number 3"),
+        (People(["ann", "bob", "cem"], ["dan", "eva", "flo"]), "held out .* got 'flo' for nobody"),
         (People(["bob", "ann", "cem"], ["dan", "eva"]), "trained on .* got 'bob' for 'ann'"),
     ],
 )

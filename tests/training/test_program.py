@@ -118,7 +118,9 @@ def test_resume_goes_on_with_its_settings_its_metrics_and_its_schedule(run: Run)
     config = OmegaConf.load(second.folder / "config.yaml")
     assert (config.optimizer.lr, config.data.num_identities) == (0.05, 8)
 
-    again = results_of(run("resume=auto", "trainer.max_steps=8"))  # a finished run stays as it is
+    ended = run("resume=auto", "trainer.max_steps=8")  # a finished run stays as it is
+    again = results_of(ended)
+    assert "had done all its steps" in ended.out
     for key in ("steps", "images", "final_loss", "verification", "lr_changes", "final_lr"):
         assert again[key] == results[key]
     file = second.folder / "checkpoints" / "last.ckpt"
@@ -214,7 +216,9 @@ def test_a_first_signal_ends_a_run_well(run: Run) -> None:
     ended = signalled(run)
     assert ended.code == 130 and "Traceback" not in ended.err
     assert saved(ended)["global_step"] == 3
-    assert json.loads((ended.folder / "results.json").read_text())["steps"] == 3
+    results = json.loads((ended.folder / "results.json").read_text())
+    assert (results["steps"], results["interrupted"], results["verified_step"]) == (3, True, 0)
+    assert "was interrupted" in ended.out and " at step 0 " in ended.out
     assert (ended.folder / "report.html").is_file()
     (line,) = (line for line in ended.out.splitlines() if "go on: python " in line)
     arguments = shlex.split(line.partition("python ")[2])[1:]
@@ -241,6 +245,8 @@ def test_losses_that_are_no_numbers_end_a_run_and_spoil_no_checkpoint(run: Run) 
     ]
     ended = run(*SMALL, *rate)
     assert ended.code == 2 and "max_nonfinite=2" in ended.err and "no checkpoint" in ended.err
+    (log,) = (file.read_text() for file in ended.folder.glob("*.log"))
+    assert "max_nonfinite=2" in log
     assert not list(ended.folder.glob("checkpoints/*"))
     good = run(*SMALL, "trainer.max_steps=4", folder="good")
     before = saved(good)
@@ -249,7 +255,7 @@ def test_losses_that_are_no_numbers_end_a_run_and_spoil_no_checkpoint(run: Run) 
     assert spoilt.code == 2 and f"{last} is the last good checkpoint" in spoilt.err
     assert saved(spoilt)["global_step"] == before["global_step"] == 4
     short = run(*SMALL, *rate[:1], *rate[2:], "trainer.max_steps=3", folder="short")
-    assert short.code == 2 and "at the end" in short.err
+    assert short.code == 2 and "must end with finite weights" in short.err
 
 
 def test_the_log_holds_what_the_console_said_once(run: Run, faces: Path) -> None:
