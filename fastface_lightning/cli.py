@@ -244,22 +244,28 @@ def _value(argument: str | None) -> str:
 
 def check_additions(config: DictConfig, config_name: str) -> None:
     """Refuse what ``+key=value`` adds where no object is built that would heed it."""
-    added = [text for text in HydraConfig.get().overrides.task if text.startswith("+")]
-    if not added:
-        return
-    plain = compose(
-        config_name, [text for text in HydraConfig.get().overrides.task if text not in added]
-    )
-    for text in added:
+    overrides = list(HydraConfig.get().overrides.task)
+    unheeded: dict[str, str] = {}
+    for text in overrides:
         key = text.lstrip("+").partition("=")[0]
+        if not text.startswith("+") or not _has(config, key):
+            continue  # not added, or a group
         parts = key.split(".")
-        parent = OmegaConf.select(config, ".".join(parts[:-1])) if parts[1:] else config
-        known = OmegaConf.select(plain, key, default=None) is not None
-        if known or not isinstance(parent, DictConfig) or parts[-1] not in parent:  # or a group
-            continue
         nodes = [OmegaConf.select(config, ".".join(parts[: end + 1])) for end in range(len(parts))]
         if not any(isinstance(node, DictConfig) and "_target_" in node for node in nodes):
-            raise ValueError(f"no setting is called {key}, got {text}{nearest(key, plain)}")
+            unheeded[text] = key
+    if unheeded:
+        plain = compose(config_name, [text for text in overrides if text not in unheeded])
+        for text, key in unheeded.items():
+            if not _has(plain, key):
+                raise ValueError(f"no setting is called {key}, got {text}{nearest(key, plain)}")
+
+
+def _has(config: DictConfig, key: str) -> bool:
+    """Whether a config has a key, whatever its value."""
+    inside, _, name = key.rpartition(".")
+    parent = OmegaConf.select(config, inside) if inside else config
+    return isinstance(parent, DictConfig) and name in parent
 
 
 def did_you_mean(text: str, config_path: Path, config_name: str) -> str:

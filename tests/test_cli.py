@@ -48,7 +48,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def toy(tmp_path: Path) -> str:
     (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "toy.yaml").write_text("what: good\nseed: 1\n")
+    (tmp_path / "conf" / "toy.yaml").write_text("what: good\nseed: 1\nnone: null\n")
     (tmp_path / "toy.py").write_text(TOY)
     return str(tmp_path / "toy.py")
 
@@ -245,7 +245,12 @@ def test_what_is_no_path_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_what_is_added_where_it_is_heeded(run: Run, toy: str) -> None:
-    for argument in ("++seed=3", "+new={_target_: builtins.dict}", "+new._target_=builtins.dict"):
+    for argument in (
+        "++seed=3",
+        "++none=3",
+        "+new={_target_: builtins.dict}",
+        "+new._target_=builtins.dict",
+    ):
         assert run(argument, program=toy, folder=argument[-6:]).code == 0
 
 

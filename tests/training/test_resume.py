@@ -72,6 +72,7 @@ def settings(faces: Path, folder: Path, case: str) -> list[str]:
     return [
         *("data=folder", f"data.root={faces}", "data.held_out=0", "data.batch_size=8"),
         *("trainer.max_epochs=3", "trainer.enable_progress_bar=false"),
+        "trainer.log_every_n_steps=1",  # by which ranks agree to end
         *("checkpoint.every_n_steps=2", "model.embedding_size=32", "classifier.scale=16"),
         "+callbacks.inputs._target_=watching.WriteInputs",
         f"+callbacks.inputs.folder={folder}",
