@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import fastface_lightning.inference.embedding_file as embedding_file
 from fastface_lightning.data import (
     IdentityFolder,
+    VerificationPairs,
     encode_jpeg,
     held_out_pairs,
     write_verification_bin,
@@ -236,7 +237,7 @@ def test_the_worst_pairs_are_named(place: Path) -> None:
         "dan",
         "eve",
     }
-    assert program.caption(pairs._replace(names=()), 1, 0.25) == "pair 1: 0.250"
+    assert program.caption(VerificationPairs(*pairs, pairs.index), 1, 0.25) == "pair 1: 0.250"
 
 
 @pytest.mark.program

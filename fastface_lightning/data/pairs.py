@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import Self
 
 from .datasets.base import FaceDataset, abridged
 from .datasets.synthetic import SyntheticFaces, check_range
@@ -28,8 +29,16 @@ _TRUTH = {"1": True, "true": True, "0": False, "false": False}
 _MOST_IMAGES, _MOST_USES = 20_000, 100
 
 
-class VerificationPairs(NamedTuple):
+class _Pairs(NamedTuple):
+    images: Tensor
+    same: Tensor
+    missing: list[str]
+
+
+class VerificationPairs(_Pairs):
     """P pairs of images; images 2i and 2i + 1 are pair i, unless there is an ``index``.
+
+    A tuple of the first three.
 
     Attributes:
         images: (2P, 3, H, W) uint8, RGB; with an index (M, 3, H, W), each image once.
@@ -39,11 +48,20 @@ class VerificationPairs(NamedTuple):
         names: what to call each image; empty where that is not known.
     """
 
-    images: Tensor
-    same: Tensor
-    missing: list[str]
-    index: Tensor | None = None  # type: ignore[assignment]  # as a tuple's method is called
-    names: Sequence[str] = ()
+    index: Tensor | None  # type: ignore[assignment]  # which hides a tuple's method
+    names: Sequence[str]
+
+    def __new__(
+        cls,
+        images: Tensor,
+        same: Tensor,
+        missing: list[str],
+        index: Tensor | None = None,
+        names: Sequence[str] = (),
+    ) -> Self:
+        pairs = super().__new__(cls, images, same, missing)
+        pairs.index, pairs.names = index, names
+        return pairs
 
     def pairs(self) -> Tensor:
         """(P, 2) int64, the images of each pair, whether there is an ``index`` or not."""

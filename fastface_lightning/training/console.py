@@ -24,9 +24,8 @@ NOISE = re.compile(
 
 def is_useful(record: logging.LogRecord) -> bool:
     """Whether a message is none of the known noise of others."""
-    return not (
-        record.name.startswith(("lightning", "py.warnings")) and NOISE.search(str(record.msg))
-    )
+    of_others = record.name.startswith(("lightning", "pytorch_lightning", "py.warnings"))
+    return not (of_others and NOISE.search(record.getMessage()))
 
 
 @contextmanager

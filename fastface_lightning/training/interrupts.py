@@ -49,7 +49,7 @@ class EndOnSignal(Callback):
         os.write(2, said.encode())  # print and log may be what was interrupted
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = 0
+        self._step = trainer.global_step
         if self._before:
             signal.signal(signal.SIGTERM, self._handle)
 

@@ -103,7 +103,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(faces: Path, tmp_path: Path, 
     expected = inputs(whole)
     assert len({str(given) for given in expected.values()}) == len(expected) > 12
 
-    kill_at = np.random.default_rng(sorted(CASES).index(case)).integers(2, 15, 2)
+    kill_at = np.random.default_rng(sorted(CASES).index(case)).integers(2, 13, 2)
     kill = ["+callbacks.kill._target_=watching.KillAt", f"+callbacks.kill.batch={kill_at[0]}"]
     assert train(killed, *settings(faces, killed, case), *kill) == -9
     again = kill_at.max() + 1
