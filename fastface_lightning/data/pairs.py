@@ -71,8 +71,8 @@ class VerificationPairs(_Pairs):
 class PairImages(Dataset[tuple[Tensor, int]]):
     """The images of pairs in which they recur: ``images[i]`` is (image i, i).
 
-    Attributes:
-        same, index: the pairs', which a verification compares once all images are embedded.
+    Their ``same`` and ``index`` are those of the pairs, which a verification compares once all
+    images are embedded.
     """
 
     def __init__(self, pairs: VerificationPairs) -> None:
