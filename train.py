@@ -145,7 +145,7 @@ def train(
             how = "had done all its steps, which trainer.max_epochs or max_steps prolong"
         log.info("the run %s\n%s", how, summary(results, folder))
     accuracies = [verified["accuracy"] for verified in results["verification"].values()]
-    return sum(accuracies) / len(accuracies) if all(accuracies) and accuracies else None
+    return sum(accuracies) / len(accuracies) if accuracies and None not in accuracies else None
 
 
 def say_counts(counts: dict[str, int]) -> None:

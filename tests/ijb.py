@@ -7,7 +7,7 @@ import numpy as np
 from fastface_lightning.data import ARCFACE_POINTS, encode_jpeg
 from fastface_lightning.data.datasets.synthetic_faces import draw_face
 
-_EACH = 6  # drawn images a person
+_EACH = 6  # synthetic images a person
 
 
 def make_ijb(
@@ -26,7 +26,7 @@ def make_ijb(
         people: how many to draw; the first half are in the first gallery, the others in the second.
         seed: decides faces, ids, order, places and scores.
         images: (people, each, 3, 112, 112) uint8 RGB, at least 3 of each of at least 2 people, to
-            take instead of drawn ones.
+            take instead of synthetic ones.
     """
     rng = np.random.default_rng(seed)
     if images is None:

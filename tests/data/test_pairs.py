@@ -222,7 +222,7 @@ COUNTS = st.lists(st.integers(1, 6), min_size=2, max_size=12).filter(lambda c: m
 
 
 @given(COUNTS, st.integers(1, 40), st.integers(0, 2**32))
-def test_drawn_pairs_are_distinct_and_of_their_kind(counts: list[int], n: int, seed: int) -> None:
+def test_sampled_pairs_are_distinct_and_of_their_kind(counts: list[int], n: int, seed: int) -> None:
     """Up to the last pair there is; nobody gives two more than one who could give more."""
     labels = np.repeat(np.arange(len(counts)), counts)
     i, j = np.triu_indices(len(labels), 1)
@@ -275,7 +275,7 @@ def test_held_out_pairs_are_as_many_as_there_are(tree: Tree) -> None:
     assert len(fewer.missing) == 3 and set(read(fewer)) < set(read(pairs))
 
 
-def test_impossible_draws_are_refused(tree: Tree) -> None:
+def test_impossible_samples_are_refused(tree: Tree) -> None:
     root = tree(ann=2, bob=1, cem=1)
     with pytest.raises(ValueError, match="num_pairs must be even and at least 2, got 3"):
         held_out_pairs(IdentityFolder(root), 3)

@@ -134,9 +134,9 @@ def test_embeddings_refuse_bad_input(change: dict[str, Tensor], message: str) ->
 def test_scores_equal_the_loops(total: int, count: int, block: int, data: st.DataObject) -> None:
     embeddings = torch.randn(total, 5, dtype=torch.float64)
     row = st.integers(0, total - 1)
-    drawn = data.draw(st.lists(st.tuples(row, row), min_size=count, max_size=count))
-    pairs = torch.tensor(drawn, dtype=torch.int64).view(-1, 2)
-    for listed in (pairs, torch.tensor(sorted(drawn), dtype=torch.int64).view(-1, 2)):
+    sampled = data.draw(st.lists(st.tuples(row, row), min_size=count, max_size=count))
+    pairs = torch.tensor(sampled, dtype=torch.int64).view(-1, 2)
+    for listed in (pairs, torch.tensor(sorted(sampled), dtype=torch.int64).view(-1, 2)):
         found = template_scores(embeddings, listed, block)
         torch.testing.assert_close(found, scores_twin(embeddings, listed), rtol=0, atol=1e-12)
 

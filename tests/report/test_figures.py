@@ -1,4 +1,4 @@
-"""What a schedule would have done, drawn: the rates it would have set, beside those of the log."""
+"""A figure of what a schedule would have done: its rates, beside those of the log."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,12 +19,12 @@ def test_a_replay_is_drawn_as_it_goes(schedule: Schedule) -> None:
     loss, response, rate = replay_figure(LOSSES, schedule, lr=0.2, logged_lr=[0.3] * 1000).axes
     assert loss.lines[0].get_ydata().tolist() == LOSSES
     assert {line.get_label() for line in response.lines} >= {"response", "threshold"}
-    logged, drawn = (line.get_ydata() for line in rate.lines[:2])
+    logged, replayed = (line.get_ydata() for line in rate.lines[:2])
     assert set(logged) == {0.3}
     expected = np.full(1000, 0.2)
     for change in changes:
         expected[change.step + 1 :] = change.lr
-    assert changes and drawn.tolist() == expected.tolist()
+    assert changes and replayed.tolist() == expected.tolist()
 
 
 def test_the_run_may_be_longer_than_its_losses() -> None:

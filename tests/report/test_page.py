@@ -175,8 +175,8 @@ def test_a_whole_run_has_every_part(run: Path) -> None:
     ]
     assert "after step factor learning rate 97 \u00d7 0.5 0.01" in page.text
     assert "commit 0123abc python 3.11.2" in page.text
-    drawn = page.of("text")
-    assert {"loss", "response", "learning rate", "accuracy", "images/s", "lfw"} <= set(drawn)
+    texts = page.of("text")
+    assert {"loss", "response", "learning rate", "accuracy", "images/s", "lfw"} <= set(texts)
 
 
 def test_a_run_with_averaged_weights_shows_both(run: Path) -> None:

@@ -168,7 +168,7 @@ def test_pairs_are_what_they_say_distinct_and_balanced_in_every_fold() -> None:
         assert fold.sum() == 5
 
 
-def test_all_pairs_of_one_person_can_be_drawn() -> None:
+def test_all_pairs_of_one_person_can_be_sampled() -> None:
     """At the limit (20 pairs of one person in 2 x 5 images) every one of them comes, once."""
     images, same, _ = synthetic_pairs(40, 2, 5)
     pairs = pairs_of(images, SyntheticFaces(2, 5, first_identity=1_000_000))
