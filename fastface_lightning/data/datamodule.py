@@ -322,6 +322,8 @@ class FaceData(FaceDataModule):
 
     def build(self) -> tuple[FaceDataset, dict[str, VerificationPairs]]:
         faces = self.faces()
+        if not self.held_out:  # the names of millions would take seconds
+            return faces.restricted(min_images=self.min_images), {}
         source, names = self._choose(faces)
         apart = set(map(as_compared, names))
         kept = [name for name in faces.identities if as_compared(name) not in apart]
@@ -331,7 +333,7 @@ class FaceData(FaceDataModule):
             if source is not faces and len(kept) < faces.num_classes:
                 count = faces.num_classes - len(kept)
                 logger.info("%d of the people in %s are in %s too: held out", count, source, faces)
-        train_set = faces.restricted(kept if kept and apart else None, self.min_images)
+        train_set = faces.restricted(kept or None, self.min_images)
         seen = common(names, self.earlier)
         if seen:
             sentence = "%d of the %d people held out have been trained on before: not verified on"
@@ -354,8 +356,8 @@ class FaceData(FaceDataModule):
             share = self.held_out
             if self.verify_people is not None:
                 return faces, self.verify_people
-            names = [name for name in faces.identities if share and is_held_out(name, share)]
-            if share and not 2 <= len(names) < faces.num_classes:
+            names = [name for name in faces.identities if is_held_out(name, share)]
+            if not 2 <= len(names) < faces.num_classes:
                 raise ValueError(
                     f"held_out must leave 1 identity to train on and 2 to verify on, got {share}, "
                     f"which by their names is {len(names)} of {faces.num_classes}: another share, "
