@@ -27,7 +27,7 @@ from fastface_lightning import MHLR, FastFace, FastFaceCallback, replay
 from fastface_lightning.classifiers import ChunkedClassifier
 from fastface_lightning.data import SyntheticData, VerificationPairs
 from fastface_lightning.data.augment import Augment
-from fastface_lightning.schedule import PlateauSchedule
+from fastface_lightning.schedule import PlateauSchedule, read_losses
 from fastface_lightning.training.checkpoints import OneRun
 from fastface_lightning.training.module import FaceModule
 from fastface_lightning.training.seeding import SeededBatches
@@ -247,6 +247,12 @@ def test_the_program_trains_as_one_process(alone: Path, tmp_path: Path, way: str
     for key in ("steps", "images", "lr_changes", "final_lr"):
         assert results[key] == own_results[key], key
     assert len(results["lr_changes"]) >= 3
+    assert results["final_loss"] == pytest.approx(own_results["final_loss"], rel=1e-4)
+    losses, _ = read_losses(tmp_path / "run" / "metrics.csv")  # of every step and of both ranks
+    found = replay(losses, FastFace(max_decays=8), results["steps"], lr=results["final_lr"])
+    assert [change[:2] for change in found] == [
+        (made["step"], made["factor"]) for made in results["lr_changes"]
+    ]
     for name, found in results["verification"].items():
         assert found == pytest.approx(own_results["verification"][name], abs=1e-6)
     for key, tensor in own_weights.items():

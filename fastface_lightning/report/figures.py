@@ -235,9 +235,7 @@ def summary(results: dict[str, Any], folder: str | Path) -> str:
     if results["averaging"]:
         table.add_row("averaging", results["averaging"])
     if results["final_loss"] is not None:
-        table.add_row(
-            "loss", f"{results['final_loss']:.4f} (mean of the last batches, 100 at most)"
-        )
+        table.add_row("loss", f"{results['final_loss']:.4f} (mean of the last steps, 100 at most)")
     lr = f"{results['final_lr']:.3g} at the end"
     changes = results["lr_changes"]
     if changes:  # the rate before the first, and after each

@@ -6,11 +6,14 @@ import csv
 import gzip
 import math
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .base import Change, Progress, Schedule, check_schedule
+
+LOSSES = "losses.f32"  # in a run folder: the loss of every optimizer step, little-endian float32
 
 
 class Recording(NamedTuple):
@@ -76,12 +79,16 @@ def read_losses(path: str | Path, column: str | None = None) -> Recording:
     steps since the row before, so it is repeated for each of them), and CSV files with a header:
     a loss column (``column``, or the first of ``train/loss``, ``train_loss``, ``loss``) and, unless
     every row is a step, a ``step`` column (0-based, as Lightning's ``metrics.csv`` has it).
-    Either may be gzipped (``.gz``).
+    Either may be gzipped (``.gz``). Beside the ``metrics.csv`` of ``train.py`` lies
+    ``losses.f32``, the loss of every step: where it does, and no ``column`` is given, the losses
+    are its.
 
     Raises:
         ValueError: no such file, or no loss in it.
     """
     path = Path(path)
+    if path.name == LOSSES:
+        path = path.with_name("metrics.csv")
     if not path.is_file():
         raise ValueError(f"log must be an existing file, got {path}")
     is_csv = path.name.removesuffix(".gz").endswith(".csv")
@@ -95,6 +102,11 @@ def read_losses(path: str | Path, column: str | None = None) -> Recording:
                 lrs += [float(lr)] * steps if lr else []
         except (gzip.BadGzipFile, EOFError, ValueError) as error:
             raise ValueError(f"log must hold losses, got {path}: {error}") from error
+    every = path.with_name(LOSSES)
+    if path.name == "metrics.csv" and column is None and every.is_file():
+        data = every.read_bytes()
+        losses = [loss for (loss,) in struct.iter_unpack("<f", data[: len(data) // 4 * 4])]
+        lrs = [*lrs, *lrs[-1:] * (len(losses) - len(lrs))][: len(losses)]
     if not losses:
         raise ValueError(f"log must hold at least one loss, got none in {path}")
     return Recording(losses, lrs if len(lrs) == len(losses) else [])

@@ -19,8 +19,8 @@ from .checkpoints import OneRun
 from .console import ProgressBar
 from .csv_logger import ResumableCSVLogger
 from .devices import loss_scaling
-from .finite import EndOnNonFinite
 from .interrupts import EndOnSignal
+from .losses import StepLosses
 from .module import FaceModule
 from .run_record import RunRecord
 from .seeding import SeededBatches
@@ -101,7 +101,7 @@ def build_trainer(
         cfg.trainer,
         callbacks=[
             *(OneRun(folder, resume_step), SeededBatches(cfg.seed), signals or EndOnSignal()),
-            *(EndOnNonFinite(cfg.max_nonfinite), *callbacks, record),
+            *(StepLosses(folder, cfg.max_nonfinite), *callbacks, record),
         ],
         logger=loggers or False,
         default_root_dir=str(folder),

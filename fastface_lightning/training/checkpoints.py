@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from .finite import is_finite
+from .losses import is_finite
 
 log = logging.getLogger(__name__)
 

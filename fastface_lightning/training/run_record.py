@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from ..data import FaceDataModule, FaceDataset
 from ..files import write_text
@@ -23,6 +20,7 @@ from ..schedule.replay import Change
 from .averaging import WeightAverage
 from .checkpoints import LastAndBest
 from .environment import commit, device_name, environment, peak_memory
+from .losses import StepLosses
 from .module import FaceModule, images_in
 
 C = TypeVar("C", bound=Callback)
@@ -64,7 +62,6 @@ class RunRecord(Callback):
         self._lr: float | None = None
         self._peak = 0  # bytes, of earlier parts of the run
         self._lr_changes: list[Change] = []
-        self._losses: deque[Tensor] = deque(maxlen=100)
         self._started = self._last = time.perf_counter()
         self._at_last_log = (0, 0.0)  # images and seconds of training
 
@@ -83,8 +80,6 @@ class RunRecord(Callback):
         self.train_seconds += now - self._last
         self._last = now
         self.images += images_in(batch) * trainer.world_size
-        if outputs:
-            self._losses.append(outputs["loss"].float() * trainer.accumulate_grad_batches)
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         if self._lr and lr != self._lr:  # from 0 there is no factor
             self._lr_changes.append(Change(trainer.global_step - 1, lr / self._lr, lr))
@@ -148,13 +143,12 @@ class RunRecord(Callback):
             interrupted: whether a signal ended it.
 
         Returns:
-            What ``results.json`` holds. ``final_loss`` is the mean of the last 100 micro-batches;
+            What ``results.json`` holds. ``final_loss`` is the mean of the last 100 steps;
             ``images_per_second`` counts training with data loading, not verification; time and
             images are those of all parts of a resumed run.
         """
         device = trainer.strategy.root_device
-        losses = [loss.item() for loss in self._losses]
-        checkpoints = _callback(trainer, LastAndBest)
+        losses, checkpoints = _callback(trainer, StepLosses), _callback(trainer, LastAndBest)
         schedule, averaging = (
             _callback(trainer, FastFaceCallback),
             _callback(trainer, WeightAverage),
@@ -166,7 +160,7 @@ class RunRecord(Callback):
             "data": self._counts,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
-            "final_loss": sum(losses) / len(losses) if losses else None,
+            "final_loss": None if losses is None else losses.recent_mean(),
             "verification": self.verification,
             "verified_step": self.verified_step,
             "interrupted": interrupted,
@@ -198,7 +192,6 @@ class RunRecord(Callback):
             **{name: getattr(self, name) for name in self._KEPT},
             "bad_images": self._bad_images(),
             "wall_seconds": time.perf_counter() - self._started,
-            "losses": [loss.item() for loss in self._losses],
             "lr_changes": [list(change) for change in self._lr_changes],
         }
 
@@ -207,7 +200,6 @@ class RunRecord(Callback):
             setattr(self, name, state_dict[name])
         self._earlier_bad = state_dict["bad_images"]
         self._started -= state_dict["wall_seconds"]  # as if this part had gone on at once
-        self._losses.extend(torch.tensor(state_dict["losses"]))
         self._lr_changes = [Change(*change) for change in state_dict["lr_changes"]]
         self._at_last_log = (self.images, self.train_seconds)
 

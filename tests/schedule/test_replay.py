@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import struct
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,15 @@ def test_a_row_stands_for_the_steps_since_the_row_before(
     assert read_losses(path) == (losses, lrs)
     if "other" in text:
         assert read_losses(path, column="other").losses == [5.0]
+
+
+def test_beside_the_metrics_of_a_run_lies_the_loss_of_every_step(tmp_path: Path) -> None:
+    metrics = write(tmp_path / "metrics.csv", METRICS)
+    for losses in ([4.0, 3.5, 3.0, math.inf, 2.0, 1.0], [4.0, 3.5, 3.0]):
+        (tmp_path / "losses.f32").write_bytes(struct.pack(f"<{len(losses)}f", *losses) + b"tor")
+        lrs = [0.1, 0.1, 0.05, 0.05, 0.05, 0.05][: len(losses)]
+        assert read_losses(metrics) == read_losses(tmp_path / "losses.f32") == (losses, lrs)
+    assert read_losses(metrics, column="train/loss").losses == [3.0, 3.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize(

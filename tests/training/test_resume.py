@@ -89,6 +89,10 @@ def inputs(folder: Path) -> dict[str, Any]:
     return found
 
 
+def steps(folder: Path) -> int:
+    return int(json.loads((folder / "results.json").read_text())["steps"])
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     raw = saved.get("current_model_state", {})
@@ -114,6 +118,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(faces: Path, tmp_path: Path, 
     assert train(killed, "resume=auto", "+callbacks.kill.batch=null") == 0
 
     assert inputs(killed) == expected
+    losses = (whole / "losses.f32").read_bytes()
+    assert len(losses) == 4 * steps(whole) and losses == (killed / "losses.f32").read_bytes()
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(killed)[name]), name
 
