@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from fastface_lightning.inference.embedder import Embedder
     from fastface_lightning.inference.protocols import Outcome, Pairs, Protocol
 
-log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parents[1] / "conf"
 WORST = 24  # pairs on a sheet
 # The paper's results (arXiv 2404.11118), by data and backbone; IJB at a false accept rate of 1e-4.
@@ -70,7 +68,8 @@ def main(cfg: DictConfig) -> None:
     outcomes: dict[str, Outcome] = {}
     people = people_of(cfg.checkpoint)
     for protocol in protocols(cfg, paths):
-        warn_of_trained(protocol, people)
+        if protocol.people:
+            people.warn_of_trained(protocol.name, protocol.people)
         started = time.perf_counter()
         features = embedded(protocol, embedder, cache, cfg.num_workers)
         outcome = outcomes[protocol.name] = protocol.evaluate(features)
@@ -126,21 +125,6 @@ def people_of(checkpoint: str) -> People:
 
     content = None if is_onnx(checkpoint) else read_file(checkpoint)
     return People.in_checkpoint(content) or People(())
-
-
-def warn_of_trained(protocol: Protocol, people: People) -> None:
-    """Say whether a set shows people that the model was trained on, as far as names tell."""
-    from fastface_lightning.data.people import common
-    from fastface_lightning.inference.protocols import Identities
-
-    if isinstance(protocol, Identities):
-        trained = common(protocol.faces.identities, [*people.trained, *people.earlier])
-        if trained:
-            log.warning(
-                "%s: %d of its %d people have names of people the model was trained on, such as "
-                "%s: figures of them are no measure of the model",
-                *(protocol.name, len(trained), protocol.faces.num_classes, min(trained)),
-            )
 
 
 def run_sets(checkpoint: str) -> Iterator[Protocol]:

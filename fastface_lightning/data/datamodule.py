@@ -131,6 +131,9 @@ class FaceDataModule(LightningDataModule, ABC):
             sets[name] = read_verification(file, self.verify_root or self.home)
         self.num_classes = self.train_set.num_classes
         self.people = People(self.train_set.identities, self._held_out, self.earlier)
+        for name, pairs in sets.items():
+            if stage == "fit" and pairs.people:  # to look at millions of names takes seconds
+                self.people.warn_of_trained(name, pairs.people)
         self.sets, self.verify_names = sets, list(sets)
 
     def counts(self) -> dict[str, int]:

@@ -46,10 +46,12 @@ class VerificationPairs(_Pairs):
         missing: a sentence for each pair left out because an image is absent or unreadable.
         index: (P, 2) int64, the images of each pair; None: 2i and 2i + 1.
         names: what to call each image; empty where that is not known.
+        people: names of the people of a pairs file, the folders of its images; empty for others.
     """
 
     index: Tensor | None  # type: ignore[assignment]  # which hides a tuple's method
     names: Sequence[str]
+    people: Sequence[str] = ()
 
     def __new__(
         cls,
@@ -184,7 +186,9 @@ def read_pairs(
         ValueError: see :func:`pair_files`; or not one pair has both images.
     """
     pairs = pair_files(file, image_root)
-    return _load(pairs, lambda path: decode_image(path, size), lambda path: path.stem, str(file))
+    read = _load(pairs, lambda path: decode_image(path, size), lambda path: path.stem, str(file))
+    read.people = sorted({path.parent.name for pair in pairs for path in pair[:2]})
+    return read
 
 
 def pair_files(file: str | Path, image_root: str | Path | None = None) -> list[PairFiles]:

@@ -64,11 +64,13 @@ class Protocol(ABC):
         name: of the set.
         images: item i is image i, (3, 112, 112) uint8 RGB, and whether it could be read.
         count: number of images.
+        people: names of the people it shows, as far as it tells.
     """
 
     name: str
     images: Dataset[tuple[Tensor, bool]]
     count: int
+    people: Sequence[str] = ()
 
     @abstractmethod
     def digest(self) -> str:
@@ -85,6 +87,7 @@ class Pairs(Protocol):
 
     def __init__(self, name: str, pairs: VerificationPairs) -> None:
         self.name, self.pairs, self.count = name, pairs, len(pairs.images)
+        self.people = pairs.people
         readable = torch.ones(self.count, dtype=torch.bool)  # others are left out with their pairs
         self.images = TensorDataset(pairs.images, readable)  # type: ignore[assignment]
 
@@ -179,7 +182,7 @@ class Identities(Protocol):
 
     def __init__(self, path: Path) -> None:
         self.path, self.faces = path, open_faces(path)
-        self.name, self.count = _name(path), len(self.faces)
+        self.name, self.count, self.people = _name(path), len(self.faces), self.faces.identities
         self.images = _Faces(self.faces)
 
     def digest(self) -> str:

@@ -200,12 +200,20 @@ def test_an_evaluation_holds_out_whom_the_run_did(
     assert any("1 of the 4 identities sought" in message for message in caplog.messages)
 
 
-def test_folder_data_verifies_on_a_pairs_file(tree: Tree, tmp_path: Path) -> None:
+def test_folder_data_verifies_on_a_pairs_file(
+    tree: Tree, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = tree(ann=2, bob=2, cem=2, dan=2)
     file = tmp_path / "mine.txt"
     file.write_text("1\nann 1 2\nann 1 bob 1\n")
     data = ready(FaceData(root, verify=[file], held_out=0.5))
     assert data.verify_names == ["held_out", "mine"]
+    assert list(data.people.trained) == ["ann", "cem"] and "mine: 1 of its 2 people" in caplog.text
+    caplog.clear()
+    a, b = data.people.held_out
+    (root / "others.txt").write_text(f"1\n{a} 1 2\n{a} 1 {b} 1\n")
+    ready(FaceData(root, verify=["others.txt"], held_out=0.5))
+    assert not caplog.messages
     (root / "mine.txt").write_text("1\nann 1 2\nann 1 bob 1\n")
     data = ready(FaceData(root, verify=["mine.txt"], verify_root=root))
     assert len(data.sets["mine"].same) == 2

@@ -318,6 +318,14 @@ def test_people_are_those_of_the_run_however_the_folder_changes(run: Run, faces:
     of_all = [*evaluate, f"verify=[{faces}]"]
     said = run(*of_all, program="recipes/evaluate.py", folder="all")
     assert f"such as {min(people.trained[1:])}" in said.out + said.err
+    pairs = faces / "pairs.txt"
+    same = "".join(f"{faces}/{name}/0.jpg,{faces}/{name}/1.jpg,1\n" for name in people.held_out)
+    for name, warned in ((people.held_out[0], False), (people.trained[1], True)):
+        other = f"{faces}/{name}/0.jpg,{faces}/{people.held_out[1]}/1.jpg,0\n"
+        pairs.write_text((same + other) * 5)
+        of_pairs = [*evaluate, f"verify=[{pairs}]"]
+        said = run(*of_pairs, program="recipes/evaluate.py", folder=f"pairs_{warned}")
+        assert said.code == 0 and ("such as" in said.out + said.err) is warned
 
     refused = run("resume=auto", "trainer.max_steps=4")
     assert refused.code == 2 and f"got 'a_new_name' for '{people.trained[0]}'" in refused.err
