@@ -20,7 +20,7 @@ def test_a_run_leaves_what_the_readme_promises(run: Run) -> None:
     results = json.loads((ended.folder / "results.json").read_text())
     assert results["steps"] == 40 and results["images"] == 320
     verified = results["verification"]["synthetic"]
-    assert 0 <= verified["accuracy"] <= 1 and 0 <= verified["untrained_accuracy"] <= 1
+    assert 0 <= verified["accuracy"] <= 1 and 0 <= verified["accuracy_before"] <= 1
     assert results["images_per_second"] > 0 and results["wall_seconds"] > 0
     assert results["peak_memory_bytes"] > 1e7 and results["final_loss"] > 0
     assert [change["step"] for change in results["lr_changes"]] == [19, 29, 35]
@@ -38,7 +38,7 @@ def test_a_run_leaves_what_the_readme_promises(run: Run) -> None:
     page = (ended.folder / "report.html").read_text()
     assert "Verification over time" in page and "data:image/jpeg;base64" in page
     assert set(json.loads((ended.folder / "roc.json").read_text())["synthetic"]) == {"far", "tar"}
-    assert "verification synthetic" in ended.out and "untrained" in ended.out
+    assert "verification synthetic" in ended.out and "before training" in ended.out
 
 
 def test_help_is_for_people(run: Run) -> None:

@@ -224,8 +224,8 @@ def summary(results: dict[str, Any], folder: str | Path) -> str:
             accuracy = f"{verified['accuracy']:.2%} ± {verified['std']:.2%}"
             if results["verified_step"] != results["steps"]:
                 accuracy += f" at step {results['verified_step']:,}"
-        if verified["untrained_accuracy"] is not None:
-            accuracy += f" (untrained {verified['untrained_accuracy']:.2%}, chance 50 %)"
+        if verified["accuracy_before"] is not None:
+            accuracy += f" (before training {verified['accuracy_before']:.2%}, chance 50 %)"
         table.add_row(f"verification {name}", accuracy)
         if "raw_accuracy" in verified:
             table.add_row("by the raw weights", f"{verified['raw_accuracy']:.2%}")
@@ -235,7 +235,8 @@ def summary(results: dict[str, Any], folder: str | Path) -> str:
     if results["averaging"]:
         table.add_row("averaging", results["averaging"])
     if results["final_loss"] is not None:
-        table.add_row("loss", f"{results['final_loss']:.4f} (mean of the last steps, 100 at most)")
+        of = f"mean of the last {min(results['steps'], 100)} steps"
+        table.add_row("loss", f"{results['final_loss']:.4f} ({of})")
     lr = f"{results['final_lr']:.3g} at the end"
     changes = results["lr_changes"]
     if changes:  # the rate before the first, and after each

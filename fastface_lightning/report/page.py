@@ -178,7 +178,7 @@ def results_so_far(metrics: dict[str, Curve]) -> dict[str, Any]:
         results["verification"][name] = {
             "accuracy": accuracy[-1],
             "std": std[-1],
-            "untrained_accuracy": accuracy[0] if steps[0] == 0 else None,
+            "accuracy_before": accuracy[0] if steps[0] == 0 else None,
         }
     steps, mean = metrics.get("verify/accuracy", NO_CURVE)
     if np.isfinite(mean).any():

@@ -39,9 +39,9 @@ class RunRecord(Callback):
 
     Attributes:
         verification: by the name of each set ``accuracy`` at the last verification, None where no
-            embedding was finite, its ``std`` over the folds and ``untrained_accuracy``, None where
-            that is not known; once a run with
-            averaged weights has ended, ``raw_accuracy``, of the weights as they were trained.
+            embedding was finite, its ``std`` over the folds and ``accuracy_before``, of the network
+            as this run found it, None where that is not known; once a run with averaged weights has
+            ended, ``raw_accuracy``, of the weights as they were trained.
         verified_step: optimizer steps done at the last verification.
         images: trained on so far, by all ranks.
         train_seconds: of training with data loading, without verification.
@@ -95,13 +95,13 @@ class RunRecord(Callback):
         if module.verify_as != "verify":
             return
         for name in module.verify_names:
-            verified = self.verification.setdefault(name, {"untrained_accuracy": None})
+            verified = self.verification.setdefault(name, {"accuracy_before": None})
             verified.pop("raw_accuracy", None)  # of an earlier part of the run
             for key in ("accuracy", "std"):
                 value = trainer.callback_metrics[f"verify/{name}/{key}"].item()
                 verified[key] = value if math.isfinite(value) else None
             if not trainer.global_step and not trainer.sanity_checking:
-                verified["untrained_accuracy"] = verified["accuracy"]
+                verified["accuracy_before"] = verified["accuracy"]
         self.verified_step = trainer.global_step
         if trainer.is_global_zero:
             points = {}  # some 500 of each curve

@@ -98,8 +98,8 @@ def results(**changes: Any) -> dict[str, Any]:
         "epochs": 2,
         "final_loss": 5.1239,
         "verification": {
-            "lfw": {"accuracy": 0.9, "std": 0.0123, "untrained_accuracy": 0.55},
-            "cfp_fp": {"accuracy": 0.82, "std": 0.02, "untrained_accuracy": None},
+            "lfw": {"accuracy": 0.9, "std": 0.0123, "accuracy_before": 0.55},
+            "cfp_fp": {"accuracy": 0.82, "std": 0.02, "accuracy_before": None},
         },
         "best": {"step": 100, "accuracy": 0.87},
         "lr_changes": [{"step": 97, "factor": 0.5, "lr": 0.01}],
@@ -165,7 +165,7 @@ def test_a_whole_run_has_every_part(run: Path) -> None:
     assert page.of("code") == ["data=ms1mv3", "optimizer.lr=0.02"]
     assert page.of("pre") == [(run / "config.yaml").read_text().strip()]
     assert list(zip(page.of("dt"), page.of("dd"), page.of("small"), strict=False)) == [
-        ("accuracy, lfw", "90.00%", "± 1.23%, untrained 55.00%"),
+        ("accuracy, lfw", "90.00%", "± 1.23%, before training 55.00%"),
         ("accuracy, cfp_fp", "82.00%", "± 2.00%"),
         ("best step", "100", "accuracy 87.00%"),
         ("final loss", "5.124", "mean of the last 100 batches"),
@@ -183,7 +183,7 @@ def test_a_run_with_averaged_weights_shows_both(run: Path) -> None:
     averaged = rows()
     averaged[-1] |= {"verify_raw/lfw/accuracy": 0.88}
     write_metrics(run, averaged)
-    verified = {"accuracy": 0.9, "std": 0.0123, "untrained_accuracy": 0.55, "raw_accuracy": 0.88}
+    verified = {"accuracy": 0.9, "std": 0.0123, "accuracy_before": 0.55, "raw_accuracy": 0.88}
     (run / "results.json").write_text(json.dumps(results(verification={"lfw": verified})))
     page = Page(write_report(run))
     assert "raw" in page.of("small")[0] and "88.00%" in page.of("small")[0]
@@ -212,7 +212,7 @@ def test_a_name_is_never_markup(run: Path) -> None:
     (run / "config.yaml").write_text(f"model:\n  name: '{HOSTILE}'\n# {HOSTILE}\n")
     (run / "overrides.yaml").write_text(f"- 'data={HOSTILE}'\n- 'schedule={HOSTILE}'\n")
     write_metrics(run, [{**row, f"verify/{HOSTILE}/accuracy": 0.5} for row in rows()])
-    found = {"accuracy": 0.9, "std": 0.01, "untrained_accuracy": None}
+    found = {"accuracy": 0.9, "std": 0.01, "accuracy_before": None}
     changed = results(
         verification={HOSTILE: found},
         bad_images=[HOSTILE],
@@ -283,8 +283,8 @@ def test_a_killed_run_is_told_from_its_metrics(run: Path) -> None:
     assert page.of("h1") == ["iresnet50 on RecordData, schedule FastFace"]
     assert "3 of 20 logged losses are not finite." in page.text
     assert list(zip(page.of("dt"), page.of("dd"), page.of("small"), strict=True)) == [
-        ("accuracy, lfw", "90.00%", "± 1.00%, untrained 55.00%"),
-        ("accuracy, cfp_fp", "82.00%", "± 2.00%, untrained 51.00%"),
+        ("accuracy, lfw", "90.00%", "± 1.00%, before training 55.00%"),
+        ("accuracy, cfp_fp", "82.00%", "± 2.00%, before training 51.00%"),
         ("best step", "99", "accuracy 87.00%"),
         ("last logged loss", "5.025", "at step 199"),
     ]

@@ -113,7 +113,7 @@ def test_resume_goes_on_with_its_settings_its_metrics_and_its_schedule(run: Run)
     second = run("resume=auto", "trainer.max_steps=8")  # the schedule stays bound to five steps
     results = results_of(second)
     assert results["steps"] == 8 and results["images"] == 64
-    assert results["verification"]["synthetic"]["untrained_accuracy"] is not None
+    assert results["verification"]["synthetic"]["accuracy_before"] is not None
     assert [float(r["step"]) for r in rows(second.folder) if r["train/loss"]] == list(range(8))
     config = OmegaConf.load(second.folder / "config.yaml")
     assert (config.optimizer.lr, config.data.num_identities) == (0.05, 8)
