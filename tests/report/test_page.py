@@ -168,7 +168,7 @@ def test_a_whole_run_has_every_part(run: Path) -> None:
         ("accuracy, lfw", "90.00%", "± 1.23%, before training 55.00%"),
         ("accuracy, cfp_fp", "82.00%", "± 2.00%"),
         ("best step", "100", "accuracy 87.00%"),
-        ("final loss", "5.124", "mean of the last 100 batches"),
+        ("final loss", "5.124", "mean of the last 100 steps"),
         ("images/s", "101", "12,800 images in all"),
         ("wall time", "2 min 12 s", "200 steps"),
         ("peak memory", "1.50 GiB", "AMD EPYC, 1 threads"),
