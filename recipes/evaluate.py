@@ -67,7 +67,7 @@ def main(cfg: DictConfig) -> None:
     results: Results = {}
     outcomes: dict[str, Outcome] = {}
     people = people_of(cfg.checkpoint)
-    for protocol in protocols(cfg, paths):
+    for protocol in protocols(cfg, paths, people):
         if protocol.people:
             people.warn_of_trained(protocol.name, protocol.people)
         started = time.perf_counter()
@@ -94,10 +94,11 @@ def verify_paths(cfg: DictConfig) -> list[str]:
     return list(paths)
 
 
-def protocols(cfg: DictConfig, paths: Sequence[str]) -> Iterator[Protocol]:
+def protocols(cfg: DictConfig, paths: Sequence[str], people: People) -> Iterator[Protocol]:
     """The sets at ``paths``, one at a time; without any, those that the run was verified on."""
     names = set()
-    for protocol in opened(paths, cfg.verify_root) if paths else run_sets(cfg.checkpoint):
+    sets = opened(paths, cfg.verify_root) if paths else run_sets(cfg.checkpoint, people)
+    for protocol in sets:
         if protocol.name in names:
             raise ValueError(f"sets must have different names, got {protocol.name} twice")
         names.add(protocol.name)
@@ -127,7 +128,7 @@ def people_of(checkpoint: str) -> People:
     return People.in_checkpoint(content) or People(())
 
 
-def run_sets(checkpoint: str) -> Iterator[Protocol]:
+def run_sets(checkpoint: str, people: People) -> Iterator[Protocol]:
     """The verification sets of the run that a checkpoint comes from."""
     from fastface_lightning.backbones.weights import read_about
     from fastface_lightning.inference.protocols import Pairs
@@ -135,7 +136,7 @@ def run_sets(checkpoint: str) -> Iterator[Protocol]:
     sets = {}
     about = {} if is_onnx(checkpoint) else read_about(checkpoint)
     if "config" in about:
-        data, people = instantiate(about["config"]["data"]), people_of(checkpoint)
+        data = instantiate(about["config"]["data"])
         data.verify_people = people.held_out  # whoever else is there now may have been trained on
         data.setup()
         sets = data.sets

@@ -57,6 +57,8 @@ def quiet_console() -> Iterator[None]:
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar with loss, learning rate and accuracy, for a console of 80 columns."""
 
+    BAR_FORMAT = "{desc}: {n_fmt}/{total_fmt} |{bar}| {remaining}, {rate_noinv_fmt}{postfix}"
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
@@ -66,5 +68,5 @@ class ProgressBar(TQDMProgressBar):
             shown["loss"] = f"{metrics['loss']:.2f}"
         shown["lr"] = f"{float(trainer.optimizers[0].param_groups[0]['lr']):.2g}"
         if "verify/accuracy" in trainer.callback_metrics:
-            shown["accuracy"] = f"{trainer.callback_metrics['verify/accuracy']:.1%}"
+            shown["acc"] = f"{trainer.callback_metrics['verify/accuracy']:.1%}"
         return shown

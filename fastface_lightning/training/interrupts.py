@@ -17,6 +17,7 @@ class EndOnSignal(Callback):
     containers and ``timeout`` send. The first one stops the trainer, which keeps its last
     checkpoint; ranks agree on it every ``log_every_n_steps``. A second one, and one that comes
     while no step has been done or all have, ends the program at once with SystemExit(128 + signal).
+    A verification that goes on is ended first, however long it takes.
     Lightning's own handling exits while a step is under way, and with 1; it is replaced.
 
     Attributes:
