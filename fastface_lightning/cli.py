@@ -323,6 +323,8 @@ def sentence(error: BaseException) -> str | None:
     misconfigured = type(cause).__name__ == "MisconfigurationException"
     if not (isinstance(cause, BAD_INPUT) or unknown or misconfigured):
         return None
+    from .files import printable
+
     text = str(cause).split("\n    full_key:")[0].split("\nConfig search path:")[0]
     text = text.rpartition("\nValueError: ")[2]  # what a loader's worker died of
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

@@ -1,11 +1,13 @@
 """A file has its name only when all of it is there, and names and errors fit on one line."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 METADATA_KEY = "fastface_lightning"  # in a model file: JSON of what is known of the model
 
 
@@ -51,8 +53,9 @@ def file_stamp(*files: str | Path) -> list[int]:
 
 
 def printable(name: str) -> str:
-    """A name that any stream takes: the file system's undecodable bytes are written as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """A name that any stream takes, on one line: the file system's undecodable bytes, line breaks
+    and other control characters are written as escapes."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], name)
 
 
 def reason(error: Exception) -> str:

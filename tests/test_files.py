@@ -30,3 +30,4 @@ def test_a_stamp_tells_a_rewritten_file(tmp_path: Path) -> None:
 
 def test_every_name_can_be_printed() -> None:
     assert printable(os.fsdecode(b"f\xff")).encode() == b"f\\udcff"
+    assert printable("Ünal\n\x1b[2J\u2028 7") == "Ünal\\n\\x1b[2J\\u2028 7"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ..files import printable, write_text
+from ..files import write_text
 from .curves import legend_label, plot_roc
 from .figures import duration, legend_above, mark_changes, new_figure, schedule_figure, thin
 
@@ -85,7 +85,7 @@ def write_report(folder: Path) -> Path:
         shown = {name: svg(each, name) if each else "" for name, each in figures.items()}
     page = environment.get_template("page.html.jinja").render(run=run, figures=shown)
     report = folder / "report.html"
-    write_text(report, printable(page))
+    write_text(report, page.encode("utf-8", "backslashreplace").decode())
     return report
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import printable
 from .base import Change, Progress, Schedule, check_schedule
 
 LOSSES = "losses.f32"  # in a run folder: the loss of every optimizer step, little-endian float32
@@ -100,7 +101,7 @@ def read_losses(path: str | Path, column: str | None = None) -> Recording:
                 steps = end - len(losses)
                 losses += [float(loss)] * steps
                 lrs += [float(lr)] * steps if lr else []
-        except (gzip.BadGzipFile, EOFError, ValueError) as error:
+        except (gzip.BadGzipFile, EOFError, ValueError, OverflowError, MemoryError) as error:
             raise ValueError(f"log must hold losses, got {path}: {error}") from error
     every = path.with_name(LOSSES)
     if path.name == "metrics.csv" and column is None and every.is_file():
@@ -125,9 +126,12 @@ def _csv_rows(lines: Iterable[str], column: str | None) -> Iterator[tuple[int, s
     wanted = (column,) if column else ("train/loss", "train_loss", "loss")
     loss_column = next((name for name in wanted if name in names), None)
     if loss_column is None:
-        raise ValueError(f"no column {' or '.join(wanted)}, only {', '.join(names) or 'none'}")
+        raise ValueError(
+            f"no column {' or '.join(wanted)}, only {printable(', '.join(names)) or 'none'}"
+        )
     lr_column = next((name for name in names if name.startswith("lr-")), None)
     for number, row in enumerate(reader):
-        if row[loss_column]:
-            step = int(float(row["step"])) if "step" in names else number
+        at = row["step"] if "step" in names else str(number)
+        if row[loss_column] and at:  # the last line of a killed run may be torn
+            step = int(float(at))
             yield step + 1, row[loss_column], row[lr_column] if lr_column else None

@@ -152,6 +152,8 @@ def test_beside_the_metrics_of_a_run_lies_the_loss_of_every_step(tmp_path: Path)
         ("a.csv", "loss\n"),
         ("a.csv", "loss\nhigh\n"),
         ("a.csv", "loss,step\n1,\n"),
+        ("a.csv", "loss,step\n1,1e999\n"),
+        ("a.csv", f"loss,step\n1,{'9' * 30}\n"),
         ("a.log", ""),
         ("a.log", "Loss 4.5x   Global Step: 2"),
     ],

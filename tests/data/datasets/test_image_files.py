@@ -102,7 +102,7 @@ def test_names_in_any_bytes(noise: list[Path], tmp_path: Path) -> None:
     os.rename(noise[1], odd)
     files = ImageFiles([odd, odd + "x"])
     assert files[0][1] and not files[1][1]
-    assert files.why(1).encode().endswith(b"jos\\udce9 \n.pngx: No such file or directory")
+    assert files.why(1).encode().endswith(b"jos\\udce9 \\n.pngx: No such file or directory")
 
 
 def test_images_are_found_at_any_depth(tmp_path: Path) -> None:
