@@ -93,9 +93,10 @@ def test_the_declared_dependencies_are_those_imported() -> None:
     project = pytest.importorskip("tomllib", reason="Python 3.11").loads(
         (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     )["project"]
+    extras = project["optional-dependencies"]
     declared = {
         re.split(r"[^\w.-]", line)[0]
-        for line in project["dependencies"] + project["optional-dependencies"]["export"]
+        for line in sum(map(extras.get, ("align", "export")), project["dependencies"])
     }
     modules = {
         name.split(".")[0]

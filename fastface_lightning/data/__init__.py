@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .datasets.records import RecordDataset
     from .datasets.shards import ShardDataset
     from .datasets.synthetic import SyntheticFaces
+    from .detect import Detections, FaceDetector
     from .formats.image import decode_image, decode_into, decode_original, encode_jpeg, is_packable
     from .formats.verification_bin import write_verification_bin
     from .ijb import IJBData, TemplateSubjects, is_ijb, read_ijb
@@ -58,6 +59,7 @@ _NAMES = {
     "datasets.records": "RecordDataset",
     "datasets.shards": "ShardDataset",
     "datasets.synthetic": "SyntheticFaces",
+    "detect": "Detections FaceDetector",
     "formats.image": "decode_image decode_into decode_original encode_jpeg is_packable",
     "formats.verification_bin": "write_verification_bin",
     "ijb": "IJBData TemplateSubjects is_ijb read_ijb",

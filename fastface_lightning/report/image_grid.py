@@ -138,6 +138,31 @@ def plot_pairs(
     save(axis, path, 2 * MARGIN + 4 * pair_width - 14, y + MARGIN)
 
 
+def plot_captioned(
+    path: str | Path, images: Sequence[ArrayLike], captions: Sequence[str], title: str = ""
+) -> None:
+    """Draw images with a caption below each, six in a row.
+
+    Args:
+        path: image file to write.
+        images: N of (3, S, S) uint8, RGB in [0, 255], all of one size.
+        captions: N, three lines below each.
+        title: of the picture.
+
+    Raises:
+        ValueError: unequal numbers of images and captions, or an image of another type.
+    """
+    pixels = pixels_of(images)
+    check_counts("images and captions", images, captions)
+    axis, wide = blank(), CELL + 56
+    y = write(axis, readable(title, 300), MARGIN, MARGIN, 6 * wide, 18, "black") + 8
+    for k, image in enumerate(pixels):
+        x, image_y = MARGIN + k % 6 * wide, y + k // 6 * (CELL + 64)
+        show(axis, image, x, image_y)
+        write(axis, readable(captions[k], 120), x, image_y + CELL + 2, wide - 8, lines=3)
+    save(axis, path, 2 * MARGIN + 6 * wide, y + -(-len(pixels) // 6) * (CELL + 64) + MARGIN)
+
+
 def check_counts(what: str, *values: Sequence[Any]) -> None:
     """Refuse sequences of different lengths."""
     counts = [len(each) for each in values]

@@ -1,0 +1,110 @@
+"""From a photograph to aligned crops of its faces, or to the reason why there is none."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..files import reason
+from .align import Landmarks, align_face
+from .detect import FaceDetector
+from .formats.image import decode_original, encode_jpeg
+from .formats.names import jpeg_name
+
+LIKE = 0.5  # of the main face's area: with another one so large it is doubtful who is meant
+
+
+class Aligned(NamedTuple):
+    """What a photograph gives.
+
+    Attributes:
+        faces: those wanted, by the photograph's name.
+        crops: of each a JPEG of 112 x 112.
+        why: why there is none; empty if there is one.
+    """
+
+    faces: Sequence[Landmarks]
+    crops: Sequence[bytes]
+    why: str = ""
+
+
+class Photos:
+    """``photos[i]`` aligns the faces of photograph i; worker processes may take the object along.
+
+    Args:
+        root: folder of the photographs.
+        names: their paths in it.
+        detector: finds the faces.
+        listed: landmarks by the photographs' names, of those where they are known already.
+        every: every face, not the main one alone.
+        min_face: pixels, the side of the smallest face's box.
+        quality: of the JPEGs, in [1, 100].
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        detector: FaceDetector,
+        listed: Mapping[str, Sequence[Landmarks]],
+        every: bool = False,
+        min_face: float = 32,
+        quality: int = 95,
+    ) -> None:
+        self.root, self.names, self.detector, self.listed = root, names, detector, listed
+        self.every, self.min_face, self.quality = every, min_face, quality
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Aligned:
+        name = self.names[index]
+        try:
+            if {"\t", "\n"} & set(name):
+                raise ValueError("its name has a tab or a line break")
+            image = decode_original((self.root / name).read_bytes())
+            faces = self.listed.get(name) or self._find(name, image)
+            crops = [align_face(image, face.points) for face in faces]
+        except _NoFaceError as why:
+            return Aligned([], [], str(why))
+        except (OSError, ValueError) as error:
+            return Aligned([], [], f"unreadable: {' '.join(reason(error).split())}")
+        return Aligned(faces, [encode_jpeg(crop, self.quality) for crop in crops])
+
+    def _find(self, name: str, image: NDArray[np.uint8]) -> list[Landmarks]:
+        found = self.detector(image)
+        if not len(found.scores):
+            raise _NoFaceError("no face")
+        main, areas = found.main(*image.shape[:2]), found.areas()
+        chosen = [k for k in range(len(areas)) if self.every or k == main]
+        chosen = [k for k in chosen if areas[k] >= self.min_face**2]
+        if not chosen:
+            raise _NoFaceError(f"small: {areas[main] ** 0.5:.0f} pixels")
+        like = int((areas >= LIKE * areas[main]).sum())
+        if like > 1 and not self.every:
+            raise _NoFaceError(f"several: {like} faces of like size")
+        points = found.points.round(2)  # as a list holds them, by which crops may be made anew
+        return [Landmarks(name, points[k], float(found.scores[k])) for k in chosen]
+
+    def files(self, name: str, count: int) -> list[Path]:
+        """Where so many crops of a photograph belong: at its own place, numbered if ``every``."""
+        file = Path(name).parent / jpeg_name(name)
+        if not self.every:
+            return [file][:count]
+        return [file.with_name(f"{file.stem}_{k}.jpg") for k in range(1, count + 1)]
+
+    def is_done(self, name: str, target: Path) -> bool:
+        """Whether the crops of a photograph are in a folder, as far as its faces are listed."""
+        faces = self.listed.get(name, ())
+        return bool(faces) and all((target / f).exists() for f in self.files(name, len(faces)))
+
+
+def as_it_is(aligned: Any) -> Any:
+    """For a DataLoader, which would make tensors of arrays."""
+    return aligned
+
+
+class _NoFaceError(Exception):
+    """Why a photograph gives no crop."""
