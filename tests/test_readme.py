@@ -14,6 +14,7 @@ import pytest
 import torch
 from ijb import make_ijb
 from models import network, noise, save_checkpoint
+from photos import FOUND, frame, place
 from PIL import Image
 from programs import load
 
@@ -91,8 +92,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with DIR (identity folders), LFW (View 1's layout), IJBB, IJBC, sets of pairs and
-    InsightFace's weights."""
+    """A folder with DIR (identity folders), PHOTOS, LFW (View 1's layout), IJBB, IJBC, sets of
+    pairs and InsightFace's weights."""
     home = tmp_path_factory.mktemp("readme")
     rng = np.random.default_rng(0)
     people = [f"Person_{letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWX"]
@@ -120,6 +121,10 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("lfw", "cfp_fp", "agedb_30"):
         for folder in (home, home / "DIR"):
             write_verification_bin(folder / f"{name}.bin", encoded, [i % 2 > 0 for i in range(20)])
+    (home / "PHOTOS" / "Person_A").mkdir(parents=True)
+    photo = frame(300, 250)
+    place(photo, FOUND[0], (150, 125), 1)
+    photo.save(home / "PHOTOS" / "Person_A" / "1.jpg")
     make_ijb(home / "IJBB", "ijbb", people=2)
     make_ijb(home / "IJBC", "ijbc", people=2)
     torch.save(network().state_dict(), home / "backbone.pth")

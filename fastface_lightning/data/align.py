@@ -1,7 +1,7 @@
 """Five landmarks take a face to the place in its 112x112 crop where every other face has it.
 
-Finding faces and landmarks is others' work: `insightface`'s ``FaceAnalysis(...).get(image)`` gives
-faces whose ``kps`` are the five points in this order (its code is MIT's, its models are for
+:class:`FaceDetector` finds them. So do others: `insightface`'s ``FaceAnalysis(...).get(image)``
+gives faces whose ``kps`` are the five points in this order (its code is MIT's, its models are for
 research only), `uniface` the same as ``landmarks``. Both want BGR images, as OpenCV reads them.
 """
 
