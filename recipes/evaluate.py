@@ -248,7 +248,7 @@ def details(name: str, result: dict[str, Any]) -> str:
     """One set's results as Markdown."""
     rows = []
     if "pairs" in result:
-        rows.append(["pairs", f"{result['pairs']:,}"])
+        rows.append(["pairs", f"{result['pairs']:,}, {result['impostors']:,} of two people"])
     if result["missing"]:
         rows.append(["left out, see evaluation.json", f"{len(result['missing']):,}"])
     if result.get("pairs_without_images"):

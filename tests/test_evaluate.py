@@ -87,16 +87,14 @@ def test_every_kind_of_set(run: Run, place: Path) -> None:
 
     assert pairs["pairs"] == 20
     assert len(pairs["missing"]) == 5 and "absent_0001" in pairs["missing"][0]
-    fars = ["1e-06", "1e-05", "1e-04", "1e-03", "1e-02", "1e-01"]
-    assert list(ijbc["tar"]) == list(ijbc["cosine_thresholds"]) == fars
+    assert ijbc["impostors"] < 100 and list(ijbc["tar"]) == ["1e-01"]  # no lower rate is shown
+    assert list(ijbc["cosine_thresholds"]) == ["1e-01"] and lfw["impostors"] == 10
     assert ijbc["pairs"] == 32 and len(ijbc["identification"]) == 2
     assert (faces["images"], faces["identification"][0]["gallery"]) == (9, 3)
     assert faces["identification"][0]["mated"] == 4 and faces["identification"][0]["unmated"] == 2
 
     text = (ended.folder / "evaluation.md").read_text()
-    mine = (
-        f"| this model | {100 * lfw['accuracy']:.2f} |  |  |  | {100 * ijbc['tar']['1e-04']:.2f} |"
-    )
+    mine = f"| this model | {100 * lfw['accuracy']:.2f} |  |  |  |  |"
     assert mine in text
     assert "| published: r100, webface12m | 99.83 | 99.17 | 98.02 | 95.68 | 97.20 |" in text
     for name in ("roc.png", "scores.png", "worst_lfw.png", "worst_pairs.png"):

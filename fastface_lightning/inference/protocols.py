@@ -103,8 +103,6 @@ class Pairs(Protocol):
             tar_folds = verification_tar(a, b, same)._asdict()
         except ValueError:  # a fold holds pairs of one kind alone
             tar_folds = None
-        negatives = int((~same).sum())
-        fars = [far for far in FARS if far * negatives >= 1]  # others no pair could show
         results = {
             "protocol": "pairs",
             "pairs": len(same),
@@ -112,7 +110,7 @@ class Pairs(Protocol):
             "accuracy": folds.accuracy,
             "std": folds.std,
             "thresholds": folds.thresholds.tolist(),
-            **_rates(scores, same, fars),
+            **_rates(scores, same),
             "tar_folds": tar_folds,
         }
         return Outcome(results, scores, same)
@@ -152,7 +150,7 @@ class Templates(Protocol):
             "pairs": len(scores),
             "pairs_without_images": int((~usable).sum()),
             "missing": _missing(self.images, readable),
-            **_rates(scores, same, FARS),
+            **_rates(scores, same),
             "identification": self._search(embeddings, ids),
         }
         return Outcome(results, scores, same)
@@ -248,15 +246,20 @@ def _missing(images: ImageFiles, readable: Tensor) -> list[str]:
     return [images.why(int(i)) for i in (~readable).nonzero()]
 
 
-def _rates(scores: Tensor, same: Tensor, fars: Sequence[float]) -> dict[str, Any]:
-    """TAR at each FAR and the least cosine accepted there, None where none is; equal error rate
-    and area. No rates where all pairs are of one kind."""
-    if same.all() or not same.any():
-        return {"tar": {}, "cosine_thresholds": {}, "eer": None, "auc": None}
+def _rates(scores: Tensor, same: Tensor) -> dict[str, Any]:
+    """How many pairs show two people, ``impostors``; TAR at each FAR that so many can show, and the
+    least cosine accepted there, None where none is; equal error rate and area. No rates where all
+    pairs are of one kind."""
+    impostors = int((~same).sum())
+    if impostors in (0, len(same)):
+        none: dict[str, Any] = {"tar": {}, "cosine_thresholds": {}, "eer": None, "auc": None}
+        return {"impostors": impostors, **none}
+    fars = [far for far in FARS if far * impostors >= 1]
     names = [f"{far:.0e}" for far in fars]
     points = operating_points(scores, same, fars)
     thresholds = [None if math.isinf(point.threshold) else point.threshold for point in points]
     return {
+        "impostors": impostors,
         "tar": dict(zip(names, (point.tar for point in points), strict=True)),
         "cosine_thresholds": dict(zip(names, thresholds, strict=True)),
         "eer": equal_error_rate(scores, same),
