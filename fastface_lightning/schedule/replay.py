@@ -81,17 +81,40 @@ def read_losses(path: str | Path, column: str | None = None) -> Recording:
     a loss column (``column``, or the first of ``train/loss``, ``train_loss``, ``loss``) and, unless
     every row is a step, a ``step`` column (0-based, as Lightning's ``metrics.csv`` has it).
     Either may be gzipped (``.gz``). Beside the ``metrics.csv`` of ``train.py`` lies
-    ``losses.f32``, the loss of every step: where it does, and no ``column`` is given, the losses
-    are its.
+    ``losses.f32``, the loss of every step: as far as it goes the losses are its, of either name,
+    unless a ``column`` is given.
 
     Raises:
         ValueError: no such file, or no loss in it.
     """
     path = Path(path)
-    if path.name == LOSSES:
-        path = path.with_name("metrics.csv")
     if not path.is_file():
         raise ValueError(f"log must be an existing file, got {path}")
+    exact: list[float] = []
+    if column is None and path.name in (LOSSES, "metrics.csv"):
+        exact = _step_losses(path.with_name(LOSSES))
+    try:
+        losses, lrs = _rows(path.with_name("metrics.csv") if path.name == LOSSES else path, column)
+    except (OSError, ValueError):  # a run without that logger has no rates
+        if path.name != LOSSES:
+            raise
+        losses, lrs = [], []
+    if len(lrs) < len(losses):  # or in some rows alone
+        lrs = []
+    losses = [*exact, *losses[len(exact) :]]  # of a run that goes on the file comes after the rows
+    if not losses:
+        raise ValueError(f"log must hold at least one loss, got none in {path}")
+    return Recording(losses, [*lrs, *lrs[-1:] * (len(losses) - len(lrs))][: len(losses)])
+
+
+def _step_losses(file: Path) -> list[float]:
+    """What a run folder's ``losses.f32`` holds; nothing if there is none."""
+    data = file.read_bytes() if file.is_file() else b""
+    return [loss for (loss,) in struct.iter_unpack("<f", data[: len(data) // 4 * 4])]
+
+
+def _rows(path: Path, column: str | None) -> tuple[list[float], list[float]]:
+    """Losses and learning rates of a log's rows, each for the steps since the row before."""
     is_csv = path.name.removesuffix(".gz").endswith(".csv")
     losses: list[float] = []
     lrs: list[float] = []
@@ -103,14 +126,7 @@ def read_losses(path: str | Path, column: str | None = None) -> Recording:
                 lrs += [float(lr)] * steps if lr else []
         except (gzip.BadGzipFile, EOFError, ValueError, OverflowError, MemoryError) as error:
             raise ValueError(f"log must hold losses, got {path}: {error}") from error
-    every = path.with_name(LOSSES)
-    if path.name == "metrics.csv" and column is None and every.is_file():
-        data = every.read_bytes()
-        losses = [loss for (loss,) in struct.iter_unpack("<f", data[: len(data) // 4 * 4])]
-        lrs = [*lrs, *lrs[-1:] * (len(losses) - len(lrs))][: len(losses)]
-    if not losses:
-        raise ValueError(f"log must hold at least one loss, got none in {path}")
-    return Recording(losses, lrs if len(lrs) == len(losses) else [])
+    return losses, lrs
 
 
 def _log_rows(lines: Iterable[str]) -> Iterator[tuple[int, str, str | None]]:

@@ -57,7 +57,7 @@ def quiet_console() -> Iterator[None]:
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar with loss, learning rate and accuracy, for a console of 80 columns."""
 
-    BAR_FORMAT = "{desc}: {n_fmt}/{total_fmt} |{bar}| {remaining}, {rate_noinv_fmt}{postfix}"
+    BAR_FORMAT = "{desc}{n_fmt}/{total_fmt} |{bar}| {remaining}, {rate_noinv_fmt}{postfix}"
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import struct
 from collections import deque
@@ -14,21 +15,26 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ..files import replacing
 from ..schedule.length import callbacks_of
 from ..schedule.plateau import check_count
 from ..schedule.replay import LOSSES
 from ..schedule.step_loss import returned_loss
+
+log = logging.getLogger(__name__)
 
 
 class StepLosses(Callback):
     """Keeps the loss of every optimizer step in ``losses.f32``, little-endian float32 after
     float32, and ends a run after so many in a row that are NaN or infinite.
 
-    A step's loss is the mean over its micro-batches and ranks, what a schedule is given. They are
-    read in blocks of 32 steps on accelerators, so that training does not wait for each.
+    A step's loss is the mean over its micro-batches and ranks, what a schedule is given (which
+    leaves out the steps that a loss scaler skips). They are read in blocks of 32 steps on
+    accelerators, so that training does not wait for each.
 
     Args:
-        folder: of the file; a resumed run goes on in it, after the step it resumes from.
+        folder: of the file. A resumed run goes on in it, or in a copy of that of the run whose
+            checkpoint it was; where there is neither, none is written.
         max_nonfinite: losses in a row that may be so, as a loss scaler skips some; at least 1, or
             inf.
 
@@ -43,24 +49,26 @@ class StepLosses(Callback):
         self.max_nonfinite = max_nonfinite
         self._recent: deque[float] = deque(maxlen=100)
         self._file = folder / LOSSES
-        self._writes = False  # not a file that lacks the losses of earlier steps
+        self._earlier: Path | None = None  # where the losses of earlier steps are
+        self._writes = True
         self._step = 0
+        self._first: int | None = 0  # the step that it begins with, until the first write
         self._micro: list[Tensor] = []
         self._unread: list[Tensor] = []
-        self._unwritten: list[float] = []
-        self._in_a_row = 0  # losses that are not finite, up to the last that was read
+        self._in_a_row = self._longest = 0  # losses that are not finite, so far and at most
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
-        self._micro, self._unread, self._unwritten, self._in_a_row = [], [], [], 0
-        if trainer.is_global_zero:
-            written = self._file.stat().st_size if self._file.is_file() else 0
-            self._writes = written >= 4 * self._step
-            if self._writes:
-                with self._file.open("ab") as file:
-                    file.truncate(4 * self._step)
-            else:
-                self._file.unlink(missing_ok=True)
+        self._step = first = self._first = trainer.global_step
+        self._micro, self._unread = [], []
+        self._in_a_row = self._longest = 0
+        places = [self._file]
+        if trainer.ckpt_path:
+            places.append(Path(trainer.ckpt_path).absolute().parents[1] / LOSSES)
+        known = [p for p in places if p.is_file() and p.stat().st_size >= 4 * first]
+        self._earlier = known[0] if known else None
+        self._writes = trainer.is_global_zero and (bool(known) or not first)
+        if trainer.is_global_zero and not self._writes:
+            log.info("%s is not written: losses before step %d are not known", LOSSES, first)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,14 +80,15 @@ class StepLosses(Callback):
             self._unread.append(torch.stack(self._micro).mean())
             self._micro = []
         if len(self._unread) >= (1 if pl_module.device.type == "cpu" else 32):
-            longest, most = self._read(trainer), self.max_nonfinite
-            if longest > most:
-                rule = f"at most max_nonfinite={most} losses in a row may be NaN or infinite"
-                raise self._error(trainer, f"{rule}, got {longest} up to step {self._step}")
+            self._read(trainer)
+        if self._longest > self.max_nonfinite:
+            rule = (
+                f"at most max_nonfinite={self.max_nonfinite} losses in a row may be NaN or infinite"
+            )
+            raise self._error(trainer, f"{rule}, got {self._longest} up to step {self._step}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read(trainer)
-        self._write()
         finite = is_finite(pl_module.parameters(), pl_module.buffers())
         if not trainer.strategy.reduce_boolean_decision(finite):
             raise self._error(
@@ -87,13 +96,15 @@ class StepLosses(Callback):
             )
 
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.world_size > 1:
-            self._unread = []  # a rank may be gone, and cannot be asked for its losses
-        self._write()
+        self._unread = []  # a rank may be gone, or the device, and cannot be asked for them
 
-    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Here every rank is called, so that they may read their losses together.
         self._read(trainer)
-        self._write()
+        if self.state_key in checkpoint.get("callbacks", {}):
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def recent_mean(self) -> float | None:
         """Of the last 100 losses, or of as many as there are; None if there is none."""
@@ -105,28 +116,31 @@ class StepLosses(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recent.extend(state_dict["recent"])
 
-    def _read(self, trainer: Trainer) -> int:
-        """Take up the unread losses; the longest row of those that are not finite."""
-        longest = self._in_a_row
-        if self._unread:
-            losses = torch.stack(self._unread)
-            self._unread = []
-            if trainer.world_size > 1:
-                losses = trainer.strategy.reduce(losses, reduce_op="mean")
-            for loss in losses.tolist():
-                self._in_a_row = 0 if math.isfinite(loss) else self._in_a_row + 1
-                longest = max(longest, self._in_a_row)
-                self._recent.append(loss)
-                self._unwritten.append(loss)
-        if len(self._unwritten) >= 32:
-            self._write()
-        return longest
-
-    def _write(self) -> None:
-        if self._writes and self._unwritten:
+    def _read(self, trainer: Trainer) -> None:
+        """Take up the unread losses, and write them."""
+        if not self._unread:
+            return
+        unread, self._unread = torch.stack(self._unread), []
+        if trainer.world_size > 1:
+            unread = trainer.strategy.reduce(unread, reduce_op="mean")
+        losses = unread.tolist()
+        for loss in losses:
+            self._in_a_row = 0 if math.isfinite(loss) else self._in_a_row + 1
+            self._longest = max(self._longest, self._in_a_row)
+        self._recent.extend(losses)
+        if self._writes:
+            self._begin()
             with self._file.open("ab") as file:
-                file.write(struct.pack(f"<{len(self._unwritten)}f", *self._unwritten))
-        self._unwritten = []
+                file.write(struct.pack(f"<{len(losses)}f", *losses))
+
+    def _begin(self) -> None:
+        """Before the first write: of what there is keep the losses of earlier steps alone."""
+        if self._first is None:
+            return
+        earlier = self._earlier.read_bytes()[: 4 * self._first] if self._earlier else b""
+        with replacing(self._file) as part:
+            part.write_bytes(earlier)
+        self._first = None
 
     def _error(self, trainer: Trainer, got: str) -> ValueError:
         kept = [callback.last_good for callback in callbacks_of(trainer, "LastAndBest")]

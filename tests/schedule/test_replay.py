@@ -138,10 +138,19 @@ def test_a_row_stands_for_the_steps_since_the_row_before(
 
 def test_beside_the_metrics_of_a_run_lies_the_loss_of_every_step(tmp_path: Path) -> None:
     metrics = write(tmp_path / "metrics.csv", METRICS)
-    for losses in ([4.0, 3.5, 3.0, math.inf, 2.0, 1.0], [4.0, 3.5, 3.0]):
+    for losses in ([], [4.0, 3.5, 3.0, math.inf, 2.0, 1.0], [4.0, 3.5, 3.0]):
         (tmp_path / "losses.f32").write_bytes(struct.pack(f"<{len(losses)}f", *losses) + b"tor")
-        lrs = [0.1, 0.1, 0.05, 0.05, 0.05, 0.05][: len(losses)]
-        assert read_losses(metrics) == read_losses(tmp_path / "losses.f32") == (losses, lrs)
+        of_rows = [3.0, 3.0, 2.0, 2.0][len(losses) :]  # of a run that goes on
+        lrs = [0.1, 0.1, 0.05, 0.05, 0.05, 0.05][: max(len(losses), 4)]
+        expected = [*losses, *of_rows], lrs
+        assert read_losses(metrics) == read_losses(tmp_path / "losses.f32") == expected
+    metrics.write_text("step,lr-SGD,train/loss\n1,,3.0\n3,0.1,2.0\n")
+    assert read_losses(metrics) == ([4.0, 3.5, 3.0, 2.0], [])
+    metrics.write_text("step,verify/accuracy\n1,0.5\n")
+    assert read_losses(tmp_path / "losses.f32") == ([4.0, 3.5, 3.0], [])
+    metrics.unlink()
+    assert read_losses(tmp_path / "losses.f32") == ([4.0, 3.5, 3.0], [])
+    write(metrics, METRICS)
     assert read_losses(metrics, column="train/loss").losses == [3.0, 3.0, 2.0, 2.0]
 
 

@@ -248,5 +248,4 @@ def _empty_pixels(count: int, size: int) -> Tensor:
 def abridged(names: Sequence[str], limit: int = 10) -> str:
     """The names, separated by commas; beyond ``limit`` of them, how many more there are."""
     rest = len(names) - limit
-    shown = [name if len(name) <= 80 else f"{name[:79]}…" for name in names[:limit]]
-    return printable(", ".join(shown)) + (f" and {rest} more" if rest > 0 else "")
+    return printable(", ".join(names[:limit])) + (f" and {rest} more" if rest > 0 else "")
