@@ -24,7 +24,7 @@ def replacing(file: Path) -> Iterator[Path]:
         nothing is left of it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.stem}.{secrets.token_hex(4)}.part{file.suffix}")
+    part = file.with_name(f".{file.stem[:40]}.{secrets.token_hex(4)}.part{file.suffix}")
     try:
         yield part
         os.replace(part, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from fastface_lightning.data import FaceDetector
     from fastface_lightning.data.align import Landmarks
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -28,46 +30,37 @@ SHOWN = 48  # photographs on the sheet of what was left out
 @program(config_path=CONF, config_name="align")
 def main(cfg: DictConfig) -> int:
     """Align what is not aligned yet, leave align.json; returns the number of images left out."""
-    if cfg.faces not in ("main", "all"):
-        raise ValueError(f"faces must be main or all, got {cfg.faces}")
-    check_numbers(cfg, {"min_face": 0, "num_workers": 0, "quality": 1})
-
-    from rich.progress import track
-    from torch.utils.data import DataLoader
+    check(cfg)
 
     from fastface_lightning.data import FaceDetector, find_images
-    from fastface_lightning.data.photos import Photos, as_it_is
-    from fastface_lightning.files import replacing
+    from fastface_lightning.training.run_folder import in_use
 
     detector = FaceDetector(cfg.side, cfg.threshold)
     root, target = Path(cfg.images), Path(cfg.target)
     names = find_images(root)
     if root.resolve() in target.resolve().parents:  # its crops would be taken for photographs
         raise ValueError(f"target must lie outside of images={root}, got {target}")
-    begin(cfg, target)
-    listed, left_out = listed_in(target / LANDMARKS), left_out_in(target / LEFT_OUT)
-    photos = Photos(root, names, detector, listed, cfg.faces == "all", cfg.min_face, cfg.quality)
-    left = [n for n in names if n not in left_out and not photos.is_done(n, target)]
-    photos.names = left
-    photos.listed = {name: listed[name] for name in left if name in listed}
     started = time.perf_counter()
-    workers = min(cfg.num_workers, len(left))
-    # Workers are started anew: OpenCV's threads do not outlive a fork.
-    start: dict[str, Any] = {"multiprocessing_context": "spawn"} if workers else {}
-    data: Any = photos
-    loader = DataLoader(data, None, num_workers=workers, collate_fn=as_it_is, **start)
-    with (target / LANDMARKS).open("ab", 0) as found, (target / LEFT_OUT).open("ab", 0) as lost:
-        outcomes = track(loader, "aligning", transient=True)
-        for name, (faces, crops, why) in zip(left, outcomes, strict=True):
-            for file, crop in zip(photos.files(name, len(crops)), crops, strict=True):
-                with replacing(target / file) as part:
-                    part.write_bytes(crop)
-            if why:
-                left_out[name] = why
-                lost.write(line(name, why))
-            elif name not in listed:
-                found.write(b"".join(line(name, *points, score) for _, points, score in faces))
-    return report(cfg, names, left_out, len(left), time.perf_counter() - started)
+    with in_use(target):
+        begin(cfg, target)
+        left_out = align(cfg, names, detector)
+    return report(cfg, names, left_out, time.perf_counter() - started)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be done, before anything is read."""
+    from fastface_lightning.schedule.plateau import check_count
+
+    if cfg.faces not in ("main", "all"):
+        raise ValueError(f"faces must be main or all, got {cfg.faces}")
+    for key, least in (("quality", 1), ("side", 32), ("num_workers", 0)):
+        check_count(key, cfg[key], least)
+    if cfg.quality > 100:
+        raise ValueError(f"quality must lie in [1, 100], got {cfg.quality}")
+    for key in ("min_face", "threshold"):
+        if cfg[key] is None:
+            raise ValueError(f"{key} must be a number, got null")
+    check_numbers(cfg, {"min_face": 0, "threshold": 0})
 
 
 def begin(cfg: DictConfig, target: Path) -> None:
@@ -78,7 +71,7 @@ def begin(cfg: DictConfig, target: Path) -> None:
     settings = {key: cfg[key] for key in keys} | {"images": os.path.realpath(cfg.images)}
     stamp = target / "align.json"
     if not stamp.exists():
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if any(not file.name.startswith(".") for file in target.iterdir()):
             raise ValueError(f"target must be new, or an empty folder, but {target} exists")
         write_text(stamp, json.dumps(settings) + "\n")
     before = json.loads(stamp.read_text())
@@ -90,7 +83,60 @@ def begin(cfg: DictConfig, target: Path) -> None:
     for name in (LANDMARKS, LEFT_OUT):
         with (target / name).open("a+b") as file:
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            whole, _, torn = file.read().rpartition(b"\n")
+            lines = [*whole.split(b"\n"), b""] if whole else []
+            of_torn = torn.partition(b"\t")[0] + b"\t"
+            while torn and lines[-2:-1] and lines[-2].startswith(of_torn):  # of all its faces
+                del lines[-2]
+            # What could not be read or written then may be now.
+            lines = [text for text in lines if not text.partition(b"\t")[2].startswith(b"un")]
+            file.truncate(0)
+            file.write(b"\n".join(lines))
+
+
+def align(cfg: DictConfig, names: list[str], detector: FaceDetector) -> dict[str, str]:
+    """Write the crops that are not there, and the lists; returns what is left out, and why."""
+    from rich.progress import track
+    from torch.utils.data import DataLoader
+
+    from fastface_lightning.data.photos import Photos, as_it_is, can_be_listed, crop_files
+    from fastface_lightning.files import reason, replacing
+
+    target, every = Path(cfg.target), cfg.faces == "all"
+    listed, left_out = listed_in(target / LANDMARKS), left_out_in(target / LEFT_OUT)
+
+    def is_done(name: str) -> bool:
+        files = crop_files(name, len(listed.get(name, ())), every)
+        return name in left_out or (bool(files) and all((target / f).exists() for f in files))
+
+    todo = [name for name in names if not is_done(name)]
+    known = {name: listed[name] for name in todo if name in listed}
+    photos: Any = Photos(cfg.images, todo, detector, known, every, cfg.min_face, cfg.quality)
+    workers = min(cfg.num_workers, len(todo))
+    # Workers are started anew: OpenCV's threads do not outlive a fork.
+    start: dict[str, Any] = {"multiprocessing_context": "spawn"} if workers else {}
+    loader = DataLoader(photos, None, num_workers=workers, collate_fn=as_it_is, **start)
+    with (
+        (target / LANDMARKS).open("ab", 0) as landmarks,
+        (target / LEFT_OUT).open("ab", 0) as without_crop,
+    ):
+        outcomes = track(loader, "aligning", transient=True)
+        for name, (faces, crops, why) in zip(todo, outcomes, strict=True):
+            try:
+                for file, crop in zip(crop_files(name, len(crops), every), crops, strict=True):
+                    with replacing(target / file) as part:
+                        part.write_bytes(crop)
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                why = f"unwritable: {reason(error)}"
+            if why:
+                left_out[name] = why
+            if why and can_be_listed(name):
+                without_crop.write(line(name, why))
+            elif not why and name not in listed:
+                landmarks.write(b"".join(line(name, *face.points, face.score) for face in faces))
+    return left_out
 
 
 def listed_in(file: Path) -> dict[str, list[Landmarks]]:
@@ -113,64 +159,68 @@ def line(name: str, *fields: Any) -> bytes:
     """A line of a list; numbers with two decimals."""
     import numpy as np
 
-    texts = [
-        each if isinstance(each, str) else f"{each:.2f}"
-        for f in fields
-        for each in np.ravel(f).tolist()
-    ]
-    return os.fsencode("\t".join([name.replace("\t", " ").replace("\n", " "), *texts])) + b"\n"
+    values = [value for field in fields for value in np.ravel(field).tolist()]
+    texts = [value if isinstance(value, str) else f"{value:.2f}" for value in values]
+    return os.fsencode("\t".join([name, *texts])) + b"\n"
 
 
-def report(
-    cfg: DictConfig, names: list[str], left_out: dict[str, str], tried: int, seconds: float
-) -> int:
-    """Print what came of it, draw what was left out; returns how many images were."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    from fastface_lightning.data import decode_original
+def report(cfg: DictConfig, names: list[str], left_out: dict[str, str], seconds: float) -> int:
+    """Write down, print and draw what came of it; returns how many images were left out."""
     from fastface_lightning.data.formats.image import IMAGE_SUFFIXES
+    from fastface_lightning.files import printable
     from fastface_lightning.report.image_grid import plot_captioned
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    lost = {name: left_out[name] for name in names if name in left_out}
-    kinds = Counter(why.partition(":")[0] for why in lost.values())
-    result = {"target": str(cfg.target), "images": len(names), "aligned": len(names) - len(lost)}
-    result |= {"left_out": dict(kinds), "tried": tried, "seconds": round(seconds, 1)}
-    print(
-        f"{cfg.target}: {result['aligned']:,} of {len(names):,} images aligned in {seconds:.0f} s"
-    )
-    for kind, count in kinds.most_common():
-        print(f"  {count:,} left out: {kind}")
-
-    def thumbnail(name: str) -> NDArray[np.uint8]:
-        photo = decode_original((Path(cfg.images) / name).read_bytes())
-        return np.asarray(ImageOps.pad(Image.fromarray(photo), (112, 112))).transpose(2, 0, 1)
-
+    without_crop = {name: left_out[name] for name in names if name in left_out}
+    kinds = Counter(why.partition(":")[0] for why in without_crop.values())
     others = Counter(
-        Path(name).suffix.lower() or name
+        printable(Path(name).suffix.lower()) or "without suffix"
         for _, _, files in os.walk(cfg.images)
         for name in files
         if not name.startswith(".") and not name.lower().endswith(IMAGE_SUFFIXES)
     )
-    if others:
-        result["other_files"] = dict(others)
-        print(f"  not looked at: {', '.join(f'{n:,} {kind}' for kind, n in others.most_common(5))}")
+    count = len(names) - len(without_crop)
+    result = {"target": str(cfg.target), "images": len(names), "aligned": count}
+    result |= {"left_out": dict(kinds), "other_files": dict(others), "seconds": round(seconds, 1)}
     (folder / "align.json").write_text(json.dumps(result, indent=2) + "\n")
-    shown = [name for name, why in lost.items() if not why.startswith("unreadable")]
+    print(f"{cfg.target}: {count:,} of {len(names):,} images aligned, in {seconds:.0f} s")
+    for kind, number in kinds.most_common():
+        print(f"  {number:,} left out: {kind}")
+    if others:
+        print(f"  not looked at: {', '.join(f'{n:,} {kind}' for kind, n in others.most_common(5))}")
+    shown = list(without_crop)
     shown = shown[:: max(len(shown) // SHOWN, 1)][:SHOWN]
-    if shown:
+    pictures = {
+        name: picture
+        for name in shown
+        if (picture := thumbnail(Path(cfg.images) / name)) is not None
+    }
+    if pictures:
         plot_captioned(
             folder / "left_out.png",
-            [thumbnail(name) for name in shown],
-            [f"{Path(name).name}: {lost[name]}" for name in shown],
-            f"left out, {len(shown)} of {len(lost)}",
+            list(pictures.values()),
+            [f"{Path(name).name}: {without_crop[name]}" for name in pictures],
+            f"left out, {len(pictures)} of {len(without_crop)}",
         )
-    if lost:
+    if without_crop:
         print(
             f"  named in {Path(cfg.target) / LEFT_OUT}; align.json and left_out.png are in {folder}"
         )
-    return len(lost)
+    return len(without_crop)
+
+
+def thumbnail(file: Path) -> NDArray[np.uint8] | None:
+    """(3, 112, 112) of a whole photograph; None where it cannot be read."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    from fastface_lightning.data import decode_original
+
+    try:
+        photo = Image.fromarray(decode_original(file.read_bytes()))
+    except (OSError, ValueError):
+        return None
+    return np.asarray(ImageOps.pad(photo, (112, 112))).transpose(2, 0, 1)
 
 
 if __name__ == "__main__":

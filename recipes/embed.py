@@ -69,18 +69,19 @@ def main(cfg: DictConfig) -> int:
 
 
 def landmarks_of(names: Sequence[str], file: str) -> NDArray[np.float64]:
-    """(n, 5, 2) landmarks of the images of these names."""
+    """(n, 5, 2) landmarks of the images of these names; NaN of those that the list lacks."""
     import numpy as np
 
     from fastface_lightning.data import read_landmarks
 
-    listed = {face.name: face.points for face in read_landmarks(file)}
-    absent = [name for name in names if name not in listed]
-    if absent:
-        raise ValueError(
-            f"landmarks must list every image, got none for {len(absent)}, the first {absent[0]}"
-        )
-    return np.stack([listed[name] for name in names])
+    listed: dict[str, NDArray[np.float64]] = {}
+    for face in read_landmarks(file):
+        if face.name in listed:
+            raise ValueError(f"landmarks must list an image once, got {face.name} twice in {file}")
+        listed[face.name] = face.points
+    if not any(name in listed for name in names):
+        raise ValueError(f"landmarks must list the images, got none of {names[0]} in {file}")
+    return np.stack([listed.get(name, np.full((5, 2), np.nan)) for name in names])
 
 
 if __name__ == "__main__":

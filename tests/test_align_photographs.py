@@ -1,6 +1,7 @@
 """recipes/align.py: from photographs to crops, whatever else lies among them."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,9 @@ def test_what_is_aligned_and_what_is_left_out(
     again = run(*align[:3], "num_workers=0", program=PROGRAM)
     assert again.code == 0, again.err
     assert crops(target) == whole
-    named = [row.split("\t")[0] for row in (target / "left_out.txt").read_text().splitlines()]
-    assert named == [
-        f"person {k}" for k in ("2/two.jpg", "2/wall.jpg", "3/broken.jpg", "3/small.jpg")
-    ]
+    named = sorted(row.split("\t")[0] for row in (target / "left_out.txt").read_text().splitlines())
+    left_out = ["2/two.jpg", "2/wall.jpg", "3/broken.jpg", "3/small.jpg"]
+    assert named == [f"person {k}" for k in left_out]
 
     # The list serves pack.py: the same crops from it.
     packed = ["data=folder", f"data.root={photos}", f"landmarks={target}/landmarks.txt"]
@@ -84,24 +84,64 @@ def test_what_is_aligned_and_what_is_left_out(
 
 def test_every_face_may_be_wanted(run: Run, photos: Path, tmp_path: Path) -> None:
     target = tmp_path / "crops"
-    ended = run(f"images={photos}", f"target={target}", "faces=all", program=PROGRAM)
+    align = [f"images={photos}", f"target={target}", "faces=all", "num_workers=0"]
+    ended = run(*align, program=PROGRAM)
     assert ended.code == 0, ended.err
-    assert {"two_1.jpg", "two_2.jpg"} <= {file.name for file in target.glob("*/*")}
+    whole, listed = crops(target), (target / "landmarks.txt").read_bytes()
+    assert {"person 2/two_1.jpg", "person 2/two_2.jpg"} <= set(whole)
     assert [row.name for row in read_landmarks(target / "landmarks.txt")].count(
         "person 2/two.jpg"
     ) == 2
+    # Killed between the lines of a photograph's faces.
+    (target / "person 2" / "two_2.jpg").unlink()
+    (target / "landmarks.txt").write_bytes(listed[: listed.rindex(b"person 2/two.jpg") + 40])
+    assert run(*align, program=PROGRAM).code == 0
+    assert crops(target) == whole
+    assert sorted((target / "landmarks.txt").read_bytes().splitlines()) == sorted(
+        listed.splitlines()
+    )
+
+
+def test_any_file_may_lie_among_them(run: Run, photos: Path, tmp_path: Path) -> None:
+    """What has no crop at first may have one later; odd names, shapes and files end nothing."""
+    face = (photos / "person 3" / "0.png").read_bytes()
+    folder = photos / "person 7"
+    for name in ("a\rb.png", "a\tb.png", " c.png", "ü, =1.png", "x" * 251 + ".png"):
+        (folder / name).write_bytes(face)
+    frame(9000, 20).save(folder / "strip.png")
+    Path(os.fsdecode(bytes(folder) + b"/no suffix \xe9\n")).write_bytes(b"")
+    target = tmp_path / "crops"
+    align = [f"images={photos}", f"target={target}", "num_workers=0", "min_face=20"]
+    for _ in range(2):
+        ended = run(*align, program=PROGRAM)
+        assert ended.code == 0, ended.err
+        result = json.loads((ended.folder / "align.json").read_text())
+        left_out = {"unreadable": 3, "no face": 2, "several": 1, "unwritable": 1}
+        assert result["left_out"] == left_out
+        assert result["other_files"] == {".mp4": 1, "without suffix": 1}
+    assert "person 7/ü, =1.png.jpg" in crops(target)
+    listed = (target / "landmarks.txt").read_bytes()
+    (photos / "person 3" / "broken.jpg").write_bytes(face)
+    run(*align, program=PROGRAM)
+    assert "person 3/broken.jpg" in crops(target)
+    assert (target / "landmarks.txt").read_bytes().startswith(listed)
 
 
 def test_what_is_refused(run: Run, photos: Path, tmp_path: Path) -> None:
-    align = [f"images={photos}", f"target={tmp_path}/crops"]
-    assert run(*align, program=PROGRAM).code == 0
+    target = f"target={tmp_path}/crops"
+    align = [f"images={photos}", target, "num_workers=0"]
     for arguments, why in (
-        ([*align, "min_face=99"], "was begun with min_face=32, got 99"),
-        ([align[0], f"target={photos}"], "target must be new, or an empty folder"),
-        ([align[0], f"target={photos}/crops"], "target must lie outside"),
-        ([*align, "faces=two"], "faces must be main or all, got two"),
-        ([*align, "threshold=1"], "threshold must lie in"),
-        ([f"images={tmp_path}/crops/no", align[1]], "no folder"),
+        (["quality=101"], "quality must lie in [1, 100], got 101"),
+        (["side=large"], "side must be"),
+        (["min_face=null"], "min_face must be a number, got null"),
+        (["faces=two"], "faces must be main or all, got two"),
+        (["threshold=1"], "threshold must lie in"),
+        ([f"images={tmp_path}/no"], "no folder"),
+        ([f"target={photos}"], "target must be new, or an empty folder"),
+        ([f"target={photos}/crops"], "target must lie outside"),
     ):
-        ended = run(*arguments, program=PROGRAM)
-        assert ended.code == 2 and why in ended.err and "Traceback" not in ended.err
+        ended = run(*align, *arguments, program=PROGRAM)
+        assert ended.code == 2 and why in ended.err and "Traceback" not in ended.err, ended.err
+    assert run(*align, program=PROGRAM).code == 0  # nothing of that stands in the way
+    ended = run(*align, "min_face=99", program=PROGRAM)
+    assert ended.code == 2 and "was begun with min_face=32, got 99" in ended.err

@@ -52,6 +52,14 @@ def test_photographs_are_aligned_by_their_landmarks(run: Run, place: Path) -> No
     aligned, resized = np.load(place / "e.npy"), np.load(place / "whole.npy")
     assert aligned.shape == resized.shape == (12, 16)
     assert (aligned * resized).sum(1).max() < 0.9999
+    rows = lists.read_text().splitlines()
+    lists.write_text("\n".join(rows[1:]))  # an image whose landmarks are not known is named
+    ended = run(*arguments, "target=fewer.npy", program=PROGRAM)
+    fewer = np.load(place / "fewer.npy")
+    assert ended.code == 0 and np.isnan(fewer).all(1).sum() == 1 and "not known" in ended.out
+    np.testing.assert_allclose(fewer[~np.isnan(fewer[:, 0])], np.delete(aligned, 0, 0), atol=1e-6)
+    lists.write_text("\n".join([*rows, rows[0]]))
+    assert "twice" in run(*arguments, "target=twice.npy", program=PROGRAM).err
 
 
 @pytest.mark.program
@@ -60,14 +68,14 @@ def test_photographs_are_aligned_by_their_landmarks(run: Run, place: Path) -> No
     [
         (["images=faces", "target=e.txt"], "target must be FILE.npy, got e.txt"),
         (["images=empty", "target=e.npy"], "empty holds no image"),
-        (["images=faces", "target=e.npy", "landmarks=some.txt"], "got none for 2, the first"),
+        (["images=faces", "target=e.npy", "landmarks=some.txt"], "got none of"),
         (["images=faces", "target=some.npy", "landmarks=some.txt"], "would replace some.txt"),
         (["images=faces", "target=e.npy", "batch_size=0"], "batch_size must be at least 1"),
     ],
 )
 def test_bad_input(run: Run, place: Path, arguments: list[str], message: str) -> None:
     (place / "empty").mkdir()
-    (place / "some.txt").write_text("a.png " + " ".join(map(str, range(10))) + "\n")
+    (place / "some.txt").write_text("z.png " + " ".join(map(str, range(10))) + "\n")
     ended = run("checkpoint=best.ckpt", *arguments, program=PROGRAM)
     assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1
     assert not (place / "e.npy").exists()

@@ -14,8 +14,10 @@ class Detections(NamedTuple):
     """Faces found in an image, the surest first.
 
     Attributes:
-        boxes: (N, 4) float64, left, top, right and bottom, pixels of the image.
-        points: (N, 5, 2) float64, x and y in pixels, in the order of ``ARCFACE_POINTS``.
+        boxes: (N, 4) float64, left, top, right and bottom in pixels of the image, (0, 0) being the
+            corner of its first pixel.
+        points: (N, 5, 2) float64, x and y in pixels, (0, 0) being the centre of the first, in the
+            order of ``ARCFACE_POINTS``.
         scores: (N,) float64 in [0, 1], how sure the detector is.
     """
 
@@ -78,27 +80,32 @@ class FaceDetector:
             cv2.setNumThreads(1)  # a worker has a processor of its own
         return CenterFace(backend="opencv")  # faster on a processor than with onnxruntime
 
-    def __call__(self, image: NDArray[np.uint8]) -> Detections:
-        found = self._find(image)
-        if not len(found.scores):
-            border = max(image.shape[:2]) // 2
-            framed = np.pad(image, ((border, border), (border, border), (0, 0)))
-            boxes, points, scores = self._find(framed)
-            found = Detections(boxes - border, points - border, scores)
-        return found
+    def __getstate__(self) -> dict[str, Any]:
+        return {"side": self.side, "threshold": self.threshold}
 
-    def _find(self, image: NDArray[np.uint8]) -> Detections:
-        height, width = image.shape[:2]
-        scale = min(1.0, self.side / max(height, width))
-        if scale < 1:
-            size = max(1, round(width * scale)), max(1, round(height * scale))
-            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    def __call__(self, image: NDArray[np.uint8]) -> Detections:
+        """The faces in an image, (H, W, 3) uint8 RGB; ValueError if it is none."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(f"image must be (H, W, 3) uint8, got {image.dtype} {image.shape}")
+        found = self._find(image, self.side, border=0)
+        return found if len(found.scores) else self._find(image, self.side // 2, self.side // 4)
+
+    def _find(self, image: NDArray[np.uint8], side: int, border: int) -> Detections:
+        """Faces in an image of so many pixels at most, in a black frame."""
+        frame = np.array(image.shape[1::-1])
+        size = np.maximum(frame * min(1, side / frame.max()) + 0.5, 1).astype(int)
+        if (size < frame).any():
+            shrunk = Image.fromarray(image).resize(tuple(size), Image.Resampling.BILINEAR)
+            image = np.asarray(shrunk)
         # To multiples of 32, to which the package would stretch it.
-        bottom, right = (-length % 32 for length in image.shape[:2])
-        image = np.pad(image, ((0, bottom), (0, right), (0, 0)))
-        boxes, points = self._network(image, self.threshold)
-        order = boxes[:, 4].argsort(kind="stable")[::-1]
-        # There (0, 0) is the corner of the first pixel, here its centre.
-        places = points[order].astype(np.float64).reshape(-1, 5, 2) / scale - 0.5
-        rows = boxes[order].astype(np.float64)
-        return Detections(rows[:, :4] / scale, places, rows[:, 4])
+        bottom, right = (border + -(length + 2 * border) % 32 for length in image.shape[:2])
+        image = np.pad(image, ((border, bottom), (border, right), (0, 0)))
+        rows, places = self._network(image, self.threshold)
+        order = rows[:, 4].argsort(kind="stable")[::-1]
+        corners = rows[order, :4].astype(np.float64).reshape(-1, 2, 2)
+        points = places[order].astype(np.float64).reshape(-1, 5, 2)
+        # There (0, 0) is the corner of the first pixel, as in the boxes here.
+        boxes = ((corners - border) * frame / size).clip(0, frame).reshape(-1, 4)
+        return Detections(
+            boxes, (points - border) * frame / size - 0.5, rows[order, 4].astype(np.float64)
+        )

@@ -13,7 +13,7 @@ from .detect import FaceDetector
 from .formats.image import decode_original, encode_jpeg
 from .formats.names import jpeg_name
 
-LIKE = 0.5  # of the main face's area: with another one so large it is doubtful who is meant
+AS_LARGE = 0.5  # of the main face's area: with another one so large it is doubtful who is meant
 
 
 class Aligned(NamedTuple):
@@ -45,7 +45,7 @@ class Photos:
 
     def __init__(
         self,
-        root: Path,
+        root: str | Path,
         names: Sequence[str],
         detector: FaceDetector,
         listed: Mapping[str, Sequence[Landmarks]],
@@ -53,7 +53,7 @@ class Photos:
         min_face: float = 32,
         quality: int = 95,
     ) -> None:
-        self.root, self.names, self.detector, self.listed = root, names, detector, listed
+        self.root, self.names, self.detector, self.listed = Path(root), names, detector, listed
         self.every, self.min_face, self.quality = every, min_face, quality
 
     def __len__(self) -> int:
@@ -62,8 +62,8 @@ class Photos:
     def __getitem__(self, index: int) -> Aligned:
         name = self.names[index]
         try:
-            if {"\t", "\n"} & set(name):
-                raise ValueError("its name has a tab or a line break")
+            if not can_be_listed(name):
+                raise ValueError("its name has a tab or line break, or begins with a blank")
             image = decode_original((self.root / name).read_bytes())
             faces = self.listed.get(name) or self._find(name, image)
             crops = [align_face(image, face.points) for face in faces]
@@ -82,23 +82,24 @@ class Photos:
         chosen = [k for k in chosen if areas[k] >= self.min_face**2]
         if not chosen:
             raise _NoFaceError(f"small: {areas[main] ** 0.5:.0f} pixels")
-        like = int((areas >= LIKE * areas[main]).sum())
-        if like > 1 and not self.every:
-            raise _NoFaceError(f"several: {like} faces of like size")
+        large = int((areas >= AS_LARGE * areas[main]).sum())
+        if large > 1 and not self.every:
+            raise _NoFaceError(f"several: {large} faces of like size")
         points = found.points.round(2)  # as a list holds them, by which crops may be made anew
         return [Landmarks(name, points[k], float(found.scores[k])) for k in chosen]
 
-    def files(self, name: str, count: int) -> list[Path]:
-        """Where so many crops of a photograph belong: at its own place, numbered if ``every``."""
-        file = Path(name).parent / jpeg_name(name)
-        if not self.every:
-            return [file][:count]
-        return [file.with_name(f"{file.stem}_{k}.jpg") for k in range(1, count + 1)]
 
-    def is_done(self, name: str, target: Path) -> bool:
-        """Whether the crops of a photograph are in a folder, as far as its faces are listed."""
-        faces = self.listed.get(name, ())
-        return bool(faces) and all((target / f).exists() for f in self.files(name, len(faces)))
+def crop_files(name: str, count: int, every: bool) -> list[Path]:
+    """Where so many crops of a photograph belong: at its own place, numbered if ``every``."""
+    file = Path(name).parent / jpeg_name(name)
+    if not every:
+        return [file][:count]
+    return [file.with_name(f"{file.stem}_{k}.jpg") for k in range(1, count + 1)]
+
+
+def can_be_listed(name: str) -> bool:
+    """Whether a list of landmarks can hold a name, and give it back as it is."""
+    return name == name.strip() and not {"\t", "\n", "\r"} & set(name)
 
 
 def as_it_is(aligned: Any) -> Any:

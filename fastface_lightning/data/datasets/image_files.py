@@ -27,7 +27,8 @@ class ImageFiles(Dataset[tuple[Tensor, bool]]):
     Args:
         paths: the files. They are kept in the space of their bytes, so there may be millions.
         points: (n, 5, 2), landmarks of each, x and y in pixels, by which it is aligned (see
-            :func:`align_face`); None resizes the whole image (see :func:`decode_image`).
+            :func:`align_face`), NaN where they are not known; None resizes the whole image (see
+            :func:`decode_image`).
         size: height and width of the images served, pixels.
 
     Raises:
@@ -70,6 +71,8 @@ class ImageFiles(Dataset[tuple[Tensor, bool]]):
         if self.points is None:
             return decode_image(path, self.size)
         try:
+            if np.isnan(self.points[index]).all():
+                raise ValueError("its landmarks are not known")
             image = decode_original(Path(path).read_bytes())
             face = align_face(image, self.points[index], self.size)
         except (OSError, ValueError) as error:
