@@ -6,6 +6,7 @@ import difflib
 import functools
 import io
 import logging
+import math
 import os
 import re
 import sys
@@ -82,6 +83,9 @@ def program(
                 if end.code != 1 or not isinstance(end.__context__, Exception):
                     raise
                 error = end.__context__
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                sys.exit(130)
             finally:
                 if error is None:
                     stderr.write(hydra_stderr.getvalue())
@@ -305,8 +309,8 @@ def check_numbers(config: DictConfig, least: Mapping[str, float]) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and type(value) not in (int, float):
             raise ValueError(f"{key} must be a number, got {value!r}")
-        if value is not None and not value >= bound:
-            raise ValueError(f"{key} must be at least {bound:g}, got {value}")
+        if value is not None and not bound <= value < math.inf:
+            raise ValueError(f"{key} must be finite and at least {bound:g}, got {value}")
 
 
 def sentence(error: BaseException) -> str | None:
@@ -327,4 +331,7 @@ def sentence(error: BaseException) -> str | None:
 
     text = str(cause).split("\n    full_key:")[0].split("\nConfig search path:")[0]
     text = text.rpartition("\nValueError: ")[2]  # what a loader's worker died of
+    text = re.sub(
+        r"\s+To append to your config use \S+", "", text
+    )  # which a mistyped key is not to
     return printable(" ".join(text.split()))

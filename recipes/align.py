@@ -99,23 +99,41 @@ def align(cfg: DictConfig, names: list[str], detector: FaceDetector) -> dict[str
     from rich.progress import track
     from torch.utils.data import DataLoader
 
-    from fastface_lightning.data.photos import Photos, as_it_is, can_be_listed, crop_files
+    from fastface_lightning.data.photos import (
+        Photos,
+        as_it_is,
+        can_be_listed,
+        crop_files,
+        ignore_interrupts,
+    )
     from fastface_lightning.files import reason, replacing
 
     target, every = Path(cfg.target), cfg.faces == "all"
     listed, left_out = listed_in(target / LANDMARKS), left_out_in(target / LEFT_OUT)
 
-    def is_done(name: str) -> bool:
-        files = crop_files(name, len(listed.get(name, ())), every)
-        return name in left_out or (bool(files) and all((target / f).exists() for f in files))
+    def written(name: str) -> float | None:
+        """When the first crop of a photograph was; None if one is missing."""
+        files = [target / file for file in crop_files(name, len(listed[name]), every)]
+        return min(f.stat().st_mtime for f in files) if all(f.exists() for f in files) else None
 
-    todo = [name for name in names if not is_done(name)]
+    times = {name: written(name) for name in names if name in listed}
+    if len(times) < len(listed):
+        count = len(listed) - len(times)
+        print(f"{count:,} photographs in {target / LANDMARKS} are gone: their crops stay")
+    for name, when in times.items():  # a photograph that is newer than its crops is another one
+        if when is not None and (Path(cfg.images) / name).stat().st_mtime > when:
+            del listed[name]
+    if kept := [line(*face) for faces in listed.values() for face in faces]:
+        with replacing(target / LANDMARKS) as part:
+            part.write_bytes(b"".join(kept))
+    todo = [n for n in names if n not in left_out and (n not in listed or times[n] is None)]
     known = {name: listed[name] for name in todo if name in listed}
     photos: Any = Photos(cfg.images, todo, detector, known, every, cfg.min_face, cfg.quality)
     workers = min(cfg.num_workers, len(todo))
     # Workers are started anew: OpenCV's threads do not outlive a fork.
+    how: dict[str, Any] = {"collate_fn": as_it_is, "worker_init_fn": ignore_interrupts}
     start: dict[str, Any] = {"multiprocessing_context": "spawn"} if workers else {}
-    loader = DataLoader(photos, None, num_workers=workers, collate_fn=as_it_is, **start)
+    loader = DataLoader(photos, None, num_workers=workers, **how, **start)
     with (
         (target / LANDMARKS).open("ab", 0) as landmarks,
         (target / LEFT_OUT).open("ab", 0) as without_crop,
@@ -135,7 +153,7 @@ def align(cfg: DictConfig, names: list[str], detector: FaceDetector) -> dict[str
             if why and can_be_listed(name):
                 without_crop.write(line(name, why))
             elif not why and name not in listed:
-                landmarks.write(b"".join(line(name, *face.points, face.score) for face in faces))
+                landmarks.write(b"".join(line(*face) for face in faces))
     return left_out
 
 

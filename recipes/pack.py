@@ -203,7 +203,7 @@ def packable(data: bytes | memoryview, size: int, quality: int) -> bytes:
 
 
 def points_by_name(file: str) -> dict[str, np.ndarray]:
-    """Landmarks (5, 2) float32 by the last two parts of their image's path."""
+    """Landmarks (5, 2) by the last two parts of their image's path."""
     from fastface_lightning.data import read_landmarks
 
     points: dict[str, np.ndarray] = {}
@@ -211,7 +211,7 @@ def points_by_name(file: str) -> dict[str, np.ndarray]:
         name = tail(face.name)
         if name in points:
             raise ValueError(f"{file} must name {name} once, by its folder and file")
-        points[name] = face.points.astype("float32")
+        points[name] = face.points
     return points
 
 

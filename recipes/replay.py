@@ -85,7 +85,7 @@ def table_of(changes: list[Change], in_log: list[Change]) -> Table:
     """The changes as a table, beside those of the log where it has any."""
     from rich.table import Table
 
-    table = Table(title=f"{len(changes)} changes of the learning rate", title_justify="left")
+    table = Table(title=f"Changes of the learning rate: {len(changes)}", title_justify="left")
     for name in ("step", "factor", "learning rate"):
         table.add_column(name, justify="right")
     if in_log:

@@ -305,6 +305,8 @@ class FaceData(FaceDataModule):
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        if not str(root):  # the folder that one happens to be in
+            raise ValueError("data.root must be the path of the faces, got an empty one")
         is_share = type(held_out) in (int, float) and 0 <= held_out < 1  # type: ignore[operator]
         if not is_share and not isinstance(held_out, (str, Path)):
             raise ValueError(f"held_out must lie in [0, 1) or be a path, got {held_out}")

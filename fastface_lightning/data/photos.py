@@ -1,5 +1,6 @@
 """From a photograph to aligned crops of its faces, or to the reason why there is none."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +101,11 @@ def crop_files(name: str, count: int, every: bool) -> list[Path]:
 def can_be_listed(name: str) -> bool:
     """Whether a list of landmarks can hold a name, and give it back as it is."""
     return name == name.strip() and not {"\t", "\n", "\r"} & set(name)
+
+
+def ignore_interrupts(_: int) -> None:
+    """For a DataLoader's workers: Ctrl-C is for the program, which ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def as_it_is(aligned: Any) -> Any:

@@ -42,6 +42,8 @@ class EndOnSignal(Callback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received or not self._step:
+            if not self._received:
+                os.write(2, b"\nended before the first step: nothing is saved\n")
             raise SystemExit(128 + number)
         self._received = number
         said = (

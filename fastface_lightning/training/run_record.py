@@ -143,7 +143,7 @@ class RunRecord(Callback):
             interrupted: whether a signal ended it.
 
         Returns:
-            What ``results.json`` holds. ``final_loss`` is the mean of the last 100 steps;
+            What ``results.json`` holds. ``final_loss`` is the mean of the last 100 steps or fewer;
             ``images_per_second`` counts training with data loading, not verification; time and
             images are those of all parts of a resumed run.
         """
