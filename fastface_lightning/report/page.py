@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ..files import write_text
+from ..schedule.replay import LOSSES
 from .curves import legend_label, plot_roc
 from .figures import duration, legend_above, mark_changes, new_figure, schedule_figure, thin
 
@@ -110,10 +111,14 @@ def read_run(folder: Path) -> Run:
     if not (folder / "results.json").is_file():
         notes.append("There is no results.json: the run has not come to its end.")
     metrics = read("metrics.csv", read_metrics, {})
-    _, losses = metrics.get("train/loss", NO_CURVE)
+    steps, losses = metrics.get("train/loss", NO_CURVE)
+    every = read(LOSSES, lambda data: np.frombuffer(data[: len(data) // 4 * 4], "<f4"), losses)
+    if len(steps) and len(every) > steps[-1]:  # else of a run that was killed, or of another
+        losses = np.where(np.isfinite(every), every, np.nan).astype(float)
+        metrics["train/loss"] = np.arange(len(every), dtype=float), losses
     lost = np.count_nonzero(np.isnan(losses))
     if lost:
-        notes.append(f"{lost:,} of {len(losses):,} logged losses are not finite.")
+        notes.append(f"{lost:,} of {len(losses):,} losses are not finite.")
     config = read("config.yaml", lambda data: dict(_yaml(data)), {})
     overrides = read("overrides.yaml", lambda data: [str(each) for each in _yaml(data)], [])
     results = read("results.json", lambda data: dict(json.loads(data)), {})

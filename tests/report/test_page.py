@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastface_lightning.report.figures import MAX_POINTS, readable, schedule_figure, thin
-from fastface_lightning.report.page import write_report
+from fastface_lightning.report.page import read_run, write_report
 
 HOSTILE = '<script>alert("1")</script>&$_{'
 HEADINGS = [
@@ -281,7 +281,7 @@ def test_a_killed_run_is_told_from_its_metrics(run: Path) -> None:
     write_metrics(run, changed)
     page = Page(write_report(run))
     assert page.of("h1") == ["iresnet50 on RecordData, schedule FastFace"]
-    assert "3 of 20 logged losses are not finite." in page.text
+    assert "3 of 20 losses are not finite." in page.text
     assert list(zip(page.of("dt"), page.of("dd"), page.of("small"), strict=True)) == [
         ("accuracy, lfw", "90.00%", "± 1.00%, before training 55.00%"),
         ("accuracy, cfp_fp", "82.00%", "± 2.00%, before training 51.00%"),
@@ -332,3 +332,15 @@ def test_the_threshold_is_always_in_sight(scale: float) -> None:
     figure = schedule_figure(loss, response, [float("nan"), 0.5, 0.5], {}, [])
     low, high = figure.axes[1].get_ylim()
     assert low < 0.5 < high and high - low < 20 * 0.5 + 1e-9
+
+
+def test_the_loss_of_every_step_is_drawn_where_it_is_there(run: Path) -> None:
+    steps, logged = read_run(run).metrics["train/loss"]
+    every = np.arange(steps[-1] + 40, dtype="<f4")
+    every[3] = np.inf
+    (run / "losses.f32").write_bytes(every.tobytes() + b"to")
+    at, losses = read_run(run).metrics["train/loss"]
+    assert at.tolist() == list(range(len(every))) and np.isnan(losses).nonzero()[0].tolist() == [3]
+    assert "1 of " in "".join(read_run(run).notes)
+    (run / "losses.f32").write_bytes(every[: int(steps[-1])].tobytes())  # of a run that was killed
+    assert read_run(run).metrics["train/loss"][1].tolist() == logged.tolist()
