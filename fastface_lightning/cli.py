@@ -310,7 +310,7 @@ def check_numbers(config: DictConfig, least: Mapping[str, float]) -> None:
         if value is not None and type(value) not in (int, float):
             raise ValueError(f"{key} must be a number, got {value!r}")
         if value is not None and not bound <= value < math.inf:
-            raise ValueError(f"{key} must be finite and at least {bound:g}, got {value}")
+            raise ValueError(f"{key} must be at least {bound:g} and finite, got {value}")
 
 
 def sentence(error: BaseException) -> str | None:

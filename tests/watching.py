@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ class KillAt(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batch:
-            for _ in range(self.times):
+            for turn in range(self.times):
+                if turn:
+                    time.sleep(1.2)  # signals within a second are one
                 number = getattr(signal, self.signal)
                 os.killpg(0, number) if self.group else os.kill(os.getpid(), number)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+TOGETHER = 1.0  # seconds
 
 
 class EndOnSignal(Callback):
@@ -17,6 +20,7 @@ class EndOnSignal(Callback):
     containers and ``timeout`` send. The first one stops the trainer, which keeps its last
     checkpoint; ranks agree on it every ``log_every_n_steps``. A second one, and one that comes
     while no step has been done or all have, ends the program at once with SystemExit(128 + signal).
+    Signals within a second are one: ``timeout`` sends two, torchrun passes on what SLURM sends too.
     A verification that goes on is ended first, however long it takes.
     Lightning's own handling exits while a step is under way, and with 1; it is replaced.
 
@@ -29,6 +33,7 @@ class EndOnSignal(Callback):
     def __init__(self) -> None:
         self.code = 0
         self._received = 0
+        self._again = 0.0  # when another signal is a second one
         self._before: dict[signal.Signals, Any] = {}
         self._step: int | None = None  # optimizer steps done; None while no training goes on
 
@@ -41,11 +46,13 @@ class EndOnSignal(Callback):
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received and time.monotonic() < self._again:
+            return
         if self._received or not self._step:
             if not self._received:
                 os.write(2, b"\nended before the first step: nothing is saved\n")
             raise SystemExit(128 + number)
-        self._received = number
+        self._received, self._again = number, time.monotonic() + TOGETHER
         said = (
             f"\n{signal.Signals(number).name}: the run ends after this step; again: it ends now\n"
         )
