@@ -331,7 +331,5 @@ def sentence(error: BaseException) -> str | None:
 
     text = str(cause).split("\n    full_key:")[0].split("\nConfig search path:")[0]
     text = text.rpartition("\nValueError: ")[2]  # what a loader's worker died of
-    text = re.sub(
-        r"\s+To append to your config use \S+", "", text
-    )  # which a mistyped key is not to
+    text = re.sub(r"\s+To append to your config use \S+", "", text)  # would not help
     return printable(" ".join(text.split()))

@@ -89,7 +89,8 @@ def begin(cfg: DictConfig, target: Path) -> None:
             while torn and lines[-2:-1] and lines[-2].startswith(of_torn):  # of all its faces
                 del lines[-2]
             # What could not be read or written then may be now.
-            lines = [text for text in lines if not text.partition(b"\t")[2].startswith(b"un")]
+            again = b"unreadable", b"unwritable"
+            lines = [text for text in lines if not text.partition(b"\t")[2].startswith(again)]
             file.truncate(0)
             file.write(b"\n".join(lines))
 
@@ -120,12 +121,16 @@ def align(cfg: DictConfig, names: list[str], detector: FaceDetector) -> dict[str
     if len(times) < len(listed):
         count = len(listed) - len(times)
         print(f"{count:,} photographs in {target / LANDMARKS} are gone: their crops stay")
-    for name, when in times.items():  # a photograph that is newer than its crops is another one
-        if when is not None and (Path(cfg.images) / name).stat().st_mtime > when:
-            del listed[name]
-    if kept := [line(*face) for faces in listed.values() for face in faces]:
+    changed = [  # a photograph that is newer than its crops is another one
+        name
+        for name, when in times.items()
+        if when is not None and (Path(cfg.images) / name).stat().st_mtime > when
+    ]
+    for name in changed:
+        del listed[name]
+    if changed:
         with replacing(target / LANDMARKS) as part:
-            part.write_bytes(b"".join(kept))
+            part.write_bytes(b"".join(line(*face) for faces in listed.values() for face in faces))
     todo = [n for n in names if n not in left_out and (n not in listed or times[n] is None)]
     known = {name: listed[name] for name in todo if name in listed}
     photos: Any = Photos(cfg.images, todo, detector, known, every, cfg.min_face, cfg.quality)

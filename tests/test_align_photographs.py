@@ -131,6 +131,17 @@ def test_any_file_may_lie_among_them(run: Run, photos: Path, tmp_path: Path) -> 
     assert names.count("person 2/0.png") == 1
 
 
+def test_the_only_photograph_may_be_another_one(run: Run, photos: Path, tmp_path: Path) -> None:
+    only, target = tmp_path / "only", tmp_path / "crops"
+    only.mkdir()
+    align = [f"images={only}", f"target={target}", "num_workers=0"]
+    for person, when in ((2, 1e9), (3, 4e9)):
+        (only / "a.png").write_bytes((photos / f"person {person}" / "0.png").read_bytes())
+        os.utime(only / "a.png", (when, when))
+        assert run(*align, program=PROGRAM).code == 0
+    assert len(list(read_landmarks(target / "landmarks.txt"))) == 1
+
+
 def test_what_is_refused(run: Run, photos: Path, tmp_path: Path) -> None:
     target = f"target={tmp_path}/crops"
     align = [f"images={photos}", target, "num_workers=0"]
