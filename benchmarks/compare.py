@@ -203,7 +203,8 @@ class Kept:
             before = self._read()
             self.rows = [*before["runs"], row]
             content = {"settings": self.settings, "ways": before["ways"] | self.ways}
-            lines = ",\n".join(json.dumps(row) for row in self.rows)
+            # Without blanks: files of results are a tenth smaller.
+            lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in self.rows)
             write_text(self.file, f'{json.dumps(content)[:-1]}, "runs": [\n{lines}\n]}}\n')
 
     def tuned_as(self, way: str) -> str:
