@@ -40,7 +40,7 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightnin
 
 
 def program(
-    config_path: Path, config_name: str, resumes: bool = False
+    config_path: Path, config_name: str, resumes: bool = False, files: str | None = None
 ) -> Callable[[Task], Callable[[], None]]:
     """Make a function of a config a program.
 
@@ -53,6 +53,7 @@ def program(
         config_name: the program's own config in it.
         resumes: whether ``resume=auto`` and ``resume=FILE`` are composed of what the run was
             composed of, its ``overrides.yaml``, with the command's settings on top.
+        files: the setting that takes, as a list, the arguments that are no ``key=value``.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
@@ -72,6 +73,8 @@ def program(
                     return sweep_job(task, config)
 
             error: Exception | None = None
+            if files is not None:
+                sys.argv[1:] = with_files(sys.argv[1:], files)
             sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
             if resumes:
                 sys.argv[1:] = with_earlier_settings(sys.argv[1:], config_path, config_name)
@@ -187,8 +190,20 @@ def as_typed(argument: str) -> str:
         return argument
     if path == value and not (os.path.exists(path) or key in ("hydra.run.dir", "hydra.sweep.dir")):
         return argument
-    quoted = re.sub(r"(\\*)(?='|$)", r"\1\1", path).replace("'", "\\'")
-    return f"{key}={path}" if plain else f"{key}='{quoted}'"
+    return f"{key}={path}" if plain else f"{key}={quoted(path)}"
+
+
+def quoted(text: str) -> str:
+    """A string as Hydra's grammar takes it, whatever is in it."""
+    inside = re.sub(r"(\\*)(?='|$)", r"\1\1", text).replace("'", "\\'")
+    return f"'{inside}'"
+
+
+def with_files(arguments: list[str], key: str) -> list[str]:
+    """The arguments, those that name files as one ``key=[…]``."""
+    names = [a for a in arguments if a[:1] != "-" and ("=" not in a or os.path.exists(a))]
+    others = [argument for argument in arguments if argument not in names]
+    return [*others, f"{key}=[{','.join(map(quoted, names))}]"] if names else arguments
 
 
 def with_earlier_settings(arguments: list[str], config_path: Path, config_name: str) -> list[str]:

@@ -212,7 +212,7 @@ def write(cfg: DictConfig, folder: Path, embedder: Embedder, results: Results) -
     from fastface_lightning.files import write_text
 
     written = {"checkpoint": str(cfg.checkpoint), "mirror": cfg.mirror}
-    written |= {"model": embedder.about, "sets": results}
+    written |= {"fingerprint": embedder.fingerprint, "model": embedder.about, "sets": results}
     write_text(folder / "evaluation.json", json.dumps(written, indent=2) + "\n")
     how = "" if cfg.mirror else ", without mirror images"
     text = f"# {cfg.checkpoint}{how}\n\n{headline(embedder.about, results)}\n"

@@ -17,13 +17,23 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 @program(config_path=CONF, config_name="export")
 def main(cfg: DictConfig) -> None:
     """Export, print what is in the file, leave export.json."""
+    from fastface_lightning.evaluation import thresholds_of
     from fastface_lightning.inference.embedder import load_embedder
     from fastface_lightning.inference.export import check_target, export
     from fastface_lightning.inference.torch_embedder import TorchEmbedder
 
     target = Path(cfg.target)
     check_target(target, cfg.uint8)
-    embedder = load_embedder(cfg.checkpoint, cfg.network, device="cpu")
+    evaluation = None if cfg.evaluation is None else read_evaluation(cfg.evaluation)
+    mirror = evaluation is not None and evaluation["mirror"]
+    embedder = load_embedder(cfg.checkpoint, cfg.network, device="cpu", mirror=mirror)
+    if evaluation is not None:
+        if evaluation["fingerprint"] != embedder.fingerprint:
+            raise ValueError(
+                f"evaluation must be of these weights and of RGB in [-1, 1], got "
+                f"{cfg.evaluation}, of {evaluation['checkpoint']}"
+            )
+        embedder.about["thresholds"] = thresholds_of(evaluation["sets"], mirror)
     if not isinstance(embedder, TorchEmbedder):
         raise ValueError(f"checkpoint must hold weights, got {cfg.checkpoint}, which is an ONNX")
     about = export(embedder, target, cfg.uint8)
@@ -33,6 +43,17 @@ def main(cfg: DictConfig) -> None:
     for key, value in about.items():
         print(f"  {key:14}{shown(value)}")
     print(f"  {'file':14}{target}, {target.stat().st_size / 2**20:,.1f} MiB")
+
+
+def read_evaluation(file: str) -> dict[str, Any]:
+    """What evaluate.py has written."""
+    try:
+        evaluation = json.loads(Path(file).read_text(encoding="utf-8"))
+        return {key: evaluation[key] for key in ("checkpoint", "mirror", "fingerprint", "sets")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"evaluation must be the evaluation.json of recipes/evaluate.py, got {file}"
+        ) from error
 
 
 def shown(value: Any) -> str:

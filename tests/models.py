@@ -28,6 +28,9 @@ RUN: dict[str, Any] = {
     "commit": "0123abc",
     "steps": 7,
     "verification": {"lfw": 0.9},
+    "thresholds": {
+        "lfw": {"mirror": True, "impostors": 300, "cosine_thresholds": {"1e-02": 0.4, "1e-01": 0.3}}
+    },
 }
 
 

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from programs import ROOT, Run
 
-from fastface_lightning.cli import as_typed, confirm, with_earlier_settings
+from fastface_lightning.cli import as_typed, confirm, with_earlier_settings, with_files
 
 TOY = """
 import functools, json, os
@@ -210,6 +210,17 @@ def test_paths_may_be_typed_as_they_are(tmp_path: Path, name: str) -> None:
         typed = compose("train", ["data=folder", as_typed(f"data.root={path}")])
         new = compose("train", [as_typed(f"hydra.run.dir={path}/new")], return_hydra_config=True)
     assert typed.data.root == str(path) and new.hydra.run.dir == f"{path}/new"
+
+
+def test_files_may_be_named_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["a b.jpg", "Zoë, (all).png", "[x]", "it's", "back\\slash\\", "$HOME", "{a: 1}"]
+    (tmp_path / "x=y.jpg").touch()
+    typed = with_files(["--cfg=job", *names, "x=y.jpg", "checkpoint=m.onnx"], "images")
+    assert typed[:2] == ["--cfg=job", "checkpoint=m.onnx"] and len(typed) == 3
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        assert list(compose("verify", typed[1:]).images) == [*names, "x=y.jpg"]
+    assert with_files(["-m", "far=1e-3"], "images") == ["-m", "far=1e-3"]
 
 
 def test_a_folder_is_found_as_hydra_finds_it(

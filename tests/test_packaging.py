@@ -49,7 +49,7 @@ def test_the_wheel_works_away_from_the_checkout(installed: Path, tmp_path: Path)
         for file in (ROOT / package.name).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
-    assert {Path("py.typed"), Path("report/page.html.jinja")} <= sources
+    assert {Path("py.typed"), Path("report/page.html.jinja"), Path("report/style.css")} <= sources
     assert all((package / file).is_file() for file in sources)
     program = f"""
 import sys

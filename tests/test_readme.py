@@ -124,7 +124,8 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "PHOTOS" / "Person_A").mkdir(parents=True)
     photo = frame(300, 250)
     place(photo, FOUND[0], (150, 125), 1)
-    photo.save(home / "PHOTOS" / "Person_A" / "1.jpg")
+    for file in ("PHOTOS/Person_A/1.jpg", "a.jpg", "b.jpg"):
+        photo.save(home / file)
     make_ijb(home / "IJBB", "ijbb", people=2)
     make_ijb(home / "IJBC", "ijbc", people=2)
     torch.save(network().state_dict(), home / "backbone.pth")
@@ -186,6 +187,9 @@ def test_commands_run(
     pack = stand_in / "train.rec"
     for file in (pack, pack.with_suffix(".idx")):
         file.unlink(missing_ok=True)
+    if "evaluation=EVALUATION/evaluation.json" in words:
+        evaluate = ["recipes/evaluate.py", "checkpoint=RUN/checkpoints/best.ckpt"]
+        run([*evaluate, "verify=[lfw.bin]", "hydra.run.dir=EVALUATION"], stand_in)
     if "data.root=train.rec" in words:
         run(["recipes/pack.py", "data=folder", "data.root=DIR", "target=train.rec"], stand_in)
     if "plan=" in command:

@@ -1,16 +1,20 @@
 """From a photograph to aligned crops of its faces, or to the reason why there is none."""
 
+import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..files import reason
 from .align import Landmarks, align_face
-from .detect import FaceDetector
+from .datasets.image_files import ImageFiles
+from .detect import Detections, FaceDetector
 from .formats.image import decode_original, encode_jpeg
 from .formats.names import jpeg_name
 
@@ -68,26 +72,78 @@ class Photos:
             image = decode_original((self.root / name).read_bytes())
             faces = self.listed.get(name) or self._find(name, image)
             crops = [align_face(image, face.points) for face in faces]
-        except _NoFaceError as why:
+        except NoFaceError as why:
             return Aligned([], [], str(why))
         except (OSError, ValueError) as error:
             return Aligned([], [], f"unreadable: {' '.join(reason(error).split())}")
         return Aligned(faces, [encode_jpeg(crop, self.quality) for crop in crops])
 
     def _find(self, name: str, image: NDArray[np.uint8]) -> list[Landmarks]:
-        found = self.detector(image)
-        if not len(found.scores):
-            raise _NoFaceError("no face")
-        main, areas = found.main(*image.shape[:2]), found.areas()
-        chosen = [k for k in range(len(areas)) if self.every or k == main]
-        chosen = [k for k in chosen if areas[k] >= self.min_face**2]
-        if not chosen:
-            raise _NoFaceError(f"small: {areas[main] ** 0.5:.0f} pixels")
-        large = int((areas >= AS_LARGE * areas[main]).sum())
-        if large > 1 and not self.every:
-            raise _NoFaceError(f"several: {large} faces of like size")
+        found, chosen = find_faces(image, self.detector, self.min_face, self.every)
         points = found.points.round(2)  # as a list holds them, by which crops may be made anew
         return [Landmarks(name, points[k], float(found.scores[k])) for k in chosen]
+
+
+class FaceFiles(ImageFiles):
+    """Face images, aligned or not: one of 112 x 112 pixels is taken as it is, of any other
+    photograph the main face is aligned.
+
+    Args:
+        paths: the files.
+        detector: finds the faces; None: a photograph comes as zeros, and ``why`` says so.
+        min_face: pixels, the side of the smallest face's box.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        detector: FaceDetector | None,
+        min_face: float = 32,
+    ) -> None:
+        super().__init__(paths)
+        self.detector, self.min_face = detector, min_face
+
+    def _read(self, index: int) -> Tensor:
+        path = self.paths[index]
+        try:
+            image = decode_original(Path(path).read_bytes())
+            if image.shape[:2] != (self.size, self.size):
+                if self.detector is None:
+                    height, width = image.shape[:2]
+                    raise ValueError(
+                        f"of {width} x {height} pixels it must be aligned, which takes the extra "
+                        f"align: pip install -e '.[align]'"
+                    )
+                found, (main,) = find_faces(image, self.detector, self.min_face)
+                image = align_face(image, found.points[main], self.size)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no face from {path}: {reason(error)}") from error
+        return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def find_faces(
+    image: NDArray[np.uint8], detector: FaceDetector, min_face: float, every: bool = False
+) -> tuple[Detections, list[int]]:
+    """The faces in an image, (H, W, 3) uint8 RGB, and which of them are meant.
+
+    Raises:
+        NoFaceError: there is none, only smaller ones than ``min_face``, or, unless ``every`` face
+            is wanted, another one as large.
+    """
+    found = detector(image)
+    if not len(found.scores):
+        raise NoFaceError("no face")
+    main, areas = found.main(*image.shape[:2]), found.areas()
+    chosen = [k for k in range(len(areas)) if every or k == main]
+    chosen = [k for k in chosen if areas[k] >= min_face**2]
+    if not chosen:
+        raise NoFaceError(f"small: {areas[main] ** 0.5:.0f} pixels")
+    large = int((areas >= AS_LARGE * areas[main]).sum())
+    if large > 1 and not every:
+        raise NoFaceError(f"several: {large} faces of like size")
+    for k in chosen:
+        found.points[k] = detector.refine(image, found.points[k])
+    return found, chosen
 
 
 def crop_files(name: str, count: int, every: bool) -> list[Path]:
@@ -113,5 +169,5 @@ def as_it_is(aligned: Any) -> Any:
     return aligned
 
 
-class _NoFaceError(Exception):
+class NoFaceError(ValueError):
     """Why a photograph gives no crop."""

@@ -8,9 +8,11 @@ from .roc import (
     TARAtFAR,
     equal_error_rate,
     operating_points,
+    rates_at_far,
     roc_auc,
     roc_curve,
     tar_at_far,
+    thresholds_of,
 )
 from .templates import template_embeddings, template_scores
 from .verification import (
@@ -34,11 +36,13 @@ __all__ = [
     "equal_error_rate",
     "identification",
     "operating_points",
+    "rates_at_far",
     "roc_auc",
     "roc_curve",
     "tar_at_far",
     "template_embeddings",
     "template_scores",
+    "thresholds_of",
     "verification_accuracy",
     "verification_tar",
 ]

@@ -4,7 +4,8 @@ A pair is accepted if its score is at least the threshold. The false accept rate
 of pairs of two persons that are accepted, the true accept rate (TAR) that of pairs of one person.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 
 from .checks import check_column, check_finite, check_fraction
 from .row_metric import RowMetric
+
+FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class ROC(NamedTuple):
@@ -149,6 +152,53 @@ def tar_at_far(scores: Tensor, same: Tensor, far: float | Sequence[float]) -> fl
     return tar[0] if isinstance(far, float | int) else tar
 
 
+def rates_at_far(scores: Tensor, same: Tensor) -> dict[str, Any]:
+    """TAR, and the threshold to use, at each FAR of 1e-6, 1e-5 … 1e-1 that so many pairs can show.
+
+    Args:
+        scores: see :func:`roc_curve`.
+        same: see :func:`roc_curve`; here all may be of one kind.
+
+    Returns:
+        Plain data: ``impostors``, the number N of pairs of two persons; ``tar``, of each FAR of at
+        least 1/N by its name, ``"1e-03"``; ``cosine_thresholds``, likewise, the least score that is
+        accepted there, None where none is. Both are empty where all pairs are of one kind.
+    """
+    impostors = int((~same).sum())
+    fars = [far for far in FARS if far * impostors >= 1 and impostors < len(same)]
+    points = operating_points(scores, same, fars) if fars else []
+    names = [f"{far:.0e}" for far in fars]
+    thresholds = [None if math.isinf(point.threshold) else point.threshold for point in points]
+    return {
+        "impostors": impostors,
+        "tar": dict(zip(names, (point.tar for point in points), strict=True)),
+        "cosine_thresholds": dict(zip(names, thresholds, strict=True)),
+    }
+
+
+def thresholds_of(sets: Mapping[str, Mapping[str, Any]], mirror: bool) -> dict[str, Any]:
+    """What a model file keeps of an evaluation, so that its user knows from which cosine on.
+
+    Args:
+        sets: by the name of each set, a mapping that has what :func:`rates_at_far` gives.
+        mirror: whether the embeddings were those of an image plus its mirror image; others have
+            other thresholds.
+
+    Returns:
+        By the name of each set that has thresholds: ``mirror``, ``impostors`` and
+        ``cosine_thresholds``.
+    """
+    return {
+        name: {
+            "mirror": mirror,
+            "impostors": rates["impostors"],
+            "cosine_thresholds": rates["cosine_thresholds"],
+        }
+        for name, rates in sets.items()
+        if rates.get("cosine_thresholds")
+    }
+
+
 def equal_error_rate(scores: Tensor, same: Tensor) -> float:
     r"""The error rate where as many impostors are accepted as right persons rejected.
 
@@ -281,8 +331,18 @@ class TARAtFAR(PairScores):
 
 
 class ROCCurve(PairScores):
-    """:func:`roc_curve` of pairs that arrive in batches, see :class:`RowMetric`."""
+    """:func:`roc_curve` of pairs that arrive in batches, see :class:`RowMetric`.
+
+    Attributes:
+        rates: :func:`rates_at_far` of the pairs of the last ``compute()``, empty before.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rates: dict[str, Any] = {}
 
     def compute(self) -> ROC:
         """Return all points of the ROC."""
-        return roc_curve(*self.rows())
+        scores, same = self.rows()
+        self.rates = rates_at_far(scores, same)
+        return roc_curve(scores, same)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from ..data.formats.tar import is_shard
 from ..evaluation import (
     equal_error_rate,
     identification,
-    operating_points,
+    rates_at_far,
     roc_auc,
     template_embeddings,
     template_scores,
@@ -39,7 +38,6 @@ from ..evaluation import (
 )
 from .embedding_file import files_digest
 
-FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 RANKS, FPIRS = (1, 5), (0.01, 0.1)
 
 
@@ -247,23 +245,12 @@ def _missing(images: ImageFiles, readable: Tensor) -> list[str]:
 
 
 def _rates(scores: Tensor, same: Tensor) -> dict[str, Any]:
-    """How many pairs show two people, ``impostors``; TAR at each FAR that so many can show, and the
-    least cosine accepted there, None where none is; equal error rate and area. No rates where all
-    pairs are of one kind."""
-    impostors = int((~same).sum())
-    if impostors in (0, len(same)):
-        none: dict[str, Any] = {"tar": {}, "cosine_thresholds": {}, "eer": None, "auc": None}
-        return {"impostors": impostors, **none}
-    fars = [far for far in FARS if far * impostors >= 1]
-    names = [f"{far:.0e}" for far in fars]
-    points = operating_points(scores, same, fars)
-    thresholds = [None if math.isinf(point.threshold) else point.threshold for point in points]
+    """:func:`rates_at_far`, equal error rate and area, None where all pairs are of one kind."""
+    both = bool(same.any()) and not same.all()
     return {
-        "impostors": impostors,
-        "tar": dict(zip(names, (point.tar for point in points), strict=True)),
-        "cosine_thresholds": dict(zip(names, thresholds, strict=True)),
-        "eer": equal_error_rate(scores, same),
-        "auc": roc_auc(scores, same),
+        **rates_at_far(scores, same),
+        "eer": equal_error_rate(scores, same) if both else None,
+        "auc": roc_auc(scores, same) if both else None,
     }
 
 

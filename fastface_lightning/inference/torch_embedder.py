@@ -75,7 +75,8 @@ def about_run(run: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         Plain data: ``network`` (what ``build_backbone`` takes), ``data``, ``margin``, ``scale``,
-        ``steps`` trained, ``commit`` and ``verification``, the accuracy of each set.
+        ``steps`` trained, ``commit``, ``verification``, the accuracy of each set, and
+        ``thresholds``, see :func:`fastface_lightning.evaluation.thresholds_of`.
     """
     config = run["config"]
     data, margin = config["data"], dict(config["margin"])
@@ -88,6 +89,7 @@ def about_run(run: Mapping[str, Any]) -> dict[str, Any]:
         "steps": run["steps"],
         "commit": run["commit"],
         "verification": run["verification"],
+        "thresholds": run.get("thresholds", {}),
     }
 
 

@@ -71,6 +71,18 @@ def write_report(folder: Path) -> Path:
     import matplotlib
 
     run = read_run(folder)
+    with matplotlib.rc_context(STYLE):
+        figures = {draw.__name__: draw(run) for draw in (schedule, verification, roc, throughput)}
+        if figures["schedule"] is not None:
+            figures["schedule"].savefig(folder / "schedule.png", dpi=180)
+        shown = {name: svg(each, name) if each else "" for name, each in figures.items()}
+    report = folder / "report.html"
+    write_page(report, "page.html.jinja", run=run, figures=shown)
+    return report
+
+
+def write_page(file: Path, template: str, **values: Any) -> None:
+    """Fill in a template of this folder, and write the page whole or not at all."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -79,15 +91,8 @@ def write_report(folder: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["duration"] = duration
-    with matplotlib.rc_context(STYLE):
-        figures = {draw.__name__: draw(run) for draw in (schedule, verification, roc, throughput)}
-        if figures["schedule"] is not None:
-            figures["schedule"].savefig(folder / "schedule.png", dpi=180)
-        shown = {name: svg(each, name) if each else "" for name, each in figures.items()}
-    page = environment.get_template("page.html.jinja").render(run=run, figures=shown)
-    report = folder / "report.html"
-    write_text(report, page.encode("utf-8", "backslashreplace").decode())
-    return report
+    page = environment.get_template(template).render(**values)
+    write_text(file, page.encode("utf-8", "backslashreplace").decode())
 
 
 def read_run(folder: Path) -> Run:
@@ -130,7 +135,7 @@ def read_run(folder: Path) -> Run:
         metrics=metrics,
         results=results_so_far(metrics) | results,
         roc=read("roc.json", _roc, {}),
-        samples=read("samples.png", _data_uri, ""),
+        samples=read("samples.png", lambda data: data_uri(Image.open(io.BytesIO(data))), ""),
         notes=notes,
     )
 
@@ -205,11 +210,10 @@ def _roc(data: bytes) -> dict[str, Any]:
     }
 
 
-def _data_uri(data: bytes) -> str:
+def data_uri(picture: Image.Image) -> str:
     """An image as an address that holds it, as a JPEG: a PNG of faces is ten times as long."""
     jpeg = io.BytesIO()
-    with Image.open(io.BytesIO(data)) as picture:
-        picture.convert("RGB").save(jpeg, "JPEG", quality=85)
+    picture.convert("RGB").save(jpeg, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
 
 

@@ -58,6 +58,7 @@ class FaceModule(LightningModule):
     Attributes:
         curves: ROC of each set at the last verification, by its name; a set whose pairs are all of
             one person, or all of two, has none.
+        rates: likewise :func:`fastface_lightning.evaluation.rates_at_far`, of the cosines.
         verify_as: what the names of a verification's figures begin with: ``verify``, unless
             :meth:`verifying_as` says otherwise.
     """
@@ -95,6 +96,7 @@ class FaceModule(LightningModule):
         self.metrics = nn.ModuleList(VerificationAccuracy() for _ in verify_names)
         self.rocs = nn.ModuleList(ROCCurve() for _ in verify_names)
         self.curves: dict[str, ROC] = {}
+        self.rates: dict[str, dict[str, Any]] = {}
         self.verify_as = "verify"
         self._resumed_from: dict[str, Any] = {}
         self._optimizer_record: dict[str, Any] = {}
@@ -187,7 +189,7 @@ class FaceModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         for number in self._embedded:
             self._compare_recurring(number)
-        self.curves = {}
+        self.curves, self.rates = {}, {}
         counts = self.trainer.strategy.reduce(self._lost, reduce_op="sum").tolist()
         accuracies = []
         metric: Any
@@ -208,6 +210,7 @@ class FaceModule(LightningModule):
             self.log(f"{logged}/std", metric.result.std, sync_dist=True)
             with suppress(ValueError):  # pairs of one kind; what else may be wrong has been raised
                 self.curves[name] = roc.compute()
+                self.rates[name] = roc.rates
             metric.reset()
             roc.reset()
         if accuracies:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..data import FaceDataModule, FaceDataset
+from ..evaluation import thresholds_of
 from ..files import write_text
 from ..report.curves import thin_curve
 from ..report.page import write_report
@@ -30,8 +31,9 @@ class RunRecord(Callback):
     """Measures a run, and writes down what came of it.
 
     Every checkpoint gets ``run``, plain data that says what made it: ``config``, ``commit``,
-    ``steps`` and ``verification``, the accuracy of each set, if just these weights have been
-    verified. From it :func:`fastface_lightning.load_embedder` builds the network.
+    ``steps`` and, if just these weights have been verified, ``verification``, the accuracy of each
+    set, and ``thresholds``, :func:`fastface_lightning.evaluation.thresholds_of` them. From it
+    :func:`fastface_lightning.load_embedder` builds the network.
 
     Args:
         folder: the run folder.
@@ -40,8 +42,9 @@ class RunRecord(Callback):
     Attributes:
         verification: by the name of each set ``accuracy`` at the last verification, None where no
             embedding was finite, its ``std`` over the folds and ``accuracy_before``, of the network
-            as this run found it, None where that is not known; once a run with averaged weights has
-            ended, ``raw_accuracy``, of the weights as they were trained.
+            as this run found it, None where that is not known; where pairs are of both kinds, what
+            :func:`fastface_lightning.evaluation.rates_at_far` gives; once a run with averaged
+            weights has ended, ``raw_accuracy``, of the weights as they were trained.
         verified_step: optimizer steps done at the last verification.
         images: trained on so far, by all ranks.
         train_seconds: of training with data loading, without verification.
@@ -52,7 +55,7 @@ class RunRecord(Callback):
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder, self.config = folder, config
         self.commit = commit()
-        self.verification: dict[str, dict[str, float | None]] = {}
+        self.verification: dict[str, dict[str, Any]] = {}
         self.verified_step: int | None = None
         self.images = 0
         self.train_seconds = 0.0
@@ -96,7 +99,9 @@ class RunRecord(Callback):
             return
         for name in module.verify_names:
             verified = self.verification.setdefault(name, {"accuracy_before": None})
-            verified.pop("raw_accuracy", None)  # of an earlier part of the run
+            for key in ("raw_accuracy", "impostors", "tar", "cosine_thresholds"):
+                verified.pop(key, None)  # of an earlier verification
+            verified.update(module.rates.get(name, {}))
             for key in ("accuracy", "std"):
                 value = trainer.callback_metrics[f"verify/{name}/{key}"].item()
                 verified[key] = value if math.isfinite(value) else None
@@ -133,6 +138,7 @@ class RunRecord(Callback):
             "commit": self.commit,
             "steps": trainer.global_step,
             "verification": accuracies if verified else {},
+            "thresholds": thresholds_of(self.verification, mirror=True) if verified else {},
         }
 
     def write(self, trainer: Trainer, interrupted: bool = False) -> dict[str, Any]:

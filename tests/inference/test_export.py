@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import fastface_lightning.inference.export as export_module
 from fastface_lightning.backbones import build_backbone, load_weights
+from fastface_lightning.data import encode_jpeg, write_verification_bin
 from fastface_lightning.inference.embedder import load_embedder
 from fastface_lightning.inference.export import export
 from fastface_lightning.inference.torch_embedder import TorchEmbedder
@@ -43,6 +44,47 @@ def test_onnx_embeds_as_torch_in_batches_of_any_size(
     assert written.about["input"]["colour_order"] == "RGB"
     assert written.about["verification"] == {"lfw": 0.9}
     assert written.about["commit"] == RUN["commit"]
+
+
+def test_the_file_holds_the_thresholds(run: Run, embedder: TorchEmbedder, tmp_path: Path) -> None:
+    """Of the checkpoint, or of an evaluation of the same weights, and of no others."""
+    export(embedder, tmp_path / "model.safetensors")
+    about = load_embedder(tmp_path / "model.safetensors").about
+    assert about["thresholds"] == RUN["thresholds"]
+
+    encoded = [encode_jpeg(image.permute(1, 2, 0).numpy()) for image in noise(80)]
+    write_verification_bin(tmp_path / "noise.bin", encoded, [i % 2 > 0 for i in range(40)])
+    evaluated = run(
+        *("checkpoint=best.ckpt", "verify=[noise.bin]", "mirror=false"),
+        program="recipes/evaluate.py",
+        folder="evaluation",
+    )
+    assert evaluated.code == 0, evaluated.err
+    evaluation = evaluated.folder / "evaluation.json"
+    noise_bin = json.loads(evaluation.read_text())["sets"]["noise"]
+    arguments = ["target=model.onnx", f"evaluation={evaluation}"]
+    ended = run("checkpoint=best.ckpt", *arguments, program="recipes/export.py")
+    assert ended.code == 0, ended.err
+    about = load_embedder(tmp_path / "model.onnx").about
+    assert about["thresholds"] == {
+        "noise": {
+            "mirror": False,
+            "impostors": 20,
+            "cosine_thresholds": noise_bin["cosine_thresholds"],
+        }
+    }
+    assert set(noise_bin["cosine_thresholds"]) == {"1e-01"}
+
+    save_checkpoint(tmp_path / "other.ckpt", network(1))
+    for checkpoint, file in (
+        ("other.ckpt", evaluation),
+        ("best.ckpt", evaluated.folder / "x.json"),
+    ):
+        (evaluated.folder / "x.json").write_text('{"sets": 1}')
+        arguments = [f"checkpoint={checkpoint}", "target=no.onnx", f"evaluation={file}"]
+        ended = run(*arguments, program="recipes/export.py")
+        assert ended.code == 2 and "evaluation must be" in ended.err, ended.err
+        assert not (tmp_path / "no.onnx").exists()
 
 
 def test_weights_are_bit_for_bit_the_networks(embedder: TorchEmbedder, tmp_path: Path) -> None:

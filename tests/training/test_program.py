@@ -182,6 +182,14 @@ def test_the_average_is_what_is_verified_saved_exported_and_started_from(run: Ru
     assert evaluated.code == 0, evaluated.err
     told = json.loads((evaluated.folder / "evaluation.json").read_text())["sets"]["synthetic"]
     assert told["accuracy"] == pytest.approx(verified["accuracy"], abs=1e-6)
+    # The thresholds too, in results.json, the checkpoint and the exported file.
+    assert told["impostors"] == verified["impostors"] == 10 and told["tar"] == verified["tar"]
+    thresholds = checkpoint["run"]["thresholds"]["synthetic"]
+    assert thresholds == load_embedder(target).about["thresholds"]["synthetic"]
+    assert thresholds["mirror"] and list(thresholds["cosine_thresholds"]) == ["1e-01"]
+    for known in (verified, thresholds):
+        cosines = known["cosine_thresholds"]
+        assert cosines == pytest.approx(told["cosine_thresholds"], abs=1e-5)
     started = run(*SMALL, f"weights={file}", "optimizer.lr=0", "trainer.max_steps=1", folder="next")
     assert started.code == 0, started.err
     begun = saved(started)["state_dict"]

@@ -1,0 +1,216 @@
+"""Do two images show one person, or who is it? ``python recipes/verify.py --help``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from fastface_lightning.cli import check_numbers, program
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastface_lightning.data.photos import FaceFiles
+    from fastface_lightning.inference.embedder import Embedder
+    from fastface_lightning.inference.matching import Threshold
+    from fastface_lightning.report.matches import Match
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+SHOWN = 200  # queries on the page
+
+
+@program(config_path=CONF, config_name="verify", files="images")
+def main(cfg: DictConfig) -> None:
+    """Compare or search, print what came of it, leave verify.json and a page."""
+    check(cfg)
+
+    from fastface_lightning.inference.embedder import load_embedder
+    from fastface_lightning.inference.matching import Threshold, find_threshold
+
+    embedder = load_embedder(
+        cfg.checkpoint,
+        cfg.network,
+        cfg.device,
+        mirror=True,
+        batch_size=cfg.batch_size,
+        range=cfg.range,
+        channels=cfg.channels,
+    )
+    if cfg.threshold is None:
+        threshold = find_threshold(embedder.about, cfg.far, cfg.measured_on)
+    else:
+        threshold = Threshold(float(cfg.threshold))
+    embedder.mirror = threshold.mirror  # it holds for embeddings made as those were
+    if cfg.images is None:
+        search(cfg, embedder, threshold)
+    else:
+        compare(cfg, embedder, threshold)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be done, before anything takes long."""
+    check_numbers(cfg, {"batch_size": 1, "min_face": 0, "far": 0, "threshold": -1})
+    searched = [key for key in ("gallery", "query") if cfg[key] is not None]
+    if cfg.images is None and len(searched) < 2:
+        raise ValueError("two images must be given, or gallery=DIR and query=DIR, got neither")
+    if cfg.images is not None and (len(cfg.images) != 2 or searched):
+        also = "".join(f" and {key}={cfg[key]}" for key in searched)
+        raise ValueError(f"two images must be given, got {len(cfg.images)}{also}")
+    chosen = [f"{key}={cfg[key]}" for key in ("far", "measured_on") if cfg[key] is not None]
+    if cfg.threshold is not None and chosen:
+        raise ValueError(
+            f"threshold={cfg.threshold} takes the place of the model's own, among which "
+            f"{chosen[0]} chooses: one of them must go"
+        )
+
+
+def compare(cfg: DictConfig, embedder: Embedder, threshold: Threshold) -> None:
+    """Two images: one person or two?"""
+    import torch
+
+    from fastface_lightning.report.matches import Match
+
+    files = face_files(cfg, list(cfg.images))
+    read = [files[number] for number in range(2)]
+    for number, (_, readable) in enumerate(read):
+        if not readable:
+            raise ValueError(files.why(number))
+    faces = torch.stack([face for face, _ in read])
+    first, second = embedder(faces)
+    cosine = float(first @ second)
+    same = cosine >= threshold.cosine
+    decision = "one person" if same else "two people"
+    facts = [("decision", decision), ("cosine", f"{cosine:.4f}"), ("threshold", str(threshold))]
+    match = Match(tuple(cfg.images), tuple(faces.numpy()), decision, cosine)
+    leave(decision, threshold, facts, [match], {"cosine": cosine, "same": same})
+
+
+def search(cfg: DictConfig, embedder: Embedder, threshold: Threshold) -> None:
+    """Who of the gallery is on each image of ``query``, or nobody of them?"""
+    from fastface_lightning.files import printable, write_text
+    from fastface_lightning.inference.matching import Gallery
+    from fastface_lightning.report.matches import Match
+
+    entry_names, entries, enrolled, entry_units = embedded(cfg, embedder, cfg.gallery)
+    names, queries, sought, units = embedded(cfg, embedder, cfg.query)
+    gallery = Gallery(entry_units, [person_of(entry_names[i]) for i in enrolled])
+    people, cosines = (column.tolist() for column in gallery.search(units))
+    decisions = [
+        gallery.people[person] if cosine >= threshold.cosine else "unknown"
+        for person, cosine in zip(people, cosines, strict=True)
+    ]
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(("image", "person", "cosine", "nearest", "left_out"))
+    for row, i in enumerate(sought):
+        found = decisions[row], f"{cosines[row]:.4f}", gallery.people[people[row]], ""
+        rows.writerow(map(printable, (names[i], *found)))
+    for i in sorted({*range(len(queries))} - {*sought}):
+        rows.writerow((printable(names[i]), "", "", "", queries.why(i)))
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    write_text(folder / "matches.csv", table.getvalue())
+
+    order = sorted(range(len(sought)), key=lambda row: abs(cosines[row] - threshold.cosine))
+    matches = []
+    for row in order[:SHOWN]:
+        i, entry = sought[row], enrolled[gallery.nearest_entry(people[row], units[row])]
+        both = printable(names[i]), printable(entry_names[entry])
+        faces = queries[i][0].numpy(), entries[entry][0].numpy()
+        matches.append(Match(both, faces, decisions[row], cosines[row]))
+    unknown, count = decisions.count("unknown"), len(gallery.people)
+    known = len(decisions) - unknown
+    title = f"{known:,} found, {unknown:,} unknown"
+    facts = [
+        ("enrolled", f"{count:,} people{of(enrolled, entries)}"),
+        ("queries", f"{title}{of(sought, queries)}"),
+        ("threshold", str(threshold)),
+    ]
+    if threshold.far is not None:
+        share = 1 - (1 - threshold.far) ** count
+        facts.append(
+            ("strangers", f"some {100 * share:.2g} % of them would be taken for one enrolled")
+        )
+    if len(order) > SHOWN:
+        facts.append(("shown", f"the {SHOWN} nearest to the threshold"))
+    result = {"people": count, "enrolled": len(enrolled), "found": known, "unknown": unknown}
+    leave(title, threshold, facts, matches, {**result, "left_out": len(queries) - len(sought)})
+
+
+def of(rows: list[int], files: FaceFiles) -> str:
+    """How many images were taken, and how many not."""
+    left_out = len(files) - len(rows)
+    return f", {len(rows):,} images" + (f", {left_out:,} left out" if left_out else "")
+
+
+def person_of(name: str) -> str:
+    """Whom an enrolled image shows: by its folder, or its own name where it lies in none."""
+    parts = Path(name).parts
+    return parts[0] if len(parts) > 1 else Path(name).stem
+
+
+def face_files(cfg: DictConfig, paths: list[str]) -> FaceFiles:
+    """The faces on images, aligned where the extra for it is there."""
+    from fastface_lightning.data import FaceDetector
+    from fastface_lightning.data.photos import FaceFiles
+
+    try:
+        detector = FaceDetector()
+    except ModuleNotFoundError:
+        detector = None
+    return FaceFiles(paths, detector, cfg.min_face)
+
+
+def embedded(
+    cfg: DictConfig, embedder: Embedder, folder: str
+) -> tuple[list[str], FaceFiles, list[int], Tensor]:
+    """The images in a folder by name, as faces, the numbers of those that show one, and the unit
+    embeddings of these."""
+    import numpy as np
+    import torch
+
+    from fastface_lightning.data import find_images
+    from fastface_lightning.inference.embedding_file import (
+        embed_to_file,
+        embedding_key,
+        files_digest,
+    )
+
+    names = find_images(folder)
+    files = face_files(cfg, [str(Path(folder) / name) for name in names])
+    cache = Path(cfg.cache or Path(cfg.checkpoint).parent / "embeddings")
+    key = embedding_key(embedder, files_digest(files.paths, np.array([cfg.min_face])))
+    file = cache / f"{Path(folder).resolve().name}-{key}.npy"
+    embeddings = embed_to_file(file, key, files, len(files), embedder, embedder, keep=True)
+    shows = np.flatnonzero(~np.isnan(embeddings[:, 0]))
+    if not len(shows):
+        raise ValueError(f"an image must show a face, got none in {folder}: {files.why(0)}")
+    return names, files, shows.tolist(), torch.from_numpy(embeddings[shows])
+
+
+def leave(
+    title: str,
+    threshold: Threshold,
+    facts: list[tuple[str, str]],
+    matches: list[Match],
+    result: dict[str, Any],
+) -> None:
+    """Print what came of it, and write it down."""
+    from fastface_lightning.report.matches import write_matches
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    written = {**result, "threshold": threshold._asdict()}
+    (folder / "verify.json").write_text(json.dumps(written, indent=2) + "\n")
+    write_matches(folder / "matches.html", title, facts, matches)
+    for name, value in facts:
+        print(f"  {name:10} {value}")
+    print(f"  {'files':10} {folder}")
+
+
+if __name__ == "__main__":
+    main()
