@@ -2,7 +2,8 @@
 
 LFW's aligned faces are put into frames of 250 pixels and more, turned, scaled, some with a second
 person in a corner. ``--photographs DIR`` writes all of them so, beside LFW's lists, for
-recipes/align.py and a training run on what comes of them.
+recipes/align.py and a training run on what comes of them; ``--crops DIR`` their crops by the true
+landmarks, for another one to compare it with.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from photographs import frame, landmarks, paste
 from PIL import Image
 
-from fastface_lightning.data import FaceDetector, similarity_transform
+from fastface_lightning.data import FaceDetector, align_face, similarity_transform
 from fastface_lightning.data.datamodule import read_people
 
 SCALES, TURN = (0.6, 3.0), 30  # of 112 pixels; degrees
@@ -33,9 +34,10 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="LFW View 1, aligned")
     parser.add_argument("--people", type=int, default=300, help="of its test people")
     parser.add_argument("--photographs", type=Path, help="folder to write all of LFW to")
+    parser.add_argument("--crops", type=Path, help="folder to write its crops to, by the truth")
     arguments = parser.parse_args()
-    if arguments.photographs:
-        write(arguments.root, arguments.photographs)
+    if arguments.photographs or arguments.crops:
+        write(arguments.root, arguments.photographs or arguments.crops, bool(arguments.crops))
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     cv2.setNumThreads(1)
@@ -114,14 +116,18 @@ def photograph(
     return photo, paste(photo, face, middle, scale, rng.uniform(-TURN, TURN))
 
 
-def write(root: Path, target: Path) -> None:
-    """All of LFW as photographs in ``target/images``, and its lists."""
+def write(root: Path, target: Path, crops: bool) -> None:
+    """All of LFW as photographs, or their crops, in ``target/images``, and its lists."""
     rng = np.random.default_rng(0)
     for file in sorted((root / "images").glob("*/*.jpg")):
         place = target / file.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
         face = np.asarray(Image.open(file))
-        photograph(face, rng, face, 0)[0].save(place, quality=95)
+        photo, matrix = photograph(face, rng, face, 0)
+        photo.save(place, quality=95)
+        if crops:
+            crop = align_face(np.asarray(Image.open(place)), landmarks(matrix))
+            Image.fromarray(crop).save(place, quality=95)
     for file in root.glob("*.txt"):
         shutil.copy(file, target)
 
