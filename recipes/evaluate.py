@@ -62,6 +62,7 @@ def main(cfg: DictConfig) -> None:
         batch_size=cfg.batch_size,
         range=cfg.range,
         channels=cfg.channels,
+        precision=cfg.precision,
     )
     cache = Path(cfg.cache or Path(cfg.checkpoint).parent / "embeddings")
     results: Results = {}
