@@ -92,7 +92,9 @@ def train(
         data.earlier = [*known.trained, *known.earlier]
     data.setup("fit")
     say_counts(data.counts())
-    module = build_module(cfg, data, schedule)
+    module = build_module(cfg, data, schedule, saved.config.get("model", {}) if saved else None)
+    if architecture := getattr(module.backbone, "architecture", None):
+        config["model"]["architecture"] = architecture  # a checkpoint loads without its source
     module.build_optimizer()  # what it refuses is refused before anything slow
     if cfg.weights and checkpoint is None:
         module.start_from(cfg.weights, cfg.classifier.reinit, data.people.trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,22 @@ def build_classifier(
     )
 
 
-def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceModule:
+def build_module(
+    cfg: DictConfig, data: FaceDataModule, schedule: Any, earlier: Mapping[str, Any] | None = None
+) -> FaceModule:
     """The network, its classifier and its optimizer; the data, set up, comes in the classifier's
-    batches. A FixedSchedule, of what ``cfg.schedule`` may make, comes with the optimizer."""
-    backbone = instantiate(cfg.model)  # first: the random numbers of a run have their order
+    batches. A FixedSchedule, of what ``cfg.schedule`` may make, comes with the optimizer.
+
+    A run that goes on has its own weights: with ``earlier``, the model's config in its checkpoint,
+    no others are looked up, nor what the model's name stands for.
+    """
+    known: dict[str, Any] = {}
+    if earlier is not None and cfg.model.get("pretrained"):
+        known["pretrained"] = False
+    if earlier and "architecture" in earlier and earlier["name"] == cfg.model.name:
+        known["architecture"] = earlier["architecture"]
+    # First: the random numbers of a run have their order.
+    backbone = instantiate(cfg.model, **known)
     classifier = build_classifier(cfg, data.num_classes)
     module = FaceModule(
         backbone,
