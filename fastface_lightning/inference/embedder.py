@@ -29,6 +29,8 @@ class Embedder(ABC):
         channels: see :func:`load_embedder`.
     """
 
+    precision: str | None = None  # see load_embedder
+
     def __init__(
         self,
         embedding_size: int,

@@ -93,6 +93,7 @@ def build_loggers(cfg: DictConfig, folder: Path, resume_step: int) -> list[Logge
 
     Raises:
         ModuleNotFoundError: the extra of a logger is not installed.
+        ValueError: wandb or MLflow refuses its settings.
     """
     ids = kept_ids(folder) if resume_step else {}
     rank, loggers = getattr(rank_zero_only, "rank", 0), []
@@ -107,6 +108,8 @@ def build_loggers(cfg: DictConfig, folder: Path, resume_step: int) -> list[Logge
             if name in EXTRAS and isinstance(error.__cause__, ModuleNotFoundError):
                 text = f"logger={name} needs an extra: pip install -e '.[{name}]'"
                 raise ModuleNotFoundError(text) from error
+            if keys:  # errors of wandb's and MLflow's own
+                raise ValueError(f"logger={name} cannot begin: {error.__cause__}") from error
             raise
         if isinstance(logger, ResumableCSVLogger):
             logger.resume_step = resume_step

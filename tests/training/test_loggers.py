@@ -127,6 +127,14 @@ def test_an_absent_extra_is_named(
     assert f"pip install -e '.[{name}]'" in ended.err
 
 
+@pytest.mark.program
+def test_settings_that_mlflow_refuses_get_a_sentence(run: Run) -> None:
+    pytest.importorskip("mlflow")
+    ended = run(*SMALL, "logger=mlflow", "logger.mlflow.tracking_uri=nowhere://x")
+    assert ended.code == 2 and "Traceback" not in ended.err
+    assert "error: logger=mlflow cannot begin: " in ended.err
+
+
 def test_a_logger_that_cannot_begin_is_named(tmp_path: Path) -> None:
     class Closed(DummyLogger):
         def log_hyperparams(self, *_: Any, **__: Any) -> None:
