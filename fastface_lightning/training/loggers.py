@@ -77,11 +77,20 @@ def log_figures(loggers: Sequence[Logger], folder: Path, step: int) -> None:
 
 @contextmanager
 def ending_wandb() -> Iterator[None]:
-    """After it nothing goes on at wandb, where the next run of a sweep would be taken for this."""
+    """After it nothing goes on at wandb, where the next run of a sweep would be taken for this.
+
+    Raises:
+        ValueError: in the place of wandb's and MLflow's own errors: no login, no server.
+    """
     code = 1
     try:
         yield
         code = 0
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if package in ("wandb", "mlflow"):
+            raise ValueError(f"logger={package} failed: {reason(error)}") from error
+        raise
     finally:
         if wandb := sys.modules.get("wandb"):
             wandb.finish(code)

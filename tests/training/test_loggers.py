@@ -11,7 +11,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from programs import SMALL, Ended, Run
 from test_resume import train
 
-from fastface_lightning.training.loggers import log_settings
+from fastface_lightning.training.loggers import ending_wandb, log_settings
 
 EVERY = "trainer.log_every_n_steps=1"
 
@@ -145,3 +145,11 @@ def test_a_logger_that_cannot_begin_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"logger=closed .*no key"):
         log_settings(loggers, tmp_path, config, resumed=False)
     assert not (tmp_path / "loggers.json").exists()
+
+
+def test_errors_of_wandb_itself_are_a_sentence() -> None:
+    refused = type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})
+    with pytest.raises(ValueError, match="logger=wandb failed: no key"), ending_wandb():
+        raise refused("no key")
+    with pytest.raises(KeyError), ending_wandb():
+        raise KeyError
