@@ -37,6 +37,7 @@ def main(cfg: DictConfig) -> float | None:
     from fastface_lightning.training.console import quiet_console
     from fastface_lightning.training.devices import resolve_device
     from fastface_lightning.training.interrupts import EndOnSignal
+    from fastface_lightning.training.loggers import ending_wandb
     from fastface_lightning.training.plan import plan_run
 
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -49,7 +50,7 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.plan is not False and cfg.plan is not None:  # 0 is a mistake, not a no
         plan_run(cfg, folder)
         return None
-    with quiet_console(), EndOnSignal() as signals, run_folder.in_use(folder):
+    with quiet_console(), EndOnSignal() as signals, run_folder.in_use(folder), ending_wandb():
         accuracy = train(cfg, folder, checkpoint, overrides, signals)
     if signals.code:
         go_on = shlex.join([f"hydra.run.dir={folder}", "resume=auto"])
@@ -80,7 +81,7 @@ def train(
     from fastface_lightning.training.run_record import RunRecord
 
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    record = RunRecord(folder, config)
+    record = RunRecord(folder, config, resumed=checkpoint is not None)
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     data, schedule = instantiate(cfg.data), instantiate(cfg.schedule)
@@ -91,7 +92,9 @@ def train(
         data.earlier = [*known.trained, *known.earlier]
     data.setup("fit")
     say_counts(data.counts())
-    module = build_module(cfg, data, schedule)
+    module = build_module(cfg, data, schedule, saved.config.get("model", {}) if saved else None)
+    if architecture := getattr(module.backbone, "architecture", None):
+        config["model"]["architecture"] = architecture  # a checkpoint loads without its source
     module.build_optimizer()  # what it refuses is refused before anything slow
     if cfg.weights and checkpoint is None:
         module.start_from(cfg.weights, cfg.classifier.reinit, data.people.trained)

@@ -176,7 +176,7 @@ class Program:
 
     def train(self, batches: list[Batch] | None = None) -> float:
         """An epoch of its own data, or of batches in memory, by the trainer; seconds."""
-        record = RunRecord(self.folder, {})
+        record = RunRecord(self.folder, {"logger": {name: {} for name in self.cfg.logger}})
         schedule = instantiate(self.cfg.schedule)
         trainer = build_trainer(self.cfg, self.folder, schedule, record, 0)
         clock = Clock(loading=batches is None)

@@ -49,6 +49,7 @@ def main(cfg: DictConfig) -> int:
         batch_size=cfg.batch_size,
         range=cfg.range,
         channels=cfg.channels,
+        precision=cfg.precision,
     )
     names = find_images(root)
     points = None if cfg.landmarks is None else landmarks_of(names, cfg.landmarks)

@@ -62,6 +62,7 @@ def main(cfg: DictConfig) -> None:
         batch_size=cfg.batch_size,
         range=cfg.range,
         channels=cfg.channels,
+        precision=cfg.precision,
     )
     cache = Path(cfg.cache or Path(cfg.checkpoint).parent / "embeddings")
     results: Results = {}
@@ -211,10 +212,12 @@ def write(cfg: DictConfig, folder: Path, embedder: Embedder, results: Results) -
     """Write evaluation.json and evaluation.md; returns the latter's text."""
     from fastface_lightning.files import write_text
 
-    written = {"checkpoint": str(cfg.checkpoint), "mirror": cfg.mirror}
+    precision = embedder.precision or "float32"
+    written = {"checkpoint": str(cfg.checkpoint), "mirror": cfg.mirror, "precision": precision}
     written |= {"fingerprint": embedder.fingerprint, "model": embedder.about, "sets": results}
     write_text(folder / "evaluation.json", json.dumps(written, indent=2) + "\n")
     how = "" if cfg.mirror else ", without mirror images"
+    how += "" if embedder.precision is None else f", in {precision}"
     text = f"# {cfg.checkpoint}{how}\n\n{headline(embedder.about, results)}\n"
     text += "".join(f"\n{details(name, result)}\n" for name, result in results.items())
     write_text(folder / "evaluation.md", text)

@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     if evaluation is not None:
         if evaluation["fingerprint"] != embedder.fingerprint:
             raise ValueError(
-                f"evaluation must be of these weights and of RGB in [-1, 1], got "
+                f"evaluation must be of these weights, in float32 and of RGB in [-1, 1], got "
                 f"{cfg.evaluation}, of {evaluation['checkpoint']}"
             )
         embedder.about["thresholds"] = thresholds_of(evaluation["sets"], mirror)

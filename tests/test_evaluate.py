@@ -102,6 +102,17 @@ def test_every_kind_of_set(run: Run, place: Path) -> None:
             assert picture.width > 300
 
 
+@pytest.mark.program
+def test_half_precision_is_said_and_kept_apart(run: Run, place: Path) -> None:
+    for precision, said in ((None, "float32"), ("bf16", "bf16")):
+        given = [] if precision is None else [f"precision={precision}"]
+        ended = run("checkpoint=best.ckpt", "verify=[lfw.bin]", *given, program=PROGRAM)
+        assert ended.code == 0, ended.err
+        assert json.loads((ended.folder / "evaluation.json").read_text())["precision"] == said
+    assert "bf16" in (ended.folder / "evaluation.md").read_text().splitlines()[0]
+    assert len(list((place / "embeddings").glob("lfw-*.npy"))) == 2
+
+
 def test_templates_are_the_protocol(place: Path) -> None:
     """Against loops over templates and medias, with an image that cannot be read."""
     (place / "IJBC" / "loose_crop" / "3.jpg").write_bytes(b"")

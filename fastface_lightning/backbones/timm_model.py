@@ -1,12 +1,13 @@
 """Any backbone by its timm name, ending in an embedding: images (N, 3, 112, 112) in, (N, D) out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import chain
 from typing import Any
 
 import timm
 import torch
+from timm.models import parse_model_name, resolve_model_input_args
 from torch import Tensor, nn
 
 from ..files import reason
@@ -79,6 +80,7 @@ def build_backbone(
     compile: bool = False,
     grad_checkpointing: bool = False,
     freeze: str | Iterable[str] | None = None,
+    architecture: Mapping[str, Any] | None = None,
     **timm_kwargs: Any,
 ) -> nn.Module:
     """Build a backbone that maps aligned faces to embeddings.
@@ -87,9 +89,10 @@ def build_backbone(
     features to an :class:`EmbeddingNeck`. A model whose image size is fixed is built for 112.
 
     Args:
-        name: a name of ``timm.list_models()``, such as ``iresnet100`` or ``convnext_tiny``.
+        name: a name of ``timm.list_models()``, such as ``iresnet100`` or ``convnext_tiny``; or
+            ``hf_hub:OWNER/NAME`` of the Hugging Face Hub, or ``local-dir:PATH`` of such a folder.
         embedding_size: D, at least 1.
-        pretrained: start from timm's ImageNet weights; only for models timm has weights for.
+        pretrained: start from the weights that timm, the hub or the folder has for ``name``.
         dropout: probability of dropping a feature before the last linear layer, in [0, 1).
         channels_last: store the weights in NHWC order, faster on tensor cores and on processors.
         compile: compile the network by ``torch.compile`` at its first forward. In place: the
@@ -100,6 +103,8 @@ def build_backbone(
             their statistics, dropout is off. Submodules or parameters by their names in the
             state_dict: ``layer1``, and within any other timm model ``trunk.stem``; ``all`` is the
             whole backbone.
+        architecture: what a ``name`` of the hub or of a folder stands for, as a network built from
+            one has it in its ``architecture``; unless ``pretrained``, nothing is looked up then.
         timm_kwargs: passed to ``timm.create_model``, such as ``drop_path_rate``.
 
     Returns:
@@ -107,8 +112,9 @@ def build_backbone(
         training it takes two images or more, as batch norms do.
 
     Raises:
-        ValueError: an argument out of its range, an unknown name or part, a model that does not map
-            112x112 images to one vector each, or that cannot checkpoint its gradients.
+        ValueError: an argument out of its range, an unknown name or part, settings or weights that
+            cannot be had, a model that does not map 112x112 images to one vector each, or that
+            cannot checkpoint its gradients.
 
     Example:
         >>> model = build_backbone("iresnet18", embedding_size=256, freeze=["conv1", "bn1"]).eval()
@@ -124,7 +130,25 @@ def build_backbone(
     for key, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{key} must be true or false, got {value!r}")
-    model = _create(name, embedding_size, pretrained, dropout, timm_kwargs)
+    elsewhere = parse_model_name(name)[0] is not None
+    if architecture is not None and not elsewhere:
+        raise ValueError(f"architecture must be null for a name of timm's own, got {name}")
+    try:
+        known: dict[str, Any] = {"name": name, **(architecture or {})}
+        weights: dict[str, Any] = {}
+        if elsewhere and (pretrained or architecture is None):
+            known, weights = _look_up(name)
+        given = {**known, **(weights if pretrained else {}), **timm_kwargs}
+        name_in_timm = given.pop("name")
+        model: Any = _create(name_in_timm, embedding_size, pretrained, dropout, given)
+    except (OSError, RuntimeError, LookupError) as error:  # of the hub, a folder, timm
+        if not (elsewhere or pretrained):
+            raise
+        raise ValueError(
+            f"name must be of a model whose settings and weights can be had, got {name} with "
+            f"pretrained={pretrained}: {_first_line(error)}"
+        ) from error
+    model.architecture = known if elsewhere else None
     if channels_last:
         model.to(memory_format=torch.channels_last)
     if grad_checkpointing:
@@ -133,6 +157,18 @@ def build_backbone(
     if compile:
         model.compile()
     return model
+
+
+def _look_up(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a name of the hub or of a folder stands for: timm's name and arguments, for images of
+    112x112; and what timm finds and converts the weights by."""
+    found = resolve_model_input_args(name)
+    weights = {key: found.pop(key, None) for key in ("pretrained_cfg", "pretrained_model_args")}
+    known = {"name": found.pop("model_name"), **found}
+    known.pop("num_classes", None)
+    if "img_size" in known or weights["pretrained_cfg"]["fixed_input_size"]:
+        known["img_size"] = list(IMAGE_SHAPE[1:])
+    return known, weights
 
 
 def _create(

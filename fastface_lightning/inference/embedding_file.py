@@ -84,7 +84,10 @@ def embed_to_file(
             out.truncate(0)
             out.write(header)
         loader: DataLoader[Any] = DataLoader(
-            Subset(images, range(done, count)), embedder.batch_size, num_workers=num_workers
+            Subset(images, range(done, count)),
+            embedder.batch_size,
+            num_workers=num_workers,
+            pin_memory=embedder.device.type == "cuda",
         )
         with Progress(transient=True) as progress:
             task = progress.add_task("embedding", total=count, completed=done)

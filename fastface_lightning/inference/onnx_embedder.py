@@ -58,6 +58,8 @@ class OnnxEmbedder(Embedder):
             raise ValueError(f"range must be null for a graph of uint8, got {list(range)}")
         given = (embedding_size, about, torch.device("cpu"), mirror, fixed or batch_size)
         super().__init__(*given, range, channels)
+        on_gpu = "CUDAExecutionProvider" in self.session.get_providers()
+        self.mirrors_at_once = on_gpu and not self.is_fixed
         if range is None and not (about or self.is_uint8):
             self._find_range()
 

@@ -20,24 +20,43 @@ from .embedder import Embedder
 _OF_TRAINING = {
     *("_target_", "channels_last", "compile", "freeze", "grad_checkpointing", "pretrained")
 }
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchEmbedder(Embedder):
-    """An :class:`Embedder` by a torch backbone, ``network``, which it puts into eval mode."""
+    """An :class:`Embedder` by a torch backbone, ``network``, which it puts into eval mode.
 
-    def __init__(self, network: nn.Module, *args: Any, **kwargs: Any) -> None:
+    Args:
+        network: images (N, 3, 112, 112) in its range to embeddings (N, D).
+        precision: see :func:`load_embedder`.
+        args, kwargs: of :class:`Embedder`.
+    """
+
+    def __init__(
+        self, network: nn.Module, *args: Any, precision: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if precision not in (None, *_DTYPES):
+            raise ValueError(f"precision must be null, bf16 or fp16, got {precision}")
+        if precision == "bf16" and self.device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        self.precision = precision
         self.network = network.to(self.device).eval()
+        if precision is not None:
+            self.network.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def _forward(self, images: Tensor) -> Tensor:
-        return self.network(self._floats(images.to(self.device, non_blocking=True)))
+        pixels = self._floats(images)
+        if self.precision is None:
+            return self.network(pixels)
+        with torch.autocast(self.device.type, _DTYPES[self.precision]):
+            return self.network(pixels.contiguous(memory_format=torch.channels_last))
 
     @cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(
-            json.dumps([self.about.get("network"), self.mirror, self.range, self.channels]).encode()
-        )
+        settings = [self.mirror, self.range, self.channels, self.precision]
+        digest = hashlib.sha256(json.dumps([self.about.get("network"), *settings]).encode())
         for key, value in sorted(self.network.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -52,6 +71,7 @@ def load_torch_embedder(
     batch_size: int,
     range: Sequence[float] | None = None,
     channels: str = "rgb",
+    precision: str | None = None,
 ) -> TorchEmbedder:
     """:func:`load_embedder` of a file of weights."""
     about = read_about(path)
@@ -67,7 +87,7 @@ def load_torch_embedder(
     load_weights(model, path)
     about["network"] = spec
     given = (spec["embedding_size"], about, device, mirror, batch_size, range, channels)
-    return TorchEmbedder(model, *given)
+    return TorchEmbedder(model, *given, precision=precision)
 
 
 def about_run(run: Mapping[str, Any]) -> dict[str, Any]:

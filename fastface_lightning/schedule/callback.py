@@ -233,7 +233,9 @@ class FastFaceCallback(Callback):
         for logger in trainer.loggers if self.logs else []:
             # TensorBoard's table of hyper-parameters has one row a run: it stays the user's.
             own: Any = {"metrics": {}} if type(logger).__name__ == "TensorBoardLogger" else {}
-            logger.log_hyperparams({self._prefix: {"schedule": name, **settings}}, **own)
+            # MLflow's parameters never change: what a resume changes it would refuse.
+            if not (self._saved and type(logger).__name__ == "MLFlowLogger"):
+                logger.log_hyperparams({self._prefix: {"schedule": name, **settings}}, **own)
 
     def _resume(self, trainer: Trainer, saved: dict[str, Any]) -> None:
         self._progress, changed = Progress.load(saved, self.schedule)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra.utils
+from hydra.errors import InstantiationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from ..classifiers import AttentionClassifier, Classifier, MomentumClassifier
@@ -20,6 +24,7 @@ from .console import ProgressBar
 from .csv_logger import ResumableCSVLogger
 from .devices import loss_scaling
 from .interrupts import EndOnSignal
+from .loggers import EXTRAS, RUN_ID, kept_ids
 from .losses import StepLosses
 from .module import FaceModule
 from .run_record import RunRecord
@@ -47,10 +52,22 @@ def build_classifier(
     )
 
 
-def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceModule:
+def build_module(
+    cfg: DictConfig, data: FaceDataModule, schedule: Any, earlier: Mapping[str, Any] | None = None
+) -> FaceModule:
     """The network, its classifier and its optimizer; the data, set up, comes in the classifier's
-    batches. A FixedSchedule, of what ``cfg.schedule`` may make, comes with the optimizer."""
-    backbone = instantiate(cfg.model)  # first: the random numbers of a run have their order
+    batches. A FixedSchedule, of what ``cfg.schedule`` may make, comes with the optimizer.
+
+    A run that goes on has its own weights: with ``earlier``, the model's config in its checkpoint,
+    no others are looked up, nor what the model's name stands for.
+    """
+    known: dict[str, Any] = {}
+    if earlier is not None and cfg.model.get("pretrained"):
+        known["pretrained"] = False
+    if earlier and "architecture" in earlier and earlier["name"] == cfg.model.name:
+        known["architecture"] = earlier["architecture"]
+    # First: the random numbers of a run have their order.
+    backbone = instantiate(cfg.model, **known)
     classifier = build_classifier(cfg, data.num_classes)
     module = FaceModule(
         backbone,
@@ -71,6 +88,35 @@ def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceMo
     return module
 
 
+def build_loggers(cfg: DictConfig, folder: Path, resume_step: int) -> list[Logger]:
+    """The run's loggers, which go on where a resumed run does.
+
+    Raises:
+        ModuleNotFoundError: the extra of a logger is not installed.
+        ValueError: wandb or MLflow refuses its settings.
+    """
+    ids = kept_ids(folder) if resume_step else {}
+    rank, loggers = getattr(rank_zero_only, "rank", 0), []
+    for name, config in cfg.logger.items():
+        keys = [key for key in RUN_ID if key in config]
+        if keys and rank:
+            continue  # it would log nothing, but MLflow's makes a database at once
+        unset = [key for key in keys if config[key] is None]
+        try:
+            logger = instantiate(config, **{key: ids[name] for key in unset if name in ids})
+        except InstantiationException as error:
+            if name in EXTRAS and isinstance(error.__cause__, ModuleNotFoundError):
+                text = f"logger={name} needs an extra: pip install -e '.[{name}]'"
+                raise ModuleNotFoundError(text) from error
+            if keys:  # errors of wandb's and MLflow's own
+                raise ValueError(f"logger={name} cannot begin: {error.__cause__}") from error
+            raise
+        if isinstance(logger, ResumableCSVLogger):
+            logger.resume_step = resume_step
+        loggers.append(logger)
+    return loggers
+
+
 def build_trainer(
     cfg: DictConfig,
     folder: Path,
@@ -81,10 +127,7 @@ def build_trainer(
 ) -> Trainer:
     """The trainer with everything that watches the run."""
     callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values()]
-    loggers = [instantiate(logger) for logger in cfg.logger.values()]
-    for logger in loggers:
-        if isinstance(logger, ResumableCSVLogger):
-            logger.resume_step = resume_step
+    loggers = build_loggers(cfg, folder, resume_step)
     if not isinstance(schedule, FixedSchedule):
         callbacks.append(FastFaceCallback(schedule))
     elif loggers:

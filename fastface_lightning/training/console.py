@@ -18,7 +18,7 @@ NOISE = re.compile(
     r"(TPU|HPU|IPU) available|Tip: |litlogger|Loading `train_dataloader` to estimate|"
     r"`isinstance\(treespec|does not have many workers|weights_only|You are using a CUDA device|"
     r"is smaller than the logging interval|`Trainer.fit` stopped|Restoring states from the|"
-    r"Restored all states|Missing logger folder"
+    r"Restored all states|Missing logger folder|Experiment with name"
 )
 
 

@@ -21,6 +21,7 @@ from ..schedule.replay import Change
 from .averaging import WeightAverage
 from .checkpoints import LastAndBest
 from .environment import commit, device_name, environment, peak_memory
+from .loggers import log_figures, log_settings
 from .losses import StepLosses
 from .module import FaceModule, images_in
 
@@ -37,7 +38,8 @@ class RunRecord(Callback):
 
     Args:
         folder: the run folder.
-        config: what the run was composed of, plain data.
+        config: what the run was composed of, plain data; the loggers are told it too.
+        resumed: whether the run goes on with an earlier part.
 
     Attributes:
         verification: by the name of each set ``accuracy`` at the last verification, None where no
@@ -52,13 +54,14 @@ class RunRecord(Callback):
 
     _KEPT = ("verification", "verified_step", "images", "train_seconds", "_lr", "_peak")
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: Mapping[str, Any], resumed: bool = False) -> None:
+        self.folder, self.config, self.resumed = folder, config, resumed
         self.commit = commit()
         self.verification: dict[str, dict[str, Any]] = {}
         self.verified_step: int | None = None
         self.images = 0
         self.train_seconds = 0.0
+        self._settings_logged = False
         self._train_set: FaceDataset | None = None
         self._counts: dict[str, int] = {}
         self._earlier_bad: list[str] = []
@@ -72,6 +75,9 @@ class RunRecord(Callback):
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, FaceDataModule):
             self._train_set, self._counts = data.train_set, data.counts()
+        if trainer.is_global_zero and not self._settings_logged:
+            self._settings_logged = True
+            log_settings(trainer.loggers, self.folder, self.config, self.resumed)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.perf_counter()
@@ -186,6 +192,7 @@ class RunRecord(Callback):
         if trainer.is_global_zero:
             write_text(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
             write_report(self.folder)
+            log_figures(trainer.loggers, self.folder, trainer.global_step)
         return results
 
     def _bad_images(self) -> list[str]:

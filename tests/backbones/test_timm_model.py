@@ -1,8 +1,15 @@
 """build_backbone turns any timm name into images -> embeddings, or says why it cannot."""
 
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from timm.models._hub import save_for_hf
 from torch import nn
 
 from fastface_lightning.backbones import IResNet, MobileFaceNet, build_backbone
@@ -98,6 +105,82 @@ def test_refuses_an_argument_out_of_range(name: str, value: float) -> None:
     for model in ("iresnet_tiny", "test_resnet"):
         with pytest.raises(ValueError, match=f"^{name} must .* got {value}"):
             build_backbone(model, **{name: value})
+
+
+def saved(folder: Path, name: str, **arguments: Any) -> nn.Module:
+    """A model of timm's, with the files of the hub in a folder."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **arguments)
+    save_for_hf(model, folder, safe_serialization=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("test_resnet", {}),
+        ("test_vit", {"img_size": 112, "patch_size": 8, "depth": 2}),
+        ("test_vit", {}),  # of 160 pixels: its positions are interpolated
+    ],
+)
+def test_a_name_may_be_of_a_folder(name: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Its weights are taken as timm takes them; without it the architecture builds the network."""
+    model = saved(tmp_path / "repo", name, **arguments)
+    source = f"local-dir:{tmp_path}/repo"
+    fresh = build_backbone(source, 24)
+    pretrained = build_backbone(source, 24, pretrained=True)
+    for key, value in pretrained.trunk.state_dict().items():
+        wanted = model.state_dict()[key]
+        assert value.shape != wanted.shape or torch.equal(value, wanted)
+        assert value.shape == wanted.shape or (key == "pos_embed" and not arguments)
+    assert not torch.equal(*(next(each.trunk.parameters()) for each in (fresh, pretrained)))
+    shutil.rmtree(tmp_path / "repo")
+    known = json.loads(json.dumps(pretrained.architecture))
+    assert known["name"] == name and known == fresh.architecture
+    again = build_backbone(source, 24, architecture=known).eval()
+    again.load_state_dict(pretrained.state_dict())
+    images = torch.randn(2, 3, 112, 112)
+    assert torch.equal(again(images), pretrained.eval()(images))
+    assert again.architecture == known and build_backbone("test_resnet").architecture is None
+
+
+def test_the_hub_is_asked_for_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = saved(tmp_path, "test_resnet")
+    asked = []
+
+    def download(repo_id: str, filename: str, **_: Any) -> str:
+        asked.append((repo_id, filename))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    built = build_backbone("hf_hub:somebody/faces", 24, pretrained=True)
+    assert asked == [("somebody/faces", "config.json"), ("somebody/faces", "model.safetensors")]
+    assert torch.equal(*(next(each.parameters()) for each in (built.trunk, model)))
+    assert built.architecture["name"] == "test_resnet"
+
+
+@pytest.mark.parametrize("name", ["hf_hub:somebody/faces", "test_resnet.r160_in1k", "resnet18"])
+def test_without_the_hub_there_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("no connection\nat all")
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    with pytest.raises(ValueError, match=rf"got {name} with pretrained=True: [^\n]*n$"):
+        build_backbone(name, pretrained=True)
+
+
+def test_what_cannot_be_looked_up_is_refused(tmp_path: Path) -> None:
+    absent = f"local-dir:{tmp_path}/absent"
+    with pytest.raises(ValueError, match=r"got local-dir:.*absent with pretrained=False: "):
+        build_backbone(absent)
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "absent" / "config.json").write_text('{"architecture": "nothing"}')
+    with pytest.raises(ValueError, match=r"got local-dir:.*absent with pretrained=False: "):
+        build_backbone(absent)
+    with pytest.raises(ValueError, match="somewhere"):
+        build_backbone("somewhere:faces")
+    with pytest.raises(ValueError, match=r"architecture must be null .* got test_resnet"):
+        build_backbone("test_resnet", architecture={"name": "test_resnet"})
 
 
 @pytest.mark.slow

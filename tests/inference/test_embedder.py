@@ -17,6 +17,7 @@ import fastface_lightning
 from fastface_lightning.backbones import build_backbone
 from fastface_lightning.inference.embedder import load_embedder
 from fastface_lightning.inference.onnx_embedder import OnnxEmbedder
+from fastface_lightning.inference.torch_embedder import TorchEmbedder
 from fastface_lightning.training.module import FaceModule
 
 
@@ -50,6 +51,75 @@ def test_batches_do_not_show(tmp_path: Path) -> None:
         features = load_embedder(file, batch_size=batch_size).features(images)
         assert torch.allclose(features, plain(model, images), atol=1e-5)
     assert load_embedder(file).features(images[:0]).shape == (0, SIZE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 128])
+def test_an_image_and_its_mirror_image_may_go_at_once(tmp_path: Path, batch_size: int) -> None:
+    """One forward of twice as many images gives what one of each gives."""
+    model, images = network(), noise(5)
+    wanted = plain(model, images) + plain(model, images.flip(-1))
+    file = save_checkpoint(tmp_path / "best.ckpt", model)
+    for at_once in (True, False):
+        embed = load_embedder(file, mirror=True, batch_size=batch_size)
+        assert isinstance(embed, TorchEmbedder) and not embed.mirrors_at_once  # on a processor
+        embed.mirrors_at_once = at_once
+        sizes: list[int] = []
+        embed.network.register_forward_pre_hook(
+            lambda _, given, sizes=sizes: sizes.append(len(given[0]))
+        )
+        assert torch.allclose(embed.features(images), wanted, rtol=1e-6, atol=1e-5)
+        assert sum(sizes) == 10 and max(sizes) <= batch_size * (1 + at_once)
+        assert not at_once or len(sizes) == -(-5 // batch_size)
+        assert embed.features(images[:0]).shape == (0, SIZE)
+
+
+def test_half_precision_is_near_float32(tmp_path: Path) -> None:
+    """By autocast of a network in channels_last; the embedding is float32."""
+    model, images = network(), noise(5)
+    file = save_checkpoint(tmp_path / "best.ckpt", model)
+    full = load_embedder(file, mirror=True)
+    half = load_embedder(file, mirror=True, precision="bf16")
+    assert isinstance(half, TorchEmbedder)
+    seen: list[torch.Tensor] = []
+    first = next(m for m in half.network.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    first.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    embeddings = half(images)
+    assert embeddings.dtype == torch.float32
+    assert (embeddings * full(images)).sum(1).min() > 0.999
+    assert not torch.equal(embeddings, full(images))
+    assert all(maps.dtype == torch.bfloat16 for maps in seen)
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)
+    others = [load_embedder(file, mirror=True, precision="fp16"), full]
+    assert len({half.fingerprint, *(other.fingerprint for other in others)}) == 3
+
+
+def test_channels_last_changes_no_embedding(tmp_path: Path) -> None:
+    images = noise(3)
+    embed = load_embedder(save_checkpoint(tmp_path / "best.ckpt", network()))
+    assert isinstance(embed, TorchEmbedder)
+    before = embed(images)
+    embed.network.to(memory_format=torch.channels_last)
+    assert torch.allclose(embed(images), before, atol=1e-6)
+
+
+def test_a_gpu_without_bfloat16_takes_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(torch.nn.Module):
+        def to(self, *_: Any, **__: Any) -> Any:
+            return self
+
+    for supported, precision in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, s=supported: s)
+        given = (SIZE, {}, torch.device("cuda"), True, 4)
+        embed = TorchEmbedder(Elsewhere(), *given, precision="bf16")
+        assert embed.precision == precision and embed.mirrors_at_once
+
+
+def test_another_precision_is_refused(tmp_path: Path) -> None:
+    file = save_checkpoint(tmp_path / "best.ckpt", network())
+    with pytest.raises(ValueError, match="precision must be null, bf16 or fp16, got int8"):
+        load_embedder(file, precision="int8")
+    with pytest.raises(ValueError, match=r"precision must be null for an ONNX, got bf16"):
+        load_embedder(onnx_file(tmp_path / "f.onnx", [FLOATS]), precision="bf16")
 
 
 def test_what_is_known_of_a_run_comes_along(tmp_path: Path) -> None:
@@ -167,6 +237,9 @@ def test_an_onnx_of_a_fixed_batch_serves_any_number(tmp_path: Path) -> None:
     images = noise(5)
     embeddings = load_embedder(file, batch_size=64).features(images)
     assert torch.allclose(embeddings, images.float().mean((2, 3)), atol=1e-2)
+    mirrored = load_embedder(file, mirror=True)  # an image and its mirror image have one mean
+    assert torch.allclose(mirrored.features(images), 2 * embeddings, atol=1e-3)
+    assert mirrored.features(images[:0]).shape == (0, 3)
 
 
 @pytest.mark.parametrize(

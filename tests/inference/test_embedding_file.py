@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from fastface_lightning.inference import embedding_file
 from fastface_lightning.inference.embedder import Embedder
 from fastface_lightning.inference.embedding_file import embed_to_file, embedding_key, files_digest
 
@@ -99,6 +101,24 @@ def test_images_that_cannot_be_read_are_rows_of_nan(tmp_path: Path) -> None:
     rows = embed_to_file(tmp_path / "a.npy", "k", images, 6, embedder, embedder)
     assert np.flatnonzero(np.isnan(rows).all(1)).tolist() == [0, 5]
     assert np.allclose(np.linalg.norm(rows[1:5], axis=1), 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_is_given_pinned_batches(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[bool] = []
+
+    def loader(*given: Any, pin_memory: bool, **settings: Any) -> DataLoader[Any]:
+        pinned.append(pin_memory)
+        return DataLoader(*given, **settings)
+
+    monkeypatch.setattr(embedding_file, "DataLoader", loader)
+    embedder = Counting()
+    embedder.device = torch.device(device)
+    one = lambda images: torch.ones(len(images), 2)  # noqa: E731
+    embed_to_file(tmp_path / "a.npy", "k", Numbered(), 3, embedder, one)
+    assert pinned == [device == "cuda"]
 
 
 def test_workers_keep_the_order(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from programs import SMALL, Ended, Run
 from safetensors.torch import load_file
+from timm.models._hub import save_for_hf
 
 from fastface_lightning.data import People, encode_jpeg, write_verification_bin
 from fastface_lightning.data.datasets.synthetic_faces import draw_face
@@ -203,6 +205,29 @@ def test_the_average_is_what_is_verified_saved_exported_and_started_from(run: Ru
     assert results_of(ended)["averaging"] is None
     assert "raw_accuracy" not in results_of(ended)["verification"]["synthetic"]
     assert "current_model_state" not in saved(ended)
+
+
+def test_a_run_begun_from_a_folder_needs_it_no_more(run: Run, tmp_path: Path) -> None:
+    """Its checkpoint says what the folder's network is; weights come from the checkpoint alone."""
+    repo = tmp_path / "repo"
+    save_for_hf(timm.create_model("test_resnet", num_classes=5), repo, safe_serialization=True)
+    model = ["model=timm", f"model.name=local-dir:{repo}", "model.embedding_size=32"]
+    begun = run(*SMALL, *model, "model.pretrained=true", "trainer.max_steps=1")
+    assert begun.code == 0, begun.err
+    shutil.rmtree(repo)
+    resumed = run("resume=auto", "trainer.max_steps=2")
+    assert results_of(resumed)["steps"] == 2
+    assert "from here on trainer.max_steps is 2, was 1\n" in resumed.out
+    file = resumed.folder / "checkpoints" / "last.ckpt"
+    target = tmp_path / "model.safetensors"
+    for program, arguments in {"export": [f"target={target}"], "evaluate": []}.items():
+        ended = run(f"checkpoint={file}", *arguments, program=f"recipes/{program}.py", folder="e")
+        assert ended.code == 0, ended.err
+    images = torch.zeros(2, 3, 112, 112, dtype=torch.uint8)
+    assert torch.equal(load_embedder(file)(images), load_embedder(target)(images))
+    refused = run(*SMALL, *model, folder="another")
+    assert refused.code == 2 and "Traceback" not in refused.err
+    assert f"got local-dir:{repo} with pretrained=False: " in refused.err
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(run: Run) -> None:
