@@ -78,18 +78,18 @@ def measured(
         found = detect(pixels)
         if len(found.scores):
             first = found.points[found.main(*pixels.shape[:2])]
-            second = detect.refine(pixels, first)
+            refined = detect.refine(pixels, first)
         seconds.append(time.perf_counter() - start)
         if len(found.scores):
             scale = np.sqrt(np.linalg.det(matrix[:, :2]))
-            error, refined = (
+            error, error_refined = (
                 np.linalg.norm(points - landmarks(matrix), axis=1).mean() / scale
-                for points in (first, second)
+                for points in (first, refined)
             )
             if error < 20:  # else it is another's
                 at_first.append(error)
-                errors.append(refined)
-                zoom = similarity_transform(second)[:, :2] @ matrix[:, :2]
+                errors.append(error_refined)
+                zoom = similarity_transform(refined)[:, :2] @ matrix[:, :2]
                 zooms.append(np.sqrt(np.linalg.det(zoom)))
     return {
         "photographs": what,

@@ -132,6 +132,7 @@ def test_what_is_known_of_a_run_comes_along(tmp_path: Path) -> None:
         "steps": 7,
         "commit": "0123abc",
         "verification": {"lfw": 0.9},
+        "thresholds": RUN["thresholds"],
     }
 
 
