@@ -22,7 +22,7 @@ from ..classifiers import DynamicClassPool, MomentumClassifier, PartialClassifie
 from ..data import People
 from ..data.augment import Augment
 from ..evaluation import ROC, ROCCurve, VerificationAccuracy
-from ..optim import SGD, match_memory_format
+from ..optim import RowSparse, match_memory_format
 from ..schedule.length import callbacks_of
 from .resumed import check_schedulers, optimizer_record, set_optimizer
 
@@ -382,10 +382,11 @@ class FaceModule(LightningModule):
 
 def check_sparse(optimizer: Optimizer) -> None:
     """Refuse an optimizer that updates, of a sparse gradient, other rows than it names."""
-    if not isinstance(optimizer, SGD):
+    if not isinstance(optimizer, RowSparse):
         raise MisconfigurationException(
-            f"a partial classifier needs an optimizer that updates the sampled rows alone, "
-            f"fastface_lightning.optim.SGD (optimizer=sgd), got {type(optimizer).__name__}"
+            f"a partial classifier needs an optimizer that updates the sampled rows alone, SGD or "
+            f"AdamW of fastface_lightning.optim (optimizer=sgd or adamw), got "
+            f"{type(optimizer).__module__}.{type(optimizer).__name__}"
         )
 
 

@@ -26,7 +26,7 @@ from ..classifiers import MomentumClassifier, PartialClassifier, chunk_that_fits
 from ..data import FaceDataModule
 from ..data.augment import flip_some
 from ..files import write_text
-from ..optim import BLOCK, SGD
+from ..optim import BLOCK, RowSparse
 from ..report.figures import print_plan
 from .build import build_classifier, instantiate
 from .devices import uses_cuda
@@ -153,7 +153,7 @@ def _classifier_configs(cfg: DictConfig, name: str) -> dict[str, Any]:
     for file in sorted((conf / "classifier").glob("*.yaml")):
         other = OmegaConf.load(file)
         other.scale = cfg.classifier.scale
-        if isinstance(optimizer, SGD) or "rate" not in other:
+        if isinstance(optimizer, RowSparse) or "rate" not in other:
             configs.setdefault(file.stem, other)
     return configs
 

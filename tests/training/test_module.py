@@ -25,7 +25,7 @@ from fastface_lightning.classifiers import (
 )
 from fastface_lightning.data import PairImages, People, VerificationPairs
 from fastface_lightning.margins import AdaFace, CurricularFace, Margin
-from fastface_lightning.optim import SGD
+from fastface_lightning.optim import SGD, AdamW
 from fastface_lightning.schedule.fixed import FixedSchedule
 from fastface_lightning.training.module import FaceModule
 
@@ -96,6 +96,9 @@ def test_a_fused_optimizer_under_a_scaler_cannot_clip(tmp_path: Path) -> None:
     faces = module(optimizer=partial(torch.optim.SGD, fused=True))
     with pytest.raises(MisconfigurationException, match="cannot clip its gradients"):
         fit(tmp_path, faces, gradient_clip_val=5.0, plugins=[scaler])
+    for optimizer in (SGD, AdamW):  # fused too, but on gradients that are unscaled
+        scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+        fit(tmp_path, module(optimizer=optimizer), gradient_clip_val=5.0, plugins=[scaler])
 
 
 def test_the_classifier_may_have_a_learning_rate_of_its_own() -> None:
@@ -111,11 +114,12 @@ def test_a_partial_classifier_trains_and_only_with_an_optimizer_of_rows(
 ) -> None:
     """And in one process."""
     sampling = partial(PartialClassifier, 30, 5, rate=0.4)
-    faces = module(sampling(), partial(SGD, momentum=0.9, weight_decay=0.1))
-    before = faces.classifier.weight.detach().clone()
-    fit(tmp_path, faces, gradient_clip_val=5.0)
-    assert (faces.classifier.weight != before).any(1).sum() == 12
-    with pytest.raises(MisconfigurationException, match="got SGD"):
+    for optimizer in (partial(SGD, momentum=0.9, weight_decay=0.1), AdamW):
+        faces = module(sampling(), optimizer)
+        before = faces.classifier.weight.detach().clone()
+        fit(tmp_path, faces, gradient_clip_val=5.0)
+        assert (faces.classifier.weight != before).any(1).sum() == 12
+    with pytest.raises(MisconfigurationException, match=r"got torch\.optim\.sgd\.SGD"):
         fit(tmp_path, module(sampling(), torch.optim.SGD))
     monkeypatch.setattr(Trainer, "world_size", 2)
     with pytest.raises(MisconfigurationException, match=r"trains in one process, .* got 2"):
@@ -182,7 +186,7 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     assert not torch.equal(again.classifier.weight, saved.classifier.weight)
 
 
-@pytest.mark.parametrize("optimizer", [SGD, partial(torch.optim.AdamW, fused=True)])
+@pytest.mark.parametrize("optimizer", [SGD, AdamW, partial(torch.optim.AdamW, fused=True)])
 def test_an_optimizers_state_follows_the_weights_memory_format(
     optimizer: Any, tmp_path: Path
 ) -> None:

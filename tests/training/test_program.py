@@ -424,7 +424,7 @@ def test_plan_of_a_timm_model(run: Run) -> None:
     [
         ["plan=-3"],
         ["plan=24", "trainer=ddp", "trainer.devices=4"],
-        ["plan=24", "classifier=partial", "optimizer=adamw"],
+        ["plan=24", "classifier=partial", "optimizer._target_=torch.optim.AdamW"],
         ["plan=true", "trainer.max_epochs=null"],
         ["plan=true", "trainer.precision=64-true"],
     ],
