@@ -121,7 +121,8 @@ def rates_of(schedule: FixedSchedule, steps: int) -> list[float]:
 def test_every_option_names_a_class_and_its_arguments(group: str) -> None:
     for option in OPTIONS[group]:
         part = dict(OmegaConf.load(CONF / group / f"{option}.yaml"))
-        for key in ("reinit", "lr") if group == "classifier" else ():  # the program's business
+        own = {"classifier": ("reinit", "lr"), "optimizer": ("no_decay", "layer_decay")}
+        for key in own.get(group, ()):  # the program's business
             assert not part.pop(key)
         kwargs = {"classifier": {"num_classes": 10, "margin": None}}.get(group, {})
         built = instantiate(part, **kwargs)

@@ -144,6 +144,8 @@ def test_f2c(paper: str) -> None:
         "momentum": 0.9,
         "weight_decay": 1e-4,
         "nesterov": True,
+        "no_decay": False,
+        "layer_decay": None,
     }
     assert cfg.trainer.gradient_clip_val == 0
     assert cfg.trainer.accumulate_grad_batches * cfg.data.batch_size == 512

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import hydra.utils
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from omegaconf import DictConfig
+from torch.optim import Optimizer
 
 from ..classifiers import AttentionClassifier, Classifier, MomentumClassifier
 from ..data import FaceDataModule
@@ -47,6 +49,13 @@ def build_classifier(
     )
 
 
+def build_optimizer(cfg: DictConfig) -> Callable[[Any], Optimizer]:
+    """What makes the run's optimizer of parameters, from a config whose ``no_decay`` and
+    ``layer_decay`` are FaceModule's business."""
+    own = ("no_decay", "layer_decay")
+    return instantiate({key: value for key, value in cfg.optimizer.items() if key not in own})
+
+
 def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceModule:
     """The network, its classifier and its optimizer; the data, set up, comes in the classifier's
     batches. A FixedSchedule, of what ``cfg.schedule`` may make, comes with the optimizer."""
@@ -55,10 +64,12 @@ def build_module(cfg: DictConfig, data: FaceDataModule, schedule: Any) -> FaceMo
     module = FaceModule(
         backbone,
         classifier,
-        instantiate(cfg.optimizer),
+        build_optimizer(cfg),
         schedule if isinstance(schedule, FixedSchedule) else None,
         data.verify_names,
         cfg.classifier.lr,
+        cfg.optimizer.get("no_decay", False),
+        cfg.optimizer.get("layer_decay"),
         instantiate(cfg.augment),
     )
     if isinstance(classifier, Classifier):  # any other module trains on images and labels
