@@ -33,6 +33,7 @@ CASES = {
     "by steps": "trainer.max_epochs=-1 trainer.max_steps=15",
     "watching the loss": "schedule=fastface averaging=none",
     "a fixed schedule": "schedule=cosine data.num_workers=2",
+    "augmented": "augment.crop=0.5 augment.rand_augment=2",
     "averaged": "averaging=ema averaging.decay=0.8 averaging.every_n_steps=3",
 }
 
