@@ -39,7 +39,7 @@ def margin_option(cfg: DictConfig) -> str:
 @pytest.mark.parametrize("data", OPTIONS["data"])
 def test_a_data_set_brings_the_papers_margin(data: str) -> None:
     cfg = composed("model=r100", f"data={data}")
-    assert margin_option(cfg) == ("arcface" if data.startswith("ms1m") else "cosface")
+    assert margin_option(cfg) == ("arcface_insightface" if data.startswith("ms1m") else "cosface")
     # Data sets alone choose for another group: the command still wins.
     assert composed(f"data={data}", "margin=softmax").margin._target_.endswith("Softmax")
     for key in ("batch_size", "num_workers"):
