@@ -21,6 +21,7 @@ CONF = Path(__file__).resolve().parent / "conf"
 LEAST = {  # numbers, and how small they may be
     **dict.fromkeys(("seed", "data.num_workers", "averaging.window", "averaging.decay"), 0),
     **dict.fromkeys(("optimizer.lr", "optimizer.weight_decay", "optimizer.momentum"), 0),
+    "optimizer.layer_decay": 0,
     **dict.fromkeys(("classifier.lr", "classifier.scale", "trainer.gradient_clip_val"), 0),
     **dict.fromkeys(("data.batch_size", "trainer.accumulate_grad_batches"), 1),
     **dict.fromkeys(("verify.every_n_steps", "verify.every_n_epochs"), 1),

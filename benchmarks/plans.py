@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def recipe_table(recipes: list[str]) -> str:
         plan, config = planned(f"+paper={recipe}")
         head = plan["heads"][plan["classifier"]]
         epochs, accumulated = config["max_epochs"], config["accumulate_grad_batches"]
-        steps = -(-plan["batches"] // epochs // accumulated) * epochs
+        steps = min(-(-plan["batches"] // epochs // accumulated) * epochs, config["max_steps"])
         cells = [
             f"[`{recipe}`](paper/{recipe}.yaml)",
             first.removeprefix("# ").rstrip("."),
@@ -101,6 +102,7 @@ def planned(*overrides: str) -> tuple[dict[str, Any], dict[str, Any]]:
     trainer = config.trainer
     return plan, {
         "max_epochs": trainer.max_epochs,
+        "max_steps": trainer.max_steps if trainer.max_steps >= 0 else math.inf,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "data": config.data.name,
     }

@@ -39,7 +39,7 @@ def margin_option(cfg: DictConfig) -> str:
 @pytest.mark.parametrize("data", OPTIONS["data"])
 def test_a_data_set_brings_the_papers_margin(data: str) -> None:
     cfg = composed("model=r100", f"data={data}")
-    assert margin_option(cfg) == ("arcface" if data.startswith("ms1m") else "cosface")
+    assert margin_option(cfg) == ("arcface_insightface" if data.startswith("ms1m") else "cosface")
     # Data sets alone choose for another group: the command still wins.
     assert composed(f"data={data}", "margin=softmax").margin._target_.endswith("Softmax")
     for key in ("batch_size", "num_workers"):
@@ -121,7 +121,8 @@ def rates_of(schedule: FixedSchedule, steps: int) -> list[float]:
 def test_every_option_names_a_class_and_its_arguments(group: str) -> None:
     for option in OPTIONS[group]:
         part = dict(OmegaConf.load(CONF / group / f"{option}.yaml"))
-        for key in ("reinit", "lr") if group == "classifier" else ():  # the program's business
+        own = {"classifier": ("reinit", "lr"), "optimizer": ("no_decay", "layer_decay")}
+        for key in own.get(group, ()):  # the program's business
             assert not part.pop(key)
         kwargs = {"classifier": {"num_classes": 10, "margin": None}}.get(group, {})
         built = instantiate(part, **kwargs)

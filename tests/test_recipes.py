@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,34 +11,107 @@ from models import noise
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from programs import ROOT, Run
-from test_conf import composed
+from test_conf import composed, rates_of
 
 RECIPES = ROOT / "recipes"
 PAPERS = sorted(file.stem for file in (RECIPES / "paper").rglob("*.yaml"))
+FASTFACE = [paper for paper in PAPERS if paper.endswith(("_r50", "_r100"))]
 F2C = [paper for paper in PAPERS if paper.startswith("f2c_")]
 MHLR = [paper for paper in PAPERS if paper.endswith("_mhlr")]
 BASELINES = [paper for paper in PAPERS if paper.endswith(("_polynomial", "_multistep"))]
+TIMM = [paper for paper in PAPERS if paper.startswith(("vit_", "convnext_"))]
 MS1MV2, MS1MV3, GLINT360K = (85_742, 5_822_653), (93_431, 5_179_510), (360_232, 17_091_657)
+WEBFACE4M, WEBFACE8M = (205_990, 4_235_242), (411_980, 8_465_386)
 WEBFACE12M, WEBFACE42M = (617_970, 12_720_066), (2_059_906, 42_474_557)
-SIZES = {"ms1mv3": MS1MV3, "webface12m": WEBFACE12M}
+# InsightFace's, FastFace's and AttFC's programs take the derivative of ArcFace's margin as 1.
+ARCFACE, COSFACE = ("ArcFace", 0.5, True), ("CosFace", 0.4, None)
 
 
-ARCFACE, COSFACE = ("ArcFace", 0.5), ("CosFace", 0.4)
-FASTFACE = {  # identities and images, margin: the rows of arXiv 2404.11118
-    "ms1mv3_r100": (MS1MV3, ARCFACE),
-    "ms1mv2_r100": (MS1MV2, ARCFACE),
-    "webface4m_r100": ((205_990, 4_235_242), COSFACE),
-    "webface8m_r100": ((411_980, 8_465_386), COSFACE),
-    "webface12m_r50": (WEBFACE12M, COSFACE),
-    "webface12m_r100": (WEBFACE12M, COSFACE),
-    "webface42m_r100": (WEBFACE42M, COSFACE),
+class Published(NamedTuple):
+    """What a recipe's run was published with: of arXiv 2404.11118 (FastFace) and arcface_torch, of
+    F2C's and AttFC's releases, of the commands of timm-face."""
+
+    network: str
+    data: tuple[int, int]  # identities, images
+    margin: tuple[str, float, bool | None]  # m, straight_through
+    batch: int = 128  # of an optimizer step
+    lr: float = 0.02
+    momentum: float = 0.9  # AdamW: beta1
+    weight_decay: float = 5e-4
+    clip: float = 5
+    epochs: int = 5
+
+
+def f2c(data: tuple[int, int], epochs: int) -> Published:
+    margin = ("CosFace", 0.5, None)
+    return Published("iresnet50", data, margin, 512, 0.1, 0.9, 1e-4, 0, epochs)
+
+
+def timm(network: str, batch: int = 768, lr: float = 1e-3, weight_decay: float = 0.1) -> Published:
+    return Published(network, MS1MV3, COSFACE, batch, lr, 0.9, weight_decay, 1, 30)
+
+
+PUBLISHED = {
+    "attfc_ms1mv3": Published("iresnet50", MS1MV3, ARCFACE, batch=384, lr=0.1),
+    "convnext_atto_ms1mv3": timm("convnext_atto"),
+    "convnext_nano_ms1mv3": timm("convnext_nano"),
+    "f2c_fastface_glint360k": f2c(GLINT360K, 5),
+    "f2c_fastface_ms1m": f2c(MS1MV2, 5),
+    "f2c_glint360k": f2c(GLINT360K, 19),
+    "f2c_ms1m": f2c(MS1MV2, 19),
+    "ms1mv2_r100": Published("iresnet100", MS1MV2, ARCFACE),
+    "ms1mv3_r100": Published("iresnet100", MS1MV3, ARCFACE),
+    "ms1mv3_r100_mhlr": Published("iresnet100", MS1MV3, ARCFACE),
+    "ms1mv3_r100_multistep": Published("iresnet100", MS1MV3, ARCFACE, epochs=20),
+    "ms1mv3_r100_polynomial": Published("iresnet100", MS1MV3, ARCFACE, epochs=20),
+    "vit_small_ms1mv3": timm("vit_small_patch16_224", 384, 5e-4, 0.05),
+    "vit_tiny_ms1mv3": timm("vit_tiny_patch16_224"),
+    "webface12m_r100": Published("iresnet100", WEBFACE12M, COSFACE),
+    "webface12m_r100_mhlr": Published("iresnet100", WEBFACE12M, COSFACE),
+    "webface12m_r100_multistep": Published("iresnet100", WEBFACE12M, COSFACE, epochs=20),
+    "webface12m_r100_polynomial": Published("iresnet100", WEBFACE12M, COSFACE, epochs=20),
+    "webface12m_r50": Published("iresnet50", WEBFACE12M, COSFACE),
+    "webface42m_r100": Published("iresnet100", WEBFACE42M, COSFACE),
+    "webface4m_r100": Published("iresnet100", WEBFACE4M, COSFACE),
+    "webface8m_r100": Published("iresnet100", WEBFACE8M, COSFACE),
 }
 
 
+@pytest.mark.parametrize("paper", PAPERS)
+def test_settings_are_the_published_ones(paper: str) -> None:
+    cfg = composed(f"+paper={paper}")
+    margin, optimizer = cfg.margin, cfg.optimizer
+    momentum = optimizer.betas[0] if paper in TIMM else optimizer.momentum
+    assert PUBLISHED[paper] == Published(
+        cfg.model.name,
+        (cfg.data.num_identities, cfg.data.num_images),
+        (margin._target_.rpartition(".")[2], margin.m, margin.get("straight_through")),
+        cfg.data.batch_size * cfg.trainer.accumulate_grad_batches,
+        optimizer.lr,
+        momentum,
+        optimizer.weight_decay,
+        cfg.trainer.gradient_clip_val,
+        cfg.trainer.max_epochs,
+    )
+    kind = "AdamW" if paper in TIMM else "SGD"
+    assert optimizer._target_ == f"fastface_lightning.optim.{kind}"
+    assert optimizer.get("nesterov", False) == (paper in F2C)
+    assert (optimizer.no_decay, optimizer.layer_decay) == (False, None)
+    assert cfg.classifier.scale == (32 if paper in F2C else 64)
+    assert cfg.data.held_out == 0  # all people are trained on
+    operations = 2 if paper == "vit_small_ms1mv3" else 0
+    assert cfg.augment == {
+        "_target_": "fastface_lightning.data.Augment",
+        "flip": 0.5,
+        "crop": 0.0,
+        "low_resolution": 0.0,
+        "photometric": 0.0,
+        "rand_augment": operations,
+    }
+
+
 def test_every_recipe_opens_with_its_command() -> None:
-    assert {*FASTFACE, *MHLR, *BASELINES, *F2C, "attfc_ms1mv3"} == set(PAPERS)
     for paper in PAPERS:
-        assert composed(f"+paper={paper}").averaging == {}
         text = (RECIPES / "paper" / f"{paper}.yaml").read_text()
         assert f"\n#   python train.py +paper={paper} data.root=DIR\n" in text
 
@@ -46,32 +120,10 @@ def test_every_recipe_opens_with_its_command() -> None:
 
 
 @pytest.mark.parametrize("paper", [*FASTFACE, *MHLR, *BASELINES])
-def test_one_gpu_settings(paper: str) -> None:
-    """The numbers of arXiv 2404.11118, which are arcface_torch's for one GPU."""
+def test_one_gpu_has_the_full_softmax(paper: str) -> None:
     cfg = composed(f"+paper={paper}")
-    assert cfg.classifier._target_.endswith(".ChunkedClassifier")  # the full softmax, exact
-    assert (cfg.classifier.scale, cfg.classifier.interclass_filter) == (64, None)
-    assert cfg.data.batch_size == 128 and cfg.trainer.accumulate_grad_batches == 1
-    assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (0.02, 0.9)
-    assert (cfg.optimizer.weight_decay, cfg.optimizer.nesterov) == (5e-4, False)
-    assert cfg.trainer.gradient_clip_val == 5
-    assert cfg.data.held_out == 0  # all people are trained on
-    assert cfg.augment == {
-        "_target_": "fastface_lightning.data.Augment",
-        "flip": 0.5,
-        "crop": 0.0,
-        "low_resolution": 0.0,
-        "photometric": 0.0,
-    }
-    assert cfg.trainer.max_epochs == (20 if paper in BASELINES else 5)
-    if paper not in FASTFACE:
-        data = paper.partition("_")[0]
-        assert (cfg.data.num_identities, cfg.data.num_images) == SIZES[data]
-        assert margin_of(cfg) == (ARCFACE if data == "ms1mv3" else COSFACE)
-
-
-def margin_of(cfg: DictConfig) -> tuple[str, float]:
-    return cfg.margin._target_.rpartition(".")[2], cfg.margin.m
+    assert cfg.classifier._target_.endswith(".ChunkedClassifier")
+    assert cfg.classifier.interclass_filter is None and cfg.averaging == {}
 
 
 def steps_of(cfg: DictConfig) -> int:
@@ -82,9 +134,8 @@ def steps_of(cfg: DictConfig) -> int:
 
 @pytest.mark.parametrize("paper", FASTFACE)
 def test_fastface(paper: str) -> None:
-    """The table of results and the rule's numbers, whatever the length of the run."""
+    """The rule's numbers, whatever the length of the run."""
     cfg = composed(f"+paper={paper}")
-    assert ((cfg.data.num_identities, cfg.data.num_images), margin_of(cfg)) == FASTFACE[paper]
     total = steps_of(cfg)
     bound = instantiate(cfg.schedule).bind(total)
     assert bound.variant == "paper" and (bound.ema_window, bound.haar_window) == (1000, 1000)
@@ -131,43 +182,48 @@ def assert_drops(cfg: DictConfig, after: list[int]) -> None:
 def test_f2c(paper: str) -> None:
     """The numbers of arXiv 2105.10375's release; FastFace takes a quarter of the epochs."""
     cfg = composed(f"+paper={paper}")
-    glint = paper.endswith("glint360k")
-    assert (cfg.data.num_identities, cfg.data.num_images) == (GLINT360K if glint else MS1MV2)
-    assert cfg.classifier._target_.endswith(".DynamicClassPool")
-    assert (cfg.classifier.momentum, cfg.classifier.scale) == (0.99, 32)
-    assert cfg.classifier.pool_size == (0.01 if glint else 0.1)
-    assert margin_of(cfg) == ("CosFace", 0.5)
-    assert cfg.optimizer == {
-        "_target_": "fastface_lightning.optim.SGD",
-        "_partial_": True,
-        "lr": 0.1,
-        "momentum": 0.9,
-        "weight_decay": 1e-4,
-        "nesterov": True,
-    }
-    assert cfg.trainer.gradient_clip_val == 0
-    assert cfg.trainer.accumulate_grad_batches * cfg.data.batch_size == 512
+    assert cfg.classifier._target_.endswith(".DynamicClassPool") and cfg.averaging == {}
+    assert cfg.classifier.momentum == 0.99
+    assert cfg.classifier.pool_size == (0.01 if paper.endswith("glint360k") else 0.1)
     if "fastface" in paper:
-        assert cfg.trainer.max_epochs == 5
         assert cfg.schedule == composed("schedule=fastface").schedule
     else:
-        assert cfg.trainer.max_epochs == 19
         assert_drops(cfg, after=[8, 14, 17])
 
 
 def test_attfc() -> None:
     """The numbers of arXiv 2503.06839's release."""
     cfg = composed("+paper=attfc_ms1mv3")
-    assert (cfg.data.num_identities, cfg.data.num_images) == MS1MV3
-    assert cfg.classifier._target_.endswith(".AttentionClassifier")
+    assert cfg.classifier._target_.endswith(".AttentionClassifier") and cfg.averaging == {}
     assert (cfg.classifier["keys"], cfg.classifier.queue_size) == (2, 0.3)
-    assert (cfg.classifier.momentum, cfg.classifier.scale) == (0.999, 64)
-    assert margin_of(cfg) == ARCFACE
-    assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (0.1, 0.9)
-    assert (cfg.optimizer.weight_decay, cfg.optimizer.nesterov) == (5e-4, False)
-    assert (cfg.data.batch_size, cfg.trainer.max_epochs) == (384, 5)
+    assert cfg.classifier.momentum == 0.999
     assert cfg.schedule.scheduler == "CosineAnnealingLR"
-    assert cfg.trainer.gradient_clip_val == 5
+
+
+@pytest.mark.parametrize("paper", TIMM)
+def test_timm(paper: str) -> None:
+    """The commands of timm-face: networks at 112 pixels, steps, warm-up, sampled identities."""
+    cfg = composed(f"+paper={paper}")
+    vit, small, nano = (name in paper for name in ("vit_", "small", "nano"))
+    more = {
+        key: value for key, value in cfg.model.items() if key not in composed("model=timm").model
+    }
+    gap = {"class_token": False, "global_pool": "avg", "patch_drop_rate": 0.1} if small else {}
+    path = {"drop_path_rate": 0.1} if nano else {}
+    assert more == {"patch_size": 8 if vit else 2, **gap, **path}
+    assert cfg.trainer.max_steps == (400_000 if small else 200_000) < steps_of(cfg)
+    assert cfg.classifier._target_.endswith(".PartialClassifier")
+    assert int(cfg.classifier.rate * MS1MV3[0]) == (MS1MV3[0] if small else 16_384)
+    average = instantiate(cfg.averaging)
+    assert average.decay**10 == pytest.approx(0.999, abs=1e-6) and average.every_n_steps == 10
+    rates = rates_of(instantiate(cfg.schedule), steps=1000)
+    top = 99 if nano else 49
+    assert rates.index(max(rates)) == top and max(rates) == pytest.approx(0.1)
+    assert rates[0] == pytest.approx(1e-3) and rates[-1] == pytest.approx(1e-3)
+    cosine = [
+        1e-3 + 0.099 * (1 + math.cos(math.pi * t / (999 - top))) / 2 for t in range(1000 - top)
+    ]
+    assert rates[top:] == pytest.approx(cosine)
 
 
 def test_a_command_wins_over_a_recipe() -> None:
@@ -214,8 +270,10 @@ def two_steps(paper: str) -> list[str]:
 @pytest.mark.usefixtures("faces")
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_recipe_trains(paper: str, run: Run) -> None:
-    """Two steps, of a small network, from another folder than the program's."""
-    ended = run(*two_steps(paper), "model.name=iresnet_tiny")
+    """Two steps, of a small network of its kind, from another folder than the program's."""
+    kind = paper.partition("_")[0] if paper in TIMM else "iresnet"
+    small = {"vit": "test_vit", "convnext": "test_convnext", "iresnet": "iresnet_tiny"}[kind]
+    ended = run(*two_steps(paper), f"model.name={small}")
     assert ended.code == 0, ended.err
     config, told = OmegaConf.load(ended.folder / "config.yaml"), composed(f"+paper={paper}")
     assert config.classifier._target_ == told.classifier._target_

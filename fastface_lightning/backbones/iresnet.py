@@ -103,6 +103,11 @@ class IResNet(FaceBackbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.1)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm's: parameters by their layers, a block each, or with ``coarse`` a stage each."""
+        blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
+        return {"stem": r"^(?:conv1|bn1|prelu)\.", "blocks": blocks}
+
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.fc: nn.Module = nn.Identity()

@@ -161,6 +161,10 @@ class MobileFaceNet(FaceBackbone):
         self.features = GDC(self.num_features, self.map_size, num_classes)
         self.apply(_init_weights)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm's: parameters by their layers, of which each run of blocks is one."""
+        return {"stem": r"^layers\.0\.", "blocks": r"^layers\.(\d+)\.", "last": r"^conv_sep\."}
+
     def reset_classifier(self, num_classes: int) -> None:
         pool = self.features.pool
         self.num_classes = num_classes

@@ -1,6 +1,6 @@
 """Any backbone by its timm name, ending in an embedding: images (N, 3, 112, 112) in, (N, D) out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from itertools import chain
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import parse_model_name, resolve_model_input_args
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from ..files import reason
@@ -59,6 +60,24 @@ class TimmEmbedder(Freezable):
         if self.grad_checkpointing:
             count_once(self.trunk)
         return in_full_precision(self.neck, self.trunk(images))
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """timm's: from a parameter's name to the number of its layer; the neck is the last one.
+
+        Raises:
+            ValueError: timm does not know the layers of this network.
+        """
+        if not hasattr(self.trunk, "group_matcher"):
+            raise ValueError(f"layer_decay must be null for {architecture(self)}: no group_matcher")
+        matcher = self.trunk.group_matcher(coarse=coarse)
+        named = ((name.removeprefix("trunk."), p) for name, p in self.named_parameters())
+        layers = group_with_matcher(named, matcher, reverse=True)
+        return lambda name: layers[name.removeprefix("trunk.")]
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of more than one dimension that timm keeps from a weight decay."""
+        names: set[str] = getattr(self.trunk, "no_weight_decay", set)()
+        return {f"trunk.{name}" for name in names}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the trunk's stages in backward as timm does it, but count each batch once."""

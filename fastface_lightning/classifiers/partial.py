@@ -22,10 +22,10 @@ class PartialClassifier(ChunkedClassifier):
 
     with :math:`R` sampled uniformly from the others without repetition, by torch's generator
     of the device. Only the rows :math:`S` of ``weight`` enter the loss, and its gradient is
-    row-sparse: :class:`fastface_lightning.optim.SGD` updates these rows and leaves weights and
-    momentum of all others as they are. (torch's SGD refuses a sparse gradient where a weight decay
-    would touch every row.) At rate 1, and in eval mode, it is :class:`ChunkedClassifier`, with a
-    dense gradient.
+    row-sparse: SGD and AdamW of :mod:`fastface_lightning.optim` update these rows and leave weights
+    and states of all others as they are. (torch's SGD refuses a sparse gradient where a weight
+    decay would touch every row, its AdamW refuses all.) At rate 1, and in eval mode, it is
+    :class:`ChunkedClassifier`, with a dense gradient.
 
     Args:
         num_classes, embedding_size, margin, scale, interclass_filter, chunk, products: as

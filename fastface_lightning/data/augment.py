@@ -2,7 +2,7 @@
 
 Every image has its own parameters, and one that is not chosen has those that change nothing: so
 the whole batch goes through the same few operations, and the host never waits to learn which
-images were chosen.
+images were chosen. RandAugment's operations are too many for that: parts of a batch have theirs.
 """
 
 import math
@@ -19,6 +19,7 @@ _RATIO = (3 / 4, 4 / 3)  # its width by its height
 _TRIES = 10  # windows sampled until one fits: all miss once in a hundred million
 _SIDE = (0.2, 1.0)  # share of the side that a coarse image has
 _JITTER = 0.5  # factors lie in 1 -/+ this
+_PARTS = 8  # of a batch, each with RandAugment's operations of its own
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class Augment:
         crop: that all but a random window of it is black; :func:`crop_some`.
         low_resolution: that it is made small and large again; :func:`coarsen_some`.
         photometric: that brightness, contrast and saturation change; :func:`recolor_some`.
+        rand_augment: RandAugment's operations an image, at least 0; :func:`randomly_augmented`.
 
     The changes come in that order. Random numbers are those of torch's default generator on the
     images' device: one ``torch.rand`` a batch and kind, whose size depends on the batch's alone,
-    and none for a kind of probability 0.
+    and none for a kind of probability 0; RandAugment's are those of the host.
 
     References:
         FastFace (arXiv 2404.11118) flips only. The other three are AdaFace's (Kim, Jain and Liu,
@@ -46,19 +48,23 @@ class Augment:
         torch.Size([8, 3, 112, 112])
 
     Raises:
-        ValueError: a probability lies outside [0, 1].
+        ValueError: a probability lies outside [0, 1], or a negative number of operations.
     """
 
     flip: float = 0.5
     crop: float = 0.0
     low_resolution: float = 0.0
     photometric: float = 0.0
+    rand_augment: int = 0
 
     def __post_init__(self) -> None:
         for name in ("flip", "crop", "low_resolution", "photometric"):
             p = getattr(self, name)
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} must be a probability in [0, 1], got {p}")
+        ops = self.rand_augment
+        if not isinstance(ops, int) or isinstance(ops, bool) or ops < 0:
+            raise ValueError(f"rand_augment must be a number of operations, 0 or more, got {ops}")
 
     def __call__(self, images: Tensor) -> Tensor:
         """A changed copy of (N, 3, H, W) uint8 RGB images, on their device, in their layout.
@@ -77,6 +83,8 @@ class Augment:
             images = coarsen_some(images, self.low_resolution)
         if self.photometric:
             images = recolor_some(images, self.photometric)
+        if self.rand_augment:
+            images = randomly_augmented(images, self.rand_augment)
         return images
 
 
@@ -148,6 +156,27 @@ def recolor_some(images: Tensor, p: float) -> Tensor:
         other = torch.where(kind == 0, 0, gray)
         pixels = (f * pixels + (1 - f) * other).clamp_(0, 255)
     return _to_bytes(pixels, images)
+
+
+def randomly_augmented(images: Tensor, operations: int) -> Tensor:
+    """RandAugment of images (N, 3, H, W) uint8, by torchvision: eight parts of the batch, each with
+    its own random ``operations``.
+
+    An operation is one of 14, with equal odds: identity, shear, translation and rotation (by
+    nearest pixels, black outside), brightness, colour, contrast, sharpness, posterize, solarize,
+    autocontrast and equalize, at torchvision's magnitude of 9 of 30.
+
+    References:
+        Cubuk et al., RandAugment, 2019 (arXiv 1909.13719).
+    """
+    from torchvision.transforms.v2 import RandAugment
+
+    augment, augmented = RandAugment(operations), torch.empty_like(images)
+    # bfloat16's 8 bits would move the pixels: positions are computed by a product of matrices.
+    with torch.autocast(images.device.type, enabled=False):
+        for part, to in zip(images.chunk(_PARTS), augmented.chunk(_PARTS), strict=True):
+            to.copy_(augment(part))
+    return augmented
 
 
 def _between(bounds: tuple[float, float], sampled: Tensor) -> Tensor:

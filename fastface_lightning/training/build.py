@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
+from torch.optim import Optimizer
 
 from ..classifiers import AttentionClassifier, Classifier, MomentumClassifier
 from ..data import FaceDataModule
@@ -52,6 +53,13 @@ def build_classifier(
     )
 
 
+def build_optimizer(cfg: DictConfig) -> Callable[[Any], Optimizer]:
+    """What makes the run's optimizer of parameters, from a config whose ``no_decay`` and
+    ``layer_decay`` are FaceModule's business."""
+    own = ("no_decay", "layer_decay")
+    return instantiate({key: value for key, value in cfg.optimizer.items() if key not in own})
+
+
 def build_module(
     cfg: DictConfig, data: FaceDataModule, schedule: Any, earlier: Mapping[str, Any] | None = None
 ) -> FaceModule:
@@ -72,10 +80,12 @@ def build_module(
     module = FaceModule(
         backbone,
         classifier,
-        instantiate(cfg.optimizer),
+        build_optimizer(cfg),
         schedule if isinstance(schedule, FixedSchedule) else None,
         data.verify_names,
         cfg.classifier.lr,
+        cfg.optimizer.get("no_decay", False),
+        cfg.optimizer.get("layer_decay"),
         instantiate(cfg.augment),
     )
     if isinstance(classifier, Classifier):  # any other module trains on images and labels

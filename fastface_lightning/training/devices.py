@@ -17,9 +17,8 @@ def uses_cuda(cfg: DictConfig) -> bool:
 def resolve_device(cfg: DictConfig) -> None:
     """Replace the settings of a run that say ``auto``, or null, by what its device is good at.
 
-    ``model.channels_last``, ``trainer.precision`` (bf16 where a GPU has it, else float16),
-    ``trainer.benchmark`` and ``optimizer.fused``. A plan for a GPU of so many GiB is made as if it
-    were here.
+    ``model.channels_last``, ``trainer.precision`` (bf16 where a GPU has it, else float16) and
+    ``trainer.benchmark``. A plan for a GPU of so many GiB is made as if it were here.
     """
     cuda = uses_cuda(cfg) or (bool(cfg.plan) and cfg.plan is not True)
     if uses_cuda(cfg):
@@ -31,9 +30,6 @@ def resolve_device(cfg: DictConfig) -> None:
         cfg.trainer.precision = half if cuda else "32-true"
     if cfg.trainer.benchmark is None:
         cfg.trainer.benchmark = cuda
-    if cfg.optimizer.get("fused") == "auto":
-        clipped = cfg.trainer.precision == "16-mixed" and cfg.trainer.gradient_clip_val
-        cfg.optimizer.fused = not clipped
 
 
 def loss_scaling(cfg: DictConfig) -> dict[str, Any]:

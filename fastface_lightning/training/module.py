@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -22,7 +23,7 @@ from ..classifiers import DynamicClassPool, MomentumClassifier, PartialClassifie
 from ..data import People
 from ..data.augment import Augment
 from ..evaluation import ROC, ROCCurve, VerificationAccuracy
-from ..optim import SGD, match_memory_format
+from ..optim import RowSparse, match_memory_format
 from ..schedule.length import callbacks_of
 from .resumed import check_schedulers, optimizer_record, set_optimizer
 
@@ -44,6 +45,11 @@ class FaceModule(LightningModule):
             steps once an optimizer step; None where a callback sets the learning rate.
         verify_names: name of each validation loader's set of pairs, in order.
         classifier_lr: base learning rate of the classifier; None is the optimizer's own.
+        no_decay: keep weights of one dimension (biases, batch norms, PReLUs) and those that the
+            backbone names (its ``no_weight_decay()``) from the weight decay.
+        layer_decay: in (0, 1]: the learning rate of each layer of the backbone is multiplied by
+            layer_decay^(layers above it). Its layers are those of its ``group_matcher()``, as
+            timm's networks have it; its head is the last of them. None: all have the same.
         augment: changes a batch of uint8 images on their device; None mirrors half of them.
 
     Batches are what :class:`fastface_lightning.data.FaceDataModule` gives: for training images
@@ -71,11 +77,17 @@ class FaceModule(LightningModule):
         scheduler: Callable[[Optimizer, int], Any] | None = None,
         verify_names: Sequence[str] = (),
         classifier_lr: float | None = None,
+        no_decay: bool = False,
+        layer_decay: float | None = None,
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if classifier_lr is not None and not 0 <= classifier_lr < float("inf"):
             raise ValueError(f"classifier_lr must be at least 0 and finite, got {classifier_lr}")
+        if not isinstance(no_decay, bool):
+            raise ValueError(f"no_decay must be true or false, got {no_decay!r}")
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
         self.backbone = backbone
         self.classifier = classifier
         if isinstance(classifier, MomentumClassifier):
@@ -92,6 +104,7 @@ class FaceModule(LightningModule):
         self.scheduler = scheduler
         self.verify_names = list(verify_names)
         self.classifier_lr = classifier_lr
+        self.no_decay, self.layer_decay = no_decay, layer_decay
         self.augment = Augment() if augment is None else augment
         self.metrics = nn.ModuleList(VerificationAccuracy() for _ in verify_names)
         self.rocs = nn.ModuleList(ROCCurve() for _ in verify_names)
@@ -228,7 +241,7 @@ class FaceModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer, world_size = self.build_optimizer(), self.trainer.world_size
-        self._optimizer_record = optimizer_record(optimizer)
+        self._optimizer_record = optimizer_record(optimizer, self)
         if isinstance(self.classifier, PartialClassifier) and self.classifier.rate < 1:
             check_sparse(optimizer)
             if world_size > 1:
@@ -250,15 +263,31 @@ class FaceModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def build_optimizer(self) -> Optimizer:
-        """The optimizer of all parameters, the classifier's in a group apart if it has its lr."""
-        if isinstance(self.classifier, MomentumClassifier):
-            if not any(p.requires_grad for p in self.backbone.parameters()):
-                raise ValueError("a frozen network and no class centres leave nothing to learn")
-            return self.optimizer(self.backbone.parameters())
-        if self.classifier_lr is None:
-            return self.optimizer(self.parameters())
-        head = {"params": list(self.classifier.parameters()), "lr": self.classifier_lr}
-        return self.optimizer([{"params": list(self.backbone.parameters())}, head])
+        """The optimizer of all parameters, in groups where rates or weight decays differ.
+
+        Raises:
+            ValueError: there is nothing to learn, or a setting that cannot act.
+        """
+        learns_centres = not isinstance(self.classifier, MomentumClassifier)
+        if not learns_centres and not any(p.requires_grad for p in self.backbone.parameters()):
+            raise ValueError("a frozen network and no class centres leave nothing to learn")
+        groups = parameter_groups(self.backbone, self.no_decay, self.layer_decay)
+        if learns_centres:
+            head = parameter_groups(self.classifier, self.no_decay)
+            if self.classifier_lr is not None:
+                head = [{**group, "lr": self.classifier_lr} for group in head]
+            groups += head
+        if not any(len(group) > 1 for group in groups):  # they differ in nothing
+            groups = [{"params": [p for group in groups for p in group["params"]]}]
+        optimizer = self.optimizer(groups)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group.pop("lr_scale", 1.0)  # a tensor may be all groups'
+        if self.no_decay and not optimizer.defaults.get("weight_decay"):
+            raise ValueError(
+                f"no_decay=true needs an optimizer with a weight_decay above 0, got "
+                f"{optimizer.defaults.get('weight_decay')}"
+            )
+        return optimizer
 
     def start_from(
         self, file: str | Path, reinit: bool = False, trained: Sequence[str] | None = None
@@ -340,7 +369,9 @@ class FaceModule(LightningModule):
             "names": checkpoint.get("torch_schedulers"),
             "states": checkpoint.get("lr_schedulers"),
         }
-        if "optimizer" in checkpoint and (new := set_optimizer(checkpoint, self.build_optimizer())):
+        if "optimizer" in checkpoint and (
+            new := set_optimizer(checkpoint, self.build_optimizer(), self)
+        ):
             log.info("from here on the optimizer has %s", "; ".join(new))
         if raw is not None and not callbacks_of(trainer, "WeightAverage"):
             log.warning("the checkpoint has averaged weights: the run goes on from the raw ones")
@@ -383,12 +414,49 @@ class FaceModule(LightningModule):
         return [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs]
 
 
+def parameter_groups(
+    network: nn.Module, no_decay: bool, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """The parameters of a network in an optimizer's groups, by timm's rules, highest rates first.
+
+    Args:
+        network: whose ``no_weight_decay()`` and ``group_matcher()`` count, where it has them.
+        no_decay, layer_decay: as :class:`FaceModule`; with either, frozen parameters are left out.
+
+    Returns:
+        Groups, of which some have a ``weight_decay`` of 0, and with ``layer_decay`` all have an
+        ``lr_scale``.
+
+    Raises:
+        ValueError: a ``layer_decay`` for a network whose layers are not known.
+    """
+    if not no_decay and layer_decay is None:
+        return [{"params": list(network.parameters())}]
+    names = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()  # type: ignore[operator]
+    rules: dict[str, Any] = {
+        "weight_decay": 1.0,  # stands for the optimizer's
+        "weight_decay_exclude_1d": no_decay,
+        "no_weight_decay_list": names if no_decay else (),
+    }
+    if layer_decay is None:
+        groups = param_groups_weight_decay(network, **rules)
+    elif hasattr(network, "group_matcher"):
+        groups = param_groups_layer_decay(network, layer_decay=layer_decay, **rules)
+    else:
+        raise ValueError(
+            f"layer_decay must be null for {type(network).__name__}, which has no group_matcher"
+        )
+    kept = [{k: v for k, v in group.items() if k != "weight_decay" or not v} for group in groups]
+    return sorted(kept, key=lambda group: -group.get("lr_scale", 1.0))
+
+
 def check_sparse(optimizer: Optimizer) -> None:
     """Refuse an optimizer that updates, of a sparse gradient, other rows than it names."""
-    if not isinstance(optimizer, SGD):
+    if not isinstance(optimizer, RowSparse):
         raise MisconfigurationException(
-            f"a partial classifier needs an optimizer that updates the sampled rows alone, "
-            f"fastface_lightning.optim.SGD (optimizer=sgd), got {type(optimizer).__name__}"
+            f"a partial classifier needs an optimizer that updates the sampled rows alone, SGD or "
+            f"AdamW of fastface_lightning.optim (optimizer=sgd or adamw), got "
+            f"{type(optimizer).__module__}.{type(optimizer).__name__}"
         )
 
 

@@ -26,9 +26,9 @@ from ..classifiers import MomentumClassifier, PartialClassifier, chunk_that_fits
 from ..data import FaceDataModule
 from ..data.augment import flip_some
 from ..files import write_text
-from ..optim import BLOCK, SGD
+from ..optim import BLOCK, RowSparse
 from ..report.figures import print_plan
-from .build import build_classifier, instantiate
+from .build import build_classifier, build_optimizer, instantiate
 from .devices import uses_cuda
 from .environment import device_name, memory_of
 from .module import check_sparse
@@ -66,7 +66,7 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     capacity = memory_of(device) if cfg.plan is True else int(cfg.plan * 2**30)
     reserve = CUDA_RESERVE if device.type == "cuda" else 0
     batch, size = cfg.data.batch_size, cfg.model.embedding_size
-    make_optimizer = instantiate(cfg.optimizer)
+    make_optimizer = build_optimizer(cfg)
     name = HydraConfig.get().runtime.choices["classifier"]
     configs = _classifier_configs(cfg, name)
     parts = {}
@@ -143,7 +143,7 @@ def _data_size(cfg: DictConfig) -> tuple[int, int]:
 def _classifier_configs(cfg: DictConfig, name: str) -> dict[str, Any]:
     """The run's own classifier first, then the others that its optimizer can train."""
     configs: dict[str, Any] = {name: cfg.classifier}
-    optimizer = instantiate(cfg.optimizer)([nn.Parameter(torch.zeros(1))])
+    optimizer = build_optimizer(cfg)([nn.Parameter(torch.zeros(1))])
     if cfg.classifier.get("rate", 1) < 1:
         check_sparse(optimizer)
     if cfg.classifier.get("chunk"):
@@ -153,7 +153,7 @@ def _classifier_configs(cfg: DictConfig, name: str) -> dict[str, Any]:
     for file in sorted((conf / "classifier").glob("*.yaml")):
         other = OmegaConf.load(file)
         other.scale = cfg.classifier.scale
-        if isinstance(optimizer, SGD) or "rate" not in other:
+        if isinstance(optimizer, RowSparse) or "rate" not in other:
             configs.setdefault(file.stem, other)
     return configs
 

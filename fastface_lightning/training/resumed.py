@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.optim import Optimizer
 
 # What a torch scheduler counts and computes; all else in its state is what it was made with.
@@ -17,14 +19,16 @@ COUNTED = {
 }
 
 
-def optimizer_record(optimizer: Optimizer) -> dict[str, Any]:
-    """What a checkpoint must say of an optimizer that nothing has scheduled yet: its class and the
-    base learning rate of each group."""
+def optimizer_record(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint must say of an optimizer that nothing has scheduled yet: its class, and the
+    base learning rate and the parameters, by their names in a module, of each group."""
+    names = {p: name for name, p in module.named_parameters()}
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     lrs = [float(group["lr"]) for group in optimizer.param_groups]
-    return {"class": type(optimizer).__name__, "lrs": lrs}
+    return {"class": type(optimizer).__name__, "lrs": lrs, "groups": groups}
 
 
-def set_optimizer(checkpoint: dict[str, Any], optimizer: Optimizer) -> list[str]:
+def set_optimizer(checkpoint: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> list[str]:
     """Write an optimizer's settings into the states of a checkpoint that it will be filled with.
 
     Every learning rate, and what a torch scheduler takes as its base, is multiplied by new base
@@ -33,28 +37,38 @@ def set_optimizer(checkpoint: dict[str, Any], optimizer: Optimizer) -> list[str]
     Args:
         checkpoint: Lightning's, with :func:`optimizer_record` under ``"optimizer"``.
         optimizer: as the run would make it anew.
+        module: whose parameters it has.
 
     Returns:
         What is new, a phrase each.
 
     Raises:
-        MisconfigurationException: it is of another class than the checkpoint's.
+        MisconfigurationException: it is of another class than the checkpoint's, or has the
+            parameters in other groups.
     """
     (saved,), record = checkpoint["optimizer_states"], checkpoint["optimizer"]
-    now = optimizer_record(optimizer)
+    now = optimizer_record(optimizer, module)
     if now["class"] != record["class"]:
         raise MisconfigurationException(
             f"the checkpoint must come from the same optimizer, got one written with "
             f"{record['class']} for {now['class']}: resume with optimizer=NAME as it was"
         )
+    if now["groups"] != record["groups"]:
+        raise MisconfigurationException(
+            f"a resumed run must have its parameters in the groups of the checkpoint, got "
+            f"{len(now['groups'])} groups for {len(record['groups'])} that are not the same: "
+            f"resume with optimizer.no_decay, optimizer.layer_decay and model.freeze as they were, "
+            f"and classifier.lr null or a number as it was"
+        )
     changes: dict[str, str] = {}
-    factors = []
+    factors: list[float] = []
     for group, new, base, lr in zip(
         saved["param_groups"], optimizer.param_groups, record["lrs"], now["lrs"], strict=True
     ):
         factors.append(lr / base if base else 1.0)
         if lr != base:
-            changes[f"lr {lr:g}, was {base:g}"] = ""
+            if not any(math.isclose(factors[-1], earlier) for earlier in factors[:-1]):
+                changes[f"lr {lr:g}, was {base:g}"] = ""  # of a factor's first group
             for key in [key for key in group if key == "lr" or key.endswith("_lr")]:
                 group[key] = group[key] * factors[-1] if base else lr
         scheduled = {"momentum", "betas"} if "max_momentum" in group else set()

@@ -85,12 +85,11 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
 
 class Checkpoint(NamedTuple):
     """What a resume asks of a checkpoint: what the run was composed of, optimizer steps done,
-    weights, groups of parameters that have learning rates of their own, people."""
+    weights, people."""
 
     config: dict[str, Any]
     step: int
     weights: dict[str, Tensor]
-    groups: int
     people: People
 
 
@@ -102,7 +101,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        groups = len(saved["optimizer_states"][0]["param_groups"])
+        saved["optimizer"]["groups"]  # which FaceModule compares
         step, weights, people = (
             saved["global_step"],
             saved["state_dict"],
@@ -117,7 +116,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
             f"resume must be a checkpoint that names the people of its run, got {file}: "
             f"weights=FILE takes its network"
         )
-    return Checkpoint(saved.get("run", {}).get("config", {}), step, weights, groups, people)
+    return Checkpoint(saved.get("run", {}).get("config", {}), step, weights, people)
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -153,7 +152,7 @@ def check_checkpoint(saved: Checkpoint, module: FaceModule, people: People) -> N
         ValueError: names what differs.
     """
     people.check_same(saved.people)
-    weights, groups = saved.weights, saved.groups
+    weights = saved.weights
     for name, tensor in module.state_dict().items():
         if name not in weights or weights[name].shape != tensor.shape:
             shape = tuple(weights[name].shape) if name in weights else "nothing"
@@ -162,8 +161,3 @@ def check_checkpoint(saved: Checkpoint, module: FaceModule, people: People) -> N
                 f"{tuple(tensor.shape)}, got {shape}; weights=FILE classifier.reinit=true starts "
                 f"from its backbone alone"
             )
-    if groups != 1 + (module.classifier_lr is not None):
-        raise ValueError(
-            f"classifier.lr must be set as in the run of the checkpoint, where it was "
-            f"{'null' if groups == 1 else 'a number'}, got {module.classifier_lr}"
-        )

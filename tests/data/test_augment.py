@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import functional as TF
+from torchvision.transforms.v2 import RandAugment
 
 from fastface_lightning.data.augment import (
     INTERPOLATIONS,
@@ -75,7 +76,7 @@ class TestContract:
     def test_seed_alone_decides_not_memory_format_nor_precision(
         self, layout: torch.memory_format
     ) -> None:
-        images, augment = faces(5), Augment(1, 1, 1, 1)
+        images, augment = faces(20), Augment(1, 1, 1, 1, 2)
         before = images.clone()
         runs = []
         for seed in (0, 0, 1):
@@ -100,7 +101,7 @@ class TestContract:
     @settings(max_examples=30)
     def test_any_shape(self, n: int, height: int, width: int) -> None:
         images = noise(n, height, width)
-        found = Augment(1, 1, 1, 1)(images)
+        found = Augment(1, 1, 1, 1, 3)(images)
         assert found.shape == images.shape and found.dtype == torch.uint8
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -120,6 +121,9 @@ class TestContract:
             for p in (-0.1, 1.1, float("nan")):
                 with pytest.raises(ValueError, match=f"{kind} must be a probability"):
                     only(kind, p)
+        for ops in (-1, 0.5, True):
+            with pytest.raises(ValueError, match=f"rand_augment must be .*, got {ops}"):
+                Augment(rand_augment=ops)
         for shape, dtype in (((2, 3, 8, 8), torch.float), ((3, 8, 8), torch.uint8)):
             with pytest.raises(ValueError, match="images must be uint8"):
                 Augment()(torch.zeros(shape, dtype=dtype))
@@ -254,3 +258,22 @@ class TestPhotometric:
             with with_draws(draws):
                 found = recolor_some(images, 1.0)
             assert not found[0].any() and (found[1] == white).all()
+
+
+class TestRandAugment:
+    def test_each_eighth_of_a_batch_is_as_torchvisions_of_its_own_draw(self) -> None:
+        images = faces(20)
+        torch.manual_seed(2)
+        expected = torch.cat([RandAugment(2)(part) for part in images.split(3)])  # 7 parts
+        torch.manual_seed(2)
+        assert torch.equal(Augment(flip=0, rand_augment=2)(images), expected)
+
+    def test_parts_differ_and_identity_is_one_of_fourteen(self) -> None:
+        """An image augmented 800 times: it stays as often as its operation is the identity."""
+        images = faces(1).expand(8, -1, -1, -1)
+        torch.manual_seed(0)
+        found = torch.cat([Augment(flip=0, rand_augment=1)(images) for _ in range(100)])
+        kinds, counts = found.flatten(1).unique(dim=0, return_counts=True)
+        assert len(kinds) == 14 + 9  # nine have two signs
+        (same,) = counts[(kinds == images[0].flatten()).all(1)]
+        assert abs(same / 800 - 1 / 14) < 4 * math.sqrt(1 / 14 * 13 / 14 / 800)

@@ -18,28 +18,27 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Any:
         trainer = {"accelerator": accelerator, "precision": "auto", "benchmark": None}
         cfg = OmegaConf.create(
             {
-                "trainer": {**trainer, "gradient_clip_val": 5.0},
-                "optimizer": {"fused": "auto"},
+                "trainer": trainer,
                 "model": {"channels_last": "auto"},
                 "plan": plan,
             }
         )
         resolve_device(cfg)
-        found = cfg.trainer.precision, cfg.model.channels_last, cfg.optimizer.fused
-        return (*found, cfg.trainer.benchmark), loss_scaling(cfg)
+        found = cfg.trainer.precision, cfg.model.channels_last, cfg.trainer.benchmark
+        return found, loss_scaling(cfg)
 
     return resolved
 
 
 def test_a_processor_and_a_gpu(resolved: Any) -> None:
-    assert resolved(cuda=False, bf16=False) == (("32-true", False, True, False), {})
+    assert resolved(cuda=False, bf16=False) == (("32-true", False, False), {})
     assert resolved(cuda=True, bf16=True, accelerator="cpu")[0][0] == "32-true"
-    assert resolved(cuda=True, bf16=True) == (("bf16-mixed", True, True, True), {})
+    assert resolved(cuda=True, bf16=True) == (("bf16-mixed", True, True), {})
 
 
 def test_a_gpu_without_bf16_has_the_papers_float16_and_loss_scaler(resolved: Any) -> None:
     found, plugins = resolved(cuda=True, bf16=False)
-    assert found == ("16-mixed", True, False, True)  # fused, its gradients could not be clipped
+    assert found == ("16-mixed", True, True)
     assert plugins["precision"] is None
     assert plugins["plugins"].scaler.get_growth_interval() == 100
 

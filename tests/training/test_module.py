@@ -25,7 +25,7 @@ from fastface_lightning.classifiers import (
 )
 from fastface_lightning.data import PairImages, People, VerificationPairs
 from fastface_lightning.margins import AdaFace, CurricularFace, Margin
-from fastface_lightning.optim import SGD
+from fastface_lightning.optim import SGD, AdamW
 from fastface_lightning.schedule.fixed import FixedSchedule
 from fastface_lightning.training.module import FaceModule
 
@@ -35,7 +35,7 @@ LABELS = torch.arange(8) % 3
 
 def module(classifier: nn.Module | None = None, optimizer: Any = None, **more: Any) -> FaceModule:
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    backbone = more.pop("backbone", None) or nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
     optimizer = partial(optimizer or torch.optim.SGD, lr=1e-3)
     return FaceModule(backbone, classifier or FullClassifier(3, 5), optimizer, **more)
 
@@ -96,6 +96,9 @@ def test_a_fused_optimizer_under_a_scaler_cannot_clip(tmp_path: Path) -> None:
     faces = module(optimizer=partial(torch.optim.SGD, fused=True))
     with pytest.raises(MisconfigurationException, match="cannot clip its gradients"):
         fit(tmp_path, faces, gradient_clip_val=5.0, plugins=[scaler])
+    for optimizer in (SGD, AdamW):  # fused too, but on gradients that are unscaled
+        scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+        fit(tmp_path, module(optimizer=optimizer), gradient_clip_val=5.0, plugins=[scaler])
 
 
 def test_the_classifier_may_have_a_learning_rate_of_its_own() -> None:
@@ -106,16 +109,84 @@ def test_the_classifier_may_have_a_learning_rate_of_its_own() -> None:
         module(classifier_lr=-1)
 
 
+def grouped(faces: FaceModule) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of every parameter that is optimized, by its name."""
+    groups = faces.build_optimizer().param_groups
+    of = {p: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(of)
+    return {name: of[p] for name, p in faces.named_parameters() if p in of}
+
+
+NETWORKS = ["iresnet_tiny", "mobilefacenet", "test_vit", "test_convnext"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_biases_and_norms_have_no_weight_decay(name: str) -> None:
+    """Nor have what timm names of a network; all else has the optimizer's, at the same rate."""
+    backbone = build_backbone(name, 5)
+    optimizer = partial(AdamW, weight_decay=0.3)
+    faces = module(optimizer=optimizer, backbone=backbone, no_decay=True, classifier_lr=0.5)
+    found = grouped(faces)
+    for key, p in faces.named_parameters():
+        exempt = p.ndim < 2 or key.endswith(("pos_embed", "cls_token", "reg_token"))
+        rate = 0.5 if key == "classifier.weight" else 1e-3
+        if p.requires_grad:
+            assert found.pop(key) == (rate, 0.0 if exempt else 0.3), key
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "last_block", "head"),
+    [
+        ("iresnet_tiny", "conv1.", "layer4.0.", "fc."),
+        ("mobilefacenet", "layers.0.", "conv_sep.", "features."),
+        ("test_vit", "trunk.patch_embed.", "trunk.blocks.5.", "neck."),
+        ("test_convnext", "trunk.stem.", "trunk.stages.3.blocks.1.", "neck."),
+    ],
+)
+def test_lower_layers_have_lower_rates(name: str, stem: str, last_block: str, head: str) -> None:
+    backbone = build_backbone(name, 5)
+    faces = module(optimizer=AdamW, backbone=backbone, layer_decay=0.5)
+    rates = {key: lr / 1e-3 for key, (lr, decay) in grouped(faces).items() if decay == 1e-2}
+    assert rates.keys() == {key for key, p in faces.named_parameters() if p.requires_grad}
+
+    def of(part: str) -> float:
+        (rate,) = {rates[key] for key in rates if key.startswith(f"backbone.{part}")}
+        return rate
+
+    layers = len(set(rates.values()))
+    assert set(rates.values()) == {0.5**n for n in range(layers)}
+    assert (of(stem), of(head), rates["classifier.weight"]) == (0.5 ** (layers - 1), 1, 1)
+    assert of(last_block) == 0.5
+    first = faces.build_optimizer().param_groups[0]
+    assert first["lr"] == 1e-3 and "lr_scale" not in first
+
+
+def test_groups_that_cannot_be_are_refused() -> None:
+    for value in (0.0, 1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match=rf"layer_decay must lie in \(0, 1\], got {value}"):
+            module(layer_decay=value)
+    with pytest.raises(ValueError, match="layer_decay must be null for Sequential"):
+        module(layer_decay=0.5).build_optimizer()
+    with pytest.raises(ValueError, match="layer_decay must be null for pit_ti_224"):
+        module(backbone=build_backbone("pit_ti_224", 5), layer_decay=0.5).build_optimizer()
+    with pytest.raises(ValueError, match="no_decay must be true or false, got 'yes'"):
+        module(no_decay="yes")
+    with pytest.raises(ValueError, match=r"no_decay=true needs .*, got 0"):
+        module(no_decay=True).build_optimizer()
+
+
 def test_a_partial_classifier_trains_and_only_with_an_optimizer_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And in one process."""
     sampling = partial(PartialClassifier, 30, 5, rate=0.4)
-    faces = module(sampling(), partial(SGD, momentum=0.9, weight_decay=0.1))
-    before = faces.classifier.weight.detach().clone()
-    fit(tmp_path, faces, gradient_clip_val=5.0)
-    assert (faces.classifier.weight != before).any(1).sum() == 12
-    with pytest.raises(MisconfigurationException, match="got SGD"):
+    for optimizer in (partial(SGD, momentum=0.9, weight_decay=0.1), AdamW):
+        faces = module(sampling(), optimizer)
+        before = faces.classifier.weight.detach().clone()
+        fit(tmp_path, faces, gradient_clip_val=5.0)
+        assert (faces.classifier.weight != before).any(1).sum() == 12
+    with pytest.raises(MisconfigurationException, match=r"got torch\.optim\.sgd\.SGD"):
         fit(tmp_path, module(sampling(), torch.optim.SGD))
     monkeypatch.setattr(Trainer, "world_size", 2)
     with pytest.raises(MisconfigurationException, match=r"trains in one process, .* got 2"):
@@ -182,7 +253,7 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     assert not torch.equal(again.classifier.weight, saved.classifier.weight)
 
 
-@pytest.mark.parametrize("optimizer", [SGD, partial(torch.optim.AdamW, fused=True)])
+@pytest.mark.parametrize("optimizer", [SGD, AdamW, partial(torch.optim.AdamW, fused=True)])
 def test_an_optimizers_state_follows_the_weights_memory_format(
     optimizer: Any, tmp_path: Path
 ) -> None:

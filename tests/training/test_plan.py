@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastface_lightning import classifiers
+from fastface_lightning import classifiers, optim
 from fastface_lightning.backbones import build_backbone
 from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, PartialClassifier
-from fastface_lightning.optim import SGD
+from fastface_lightning.optim import SGD, AdamW
 from fastface_lightning.training.plan import (
     MemoryMeter,
     PartPlan,
@@ -31,10 +31,9 @@ SGD_OF_THE_PAPER = functools.partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-
 MEASURED = r"""
 import json, re, sys
 import torch
-from fastface_lightning import classifiers
+from fastface_lightning import classifiers, optim
 from fastface_lightning.backbones import build_backbone, normalise
 from fastface_lightning.data.augment import flip_some
-from fastface_lightning.optim import SGD
 
 case = json.loads(sys.argv[1])
 torch.set_num_threads(1)
@@ -54,7 +53,8 @@ def train(batch, num_classes):
     net = build_backbone(case["backbone"])
     head = getattr(classifiers, case["classifier"])(num_classes, **case["options"])
     parameters = [*net.parameters(), *head.parameters()]
-    optimizer = SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
+    kind, settings = case["optimizer"]
+    optimizer = getattr(optim, kind)(parameters, **settings)
     for number in range(3 * case["accumulate"]):
         loss = loss_of(head, net, batch, num_classes)
         if number % case["accumulate"] == 0:
@@ -78,25 +78,31 @@ def planned(case: dict[str, Any]) -> int:
     kind = getattr(classifiers, case["classifier"])
     build = functools.partial(kind, case["num_classes"], **case["options"])
     net = functools.partial(build_backbone, case["backbone"])
-    backbone = plan_backbone(net, SGD_OF_THE_PAPER, case["batch"], "32-true")
-    head = plan_classifier(build, SGD_OF_THE_PAPER, case["batch"], 512, case["num_classes"])
+    name, settings = case["optimizer"]
+    optimizer = functools.partial(getattr(optim, name), **settings)
+    backbone = plan_backbone(net, optimizer, case["batch"], "32-true")
+    head = plan_classifier(build, optimizer, case["batch"], 512, case["num_classes"])
     return peak(*combined(backbone, head), case["accumulate"])
 
 
+OF_THE_PAPER = ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
+PARTIAL = {"rate": 0.1, "chunk": 2048}
 CASES = [
-    ("mobilefacenet", "ChunkedClassifier", {"chunk": 2048}, 32, 1000, 1),
-    ("iresnet_tiny", "ChunkedClassifier", {"chunk": 2048}, 64, 200_000, 3),
-    ("iresnet_tiny", "PartialClassifier", {"rate": 0.1, "chunk": 2048}, 64, 300_000, 1),
-    ("iresnet18", "FullClassifier", {}, 16, 10_000, 1),
-    ("iresnet_tiny", "DynamicClassPool", {"pool_size": 0.3}, 32, 200_000, 1),
-    ("iresnet_tiny", "AttentionClassifier", {"queue_size": 0.4}, 64, 200_000, 1),
+    ("mobilefacenet", "ChunkedClassifier", {"chunk": 2048}, 32, 1000, 1, OF_THE_PAPER),
+    ("iresnet_tiny", "ChunkedClassifier", {"chunk": 2048}, 64, 200_000, 3, OF_THE_PAPER),
+    ("iresnet_tiny", "ChunkedClassifier", {"chunk": 2048}, 64, 200_000, 1, ("AdamW", {})),
+    ("iresnet_tiny", "PartialClassifier", PARTIAL, 64, 300_000, 1, OF_THE_PAPER),
+    ("iresnet_tiny", "PartialClassifier", PARTIAL, 64, 300_000, 1, ("AdamW", {})),
+    ("iresnet18", "FullClassifier", {}, 16, 10_000, 1, OF_THE_PAPER),
+    ("iresnet_tiny", "DynamicClassPool", {"pool_size": 0.3}, 32, 200_000, 1, OF_THE_PAPER),
+    ("iresnet_tiny", "AttentionClassifier", {"queue_size": 0.4}, 64, 200_000, 1, OF_THE_PAPER),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("values", CASES, ids=lambda v: f"{v[0]}-{v[1]}-{v[4]}-{v[5]}")
+@pytest.mark.parametrize("values", CASES, ids=lambda v: f"{v[0]}-{v[1]}-{v[4]}-{v[5]}-{v[6][0]}")
 def test_within_15_percent_of_what_a_process_takes(values: tuple[Any, ...]) -> None:
-    names = ("backbone", "classifier", "options", "batch", "num_classes", "accumulate")
+    names = "backbone", "classifier", "options", "batch", "num_classes", "accumulate", "optimizer"
     case = dict(zip(names, values, strict=True))
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, json.dumps(case)],
@@ -130,6 +136,9 @@ def test_classifiers_counted_by_hand() -> None:
     assert full.work == pytest.approx(3 * weight + 4 * logits, rel=0.02)
     assert chunked.work < 0.05 * weight
     assert partial.work < 0.15 * weight
+    build = functools.partial(PartialClassifier, 200_000, rate=0.1, chunk=2048)
+    adamw = plan_classifier(build, AdamW, 128, 512, 200_000)
+    assert adamw == partial._replace(states=2 * weight + 200_000 * 4)  # and each centre's steps
     product = 2 * 128 * 200_000 * 512
     assert full.flops == 3 * product
     assert chunked.flops == 4 * product

@@ -149,6 +149,7 @@ def test_what_a_resume_sets_holds_from_then_on(run: Run) -> None:
     for other, words in {
         "optimizer=adamw": "written with SGD for AdamW",
         "schedule.T_max=9": "T_max must be 8, got 9",
+        "classifier.lr=0.1": "classifier.lr null or a number as it was",
         "weights=x": "weights is for the start of a run, got x",
     }.items():
         refused = run("resume=auto", other, "trainer.max_steps=9")
@@ -398,6 +399,24 @@ def test_fine_tuning_on_other_identities(run: Run) -> None:
     assert run("resume=auto", "trainer.max_steps=3", folder="fine").code == 0
 
 
+def test_groups_of_parameters_resume_as_they_were(run: Run) -> None:
+    """Each with its own rate, which follows a new ``optimizer.lr``; others are refused."""
+    layers = ["optimizer=adamw", "optimizer.no_decay=true", "optimizer.layer_decay=0.5"]
+    more = ["schedule=cosine", "schedule.T_max=4", "trainer.log_every_n_steps=1"]
+    first = run(*SMALL, *layers, *more, "optimizer.lr=0.001", "trainer.max_steps=2")
+    assert first.code == 0, first.err
+    for other in ("optimizer.no_decay=false", "optimizer.layer_decay=null"):
+        refused = run("resume=auto", other, "trainer.max_steps=4")
+        assert refused.code == 2 and "optimizer.no_decay" in refused.err.splitlines()[-1]
+    second = run("resume=auto", "optimizer.lr=0.002", "trainer.max_steps=4")
+    assert second.out.count("lr 0.002, was 0.001") == 1 and "lr 0.001, was" not in second.out
+    (*_, before, _, after, _) = [row for row in rows(second.folder) if row["lr-AdamW/pg1"]]
+    rates = [key for key in before if key.startswith("lr-AdamW/") and float(before[key])]
+    assert len({before[key] for key in rates}) > 4
+    for key in rates:  # of steps 0 and 2 of the cosine
+        assert float(after[key]) == pytest.approx(2 * 0.5 * float(before[key]))
+
+
 # ------------------------------------------------------------------------------------- plans
 
 
@@ -448,8 +467,12 @@ def test_plan_of_a_chunk_that_is_too_large(run: Run) -> None:
 
 
 def test_plan_of_a_timm_model(run: Run) -> None:
-    backbone = planned(run, "model=timm", "model.name=convnext_atto", "plan=8")[0]["backbone"]
-    assert 0 < backbone["gradients"] <= backbone["weights"] and backbone["activations"] > 2**26
+    groups = ["optimizer=adamw", "optimizer.no_decay=true", "optimizer.layer_decay=0.75"]
+    backbone = planned(run, "model=timm", "model.name=convnext_atto", "plan=8", *groups)[0][
+        "backbone"
+    ]
+    assert 0 < 2 * backbone["gradients"] <= backbone["states"] <= 2.1 * backbone["weights"]
+    assert backbone["activations"] > 2**26
 
 
 @pytest.mark.parametrize(
@@ -457,7 +480,7 @@ def test_plan_of_a_timm_model(run: Run) -> None:
     [
         ["plan=-3"],
         ["plan=24", "trainer=ddp", "trainer.devices=4"],
-        ["plan=24", "classifier=partial", "optimizer=adamw"],
+        ["plan=24", "classifier=partial", "optimizer._target_=torch.optim.AdamW"],
         ["plan=true", "trainer.max_epochs=null"],
         ["plan=true", "trainer.precision=64-true"],
     ],

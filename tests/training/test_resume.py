@@ -21,6 +21,7 @@ CASES = {
     "two workers": "data.num_workers=2",
     "accumulated": "data.num_workers=2 trainer.accumulate_grad_batches=2",
     "a sample of classes": "classifier=partial classifier.rate=0.5 margin=elasticface",
+    "a sample of classes by AdamW": "classifier=partial classifier.rate=0.5 optimizer=adamw",
     "two ranks": "trainer=ddp trainer.accelerator=cpu trainer.devices=2 data.batch_size=4",
     "a dynamic class pool": "classifier=dynamic_pool classifier.pool_size=7 data.batch_size=4 "
     "data.num_workers=2 trainer.accumulate_grad_batches=5",
@@ -32,6 +33,7 @@ CASES = {
     "by steps": "trainer.max_epochs=-1 trainer.max_steps=15",
     "watching the loss": "schedule=fastface averaging=none",
     "a fixed schedule": "schedule=cosine data.num_workers=2",
+    "augmented": "augment.crop=0.5 augment.rand_augment=2",
     "averaged": "averaging=ema averaging.decay=0.8 averaging.every_n_steps=3",
 }
 
