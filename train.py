@@ -46,6 +46,11 @@ def main(cfg: DictConfig) -> float | None:
     check_numbers(cfg, LEAST)
     checkpoint = run_folder.checkpoint_to_resume(cfg, folder)
     if cfg.resume == "auto" and checkpoint is None:
+        named = any(text.startswith(("data", "+paper=")) for text in overrides)
+        if not named and not (folder / "overrides.yaml").is_file():  # it would not be that run
+            raise ValueError(
+                f"resume=auto finds no run in {folder}, and a new one must name its data: data=NAME"
+            )
         confirm(f"resume=auto finds no checkpoint in {folder}: a new run begins there")
     resolve_device(cfg)
     if cfg.plan is not False and cfg.plan is not None:  # 0 is a mistake, not a no

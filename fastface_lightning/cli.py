@@ -36,6 +36,10 @@ BAD_INPUT = (
     HydraException,
     OmegaConfBaseException,
 )
+FLAGS_WITH_VALUE = (
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
+    *("--package", "-p", "--cfg", "-c"),
+)
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning's, in its order
 
 
@@ -100,7 +104,8 @@ def program(
                 text = sentence(error)
                 if text is None:  # a fault of the program
                     raise error
-                text += did_you_mean(text, config_path, config_name)
+                if hint := did_you_mean(text, config_path, config_name):
+                    text = text.rstrip(".") + hint
                 print(f"error: {text}", file=sys.stderr)
                 write_to_logs(text)
                 sys.exit(2)
@@ -201,8 +206,12 @@ def quoted(text: str) -> str:
 
 def with_files(arguments: list[str], key: str) -> list[str]:
     """The arguments, those that name files as one ``key=[…]``."""
-    names = [a for a in arguments if a[:1] != "-" and ("=" not in a or os.path.exists(a))]
-    others = [argument for argument in arguments if argument not in names]
+    names: list[str] = []
+    others: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        of_flag = argument[:1] == "-" or before in FLAGS_WITH_VALUE
+        is_file = "=" not in argument or os.path.exists(argument)
+        (names if is_file and not of_flag else others).append(argument)
     return [*others, f"{key}=[{','.join(map(quoted, names))}]"] if names else arguments
 
 

@@ -189,19 +189,13 @@ def line(name: str, *fields: Any) -> bytes:
 
 def report(cfg: DictConfig, names: list[str], left_out: dict[str, str], seconds: float) -> int:
     """Write down, print and draw what came of it; returns how many images were left out."""
-    from fastface_lightning.data.formats.image import IMAGE_SUFFIXES
-    from fastface_lightning.files import printable
+    from fastface_lightning.data import other_files
     from fastface_lightning.report.image_grid import plot_captioned
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     without_crop = {name: left_out[name] for name in names if name in left_out}
     kinds = Counter(why.partition(":")[0] for why in without_crop.values())
-    others = Counter(
-        printable(Path(name).suffix.lower()) or "without suffix"
-        for _, _, files in os.walk(cfg.images)
-        for name in files
-        if not name.startswith(".") and not name.lower().endswith(IMAGE_SUFFIXES)
-    )
+    others = other_files(cfg.images)
     count = len(names) - len(without_crop)
     result = {"target": str(cfg.target), "images": len(names), "aligned": count}
     result |= {"left_out": dict(kinds), "other_files": dict(others), "seconds": round(seconds, 1)}

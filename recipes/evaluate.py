@@ -69,13 +69,14 @@ def main(cfg: DictConfig) -> None:
     outcomes: dict[str, Outcome] = {}
     people = people_of(cfg.checkpoint)
     for protocol in protocols(cfg, paths, people):
-        if protocol.people:
-            people.warn_of_trained(protocol.name, protocol.people)
+        shown = protocol.people
+        trained = people.warn_of_trained(protocol.name, shown) if shown else 0
         started = time.perf_counter()
         features = embedded(protocol, embedder, cache, cfg.num_workers)
         outcome = outcomes[protocol.name] = protocol.evaluate(features)
         seconds = time.perf_counter() - started
-        results[protocol.name] = {**outcome.results, "seconds": seconds}
+        who = {"people": protocol.num_people, "trained_people": trained}
+        results[protocol.name] = {**outcome.results, **who, "seconds": seconds}
         if isinstance(protocol, Pairs):
             draw_worst(protocol, outcome, folder / f"worst_{protocol.name}.png")
         text = write(cfg, folder, embedder, results)

@@ -30,10 +30,12 @@ def main(cfg: DictConfig) -> None:
     if evaluation is not None:
         if evaluation["fingerprint"] != embedder.fingerprint:
             raise ValueError(
-                f"evaluation must be of these weights, in float32 and of RGB in [-1, 1], got "
-                f"{cfg.evaluation}, of {evaluation['checkpoint']}"
+                f"evaluation must be of this file of weights, in float32 and of RGB in [-1, 1], "
+                f"got {cfg.evaluation}, of {evaluation['checkpoint']}"
             )
-        embedder.about["thresholds"] = thresholds_of(evaluation["sets"], mirror)
+        # Templates of many images have other thresholds than two images.
+        pairs = {k: v for k, v in evaluation["sets"].items() if v["protocol"] == "pairs"}
+        embedder.about["thresholds"] = thresholds_of(pairs, mirror, evaluation["precision"])
     if not isinstance(embedder, TorchEmbedder):
         raise ValueError(f"checkpoint must hold weights, got {cfg.checkpoint}, which is an ONNX")
     about = export(embedder, target, cfg.uint8)
@@ -49,8 +51,9 @@ def read_evaluation(file: str) -> dict[str, Any]:
     """What evaluate.py has written."""
     try:
         evaluation = json.loads(Path(file).read_text(encoding="utf-8"))
-        return {key: evaluation[key] for key in ("checkpoint", "mirror", "fingerprint", "sets")}
-    except (ValueError, KeyError, TypeError) as error:
+        keys = ("checkpoint", "mirror", "precision", "fingerprint", "sets")
+        return {key: evaluation[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"evaluation must be the evaluation.json of recipes/evaluate.py, got {file}"
         ) from error

@@ -29,7 +29,15 @@ RUN: dict[str, Any] = {
     "steps": 7,
     "verification": {"lfw": 0.9},
     "thresholds": {
-        "lfw": {"mirror": True, "impostors": 300, "cosine_thresholds": {"1e-02": 0.4, "1e-01": 0.3}}
+        "lfw": {
+            "mirror": True,
+            "precision": "32-true",
+            "accuracy": 0.9,
+            "people": 40,
+            "impostors": 300,
+            "far": {"1e-02": 0.01, "1e-01": 0.1},
+            "cosine_thresholds": {"1e-02": 0.4, "1e-01": 0.3},
+        }
     },
 }
 

@@ -220,6 +220,8 @@ def test_files_may_be_named_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert typed[:2] == ["--cfg=job", "checkpoint=m.onnx"] and len(typed) == 3
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         assert list(compose("verify", typed[1:]).images) == [*names, "x=y.jpg"]
+    flagged = ["--config-dir", "D", "a.jpg"]
+    assert with_files(flagged, "images") == ["--config-dir", "D", "images=['a.jpg']"]
     assert with_files(["-m", "far=1e-3"], "images") == ["-m", "far=1e-3"]
 
 

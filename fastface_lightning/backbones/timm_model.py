@@ -165,7 +165,7 @@ def build_backbone(
             raise
         raise ValueError(
             f"name must be of a model whose settings and weights can be had, got {name} with "
-            f"pretrained={pretrained}: {_first_line(error)}"
+            f"pretrained={pretrained}: {' '.join(reason(error).split())[:300]}"
         ) from error
     model.architecture = known if elsewhere else None
     if channels_last:

@@ -90,13 +90,18 @@ def read_weights(file: str | Path, part: str = "backbone.") -> dict[str, Tensor]
 
 def read_about(file: str | Path) -> dict[str, Any]:
     """What a file says of its weights: the ``run`` of a checkpoint of ``train.py``, or the metadata
-    of a ``.safetensors`` that ``recipes/export.py`` has written; nothing, of bare weights."""
+    of a ``.safetensors``, or beside a ``.pth``, that ``recipes/export.py`` has written; nothing, of
+    bare weights."""
     path = Path(file)
     if path.suffix == SAFETENSORS:
         read_file(path)  # refuses what is none
         with safe_open(path, framework="pt") as opened:
             return json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
     content = read_file(path)
+    beside = path.with_name(path.name + ".json")
+    if path.suffix == ".pth" and beside.is_file():
+        about = json.loads(beside.read_text(encoding="utf-8"))  # a ValueError, if it is none
+        return about if isinstance(about, dict) else {}
     run = content.get("run") if isinstance(content, Mapping) else None
     return dict(run) if isinstance(run, Mapping) else {}
 

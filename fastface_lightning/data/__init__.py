@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     )
     from .datasets.base import FaceDataset
     from .datasets.folder import FaceList, IdentityFolder, identity_names
-    from .datasets.image_files import ImageFiles, find_images
+    from .datasets.image_files import ImageFiles, find_images, other_files
     from .datasets.records import RecordDataset
     from .datasets.shards import ShardDataset
     from .datasets.synthetic import SyntheticFaces
@@ -55,7 +55,7 @@ _NAMES = {
     "datamodule": "FaceData FaceDataModule LFWData SyntheticData open_faces",
     "datasets.base": "FaceDataset",
     "datasets.folder": "FaceList IdentityFolder identity_names",
-    "datasets.image_files": "ImageFiles find_images",
+    "datasets.image_files": "ImageFiles find_images other_files",
     "datasets.records": "RecordDataset",
     "datasets.shards": "ShardDataset",
     "datasets.synthetic": "SyntheticFaces",

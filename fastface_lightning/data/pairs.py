@@ -47,11 +47,15 @@ class VerificationPairs(_Pairs):
         index: (P, 2) int64, the images of each pair; None: 2i and 2i + 1.
         names: what to call each image; empty where that is not known.
         people: names of the people of a pairs file, the folders of its images; empty for others.
+        num_people: how many people it shows; None where that is not known.
+        trained_people: how many of them the model was trained on, as far as names tell.
     """
 
     index: Tensor | None  # type: ignore[assignment]  # which hides a tuple's method
     names: Sequence[str]
     people: Sequence[str] = ()
+    num_people: int | None = None
+    trained_people: int = 0
 
     def __new__(
         cls,
@@ -188,6 +192,7 @@ def read_pairs(
     pairs = pair_files(file, image_root)
     read = _load(pairs, lambda path: decode_image(path, size), lambda path: path.stem, str(file))
     read.people = sorted({path.parent.name for pair in pairs for path in pair[:2]})
+    read.num_people = len(read.people)
     return read
 
 
@@ -316,7 +321,9 @@ def held_out_pairs(dataset: FaceDataset, num_pairs: int, seed: int = 0) -> Verif
     if (counts > 0).sum() < 2:
         raise ValueError(f"pairs of two people need two people in {dataset}, got 1")
     pairs = sample_pairs(dataset.labels, num_pairs, seed)
-    return _read_alternating(dataset, pairs[0::2], pairs[1::2], once=True)
+    read = _read_alternating(dataset, pairs[0::2], pairs[1::2], once=True)
+    read.num_people = int((counts > 0).sum())
+    return read
 
 
 def sample_pairs(labels: NDArray[np.integer], num_pairs: int, seed: int = 0) -> NDArray[np.int64]:
@@ -385,7 +392,9 @@ def synthetic_pairs(
     number = rng.choice(n * (n - 1) // 2 * of_two, num_pairs // 2, replace=False)
     people, number = np.divmod(number, of_two)
     different = k * _unordered_pair(people) + np.stack(np.divmod(number, k), axis=1)
-    return _read_alternating(faces, same, different)
+    read = _read_alternating(faces, same, different)
+    read.num_people = num_identities
+    return read
 
 
 def _unordered_pair(number: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -80,14 +80,16 @@ class People(NamedTuple):
                         f"data it had, or begin anew with weights=FILE classifier.reinit=true"
                     )
 
-    def warn_of_trained(self, name: str, shown: Sequence[str]) -> None:
-        """Warn if a verification set shows people trained on, as far as names tell."""
+    def warn_of_trained(self, name: str, shown: Sequence[str]) -> int:
+        """Warn if a verification set shows people trained on, as far as names tell; returns how
+        many."""
         if trained := common(shown, [*self.trained, *self.earlier]):
             logger.warning(
                 "%s: %d of its %d people have names of people the model was trained on, such as "
                 "%s: figures of them are no measure of the model",
                 *(name, len(trained), len(shown), printable(min(trained))),
             )
+        return len(trained)
 
 
 def as_compared(name: str) -> str:

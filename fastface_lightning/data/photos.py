@@ -111,13 +111,13 @@ class FaceFiles(ImageFiles):
                 if self.detector is None:
                     height, width = image.shape[:2]
                     raise ValueError(
-                        f"of {width} x {height} pixels it must be aligned, which takes the extra "
-                        f"align: pip install -e '.[align]'"
+                        f"an image of {width} x {height} pixels must be aligned, which takes the "
+                        f"extra align: pip install -e '.[align]'"
                     )
                 found, (main,) = find_faces(image, self.detector, self.min_face)
                 image = align_face(image, found.points[main], self.size)
         except (OSError, ValueError) as error:
-            raise ValueError(f"no face from {path}: {reason(error)}") from error
+            raise ValueError(f"{path}: {reason(error)}") from error
         return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 

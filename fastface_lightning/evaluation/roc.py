@@ -160,42 +160,51 @@ def rates_at_far(scores: Tensor, same: Tensor) -> dict[str, Any]:
         same: see :func:`roc_curve`; here all may be of one kind.
 
     Returns:
-        Plain data: ``impostors``, the number N of pairs of two persons; ``tar``, of each FAR of at
-        least 1/N by its name, ``"1e-03"``; ``cosine_thresholds``, likewise, the least score that is
-        accepted there, None where none is. Both are empty where all pairs are of one kind.
+        Plain data: ``impostors``, the number N of pairs of two persons; and by the name of each FAR
+        of at least 1/N, ``"1e-03"``: ``tar``; ``cosine_thresholds``, the least score that is
+        accepted there, None where none is; ``far``, the share of the N that reach it, which is the
+        nearest to the wanted one that scores allow. All three are empty where pairs are of one
+        kind.
     """
     impostors = int((~same).sum())
     fars = [far for far in FARS if far * impostors >= 1 and impostors < len(same)]
     points = operating_points(scores, same, fars) if fars else []
-    names = [f"{far:.0e}" for far in fars]
-    thresholds = [None if math.isinf(point.threshold) else point.threshold for point in points]
+    named = dict(zip((f"{far:.0e}" for far in fars), points, strict=True))
     return {
         "impostors": impostors,
-        "tar": dict(zip(names, (point.tar for point in points), strict=True)),
-        "cosine_thresholds": dict(zip(names, thresholds, strict=True)),
+        "tar": {name: point.tar for name, point in named.items()},
+        "far": {name: point.far for name, point in named.items()},
+        "cosine_thresholds": {
+            name: None if math.isinf(point.threshold) else point.threshold
+            for name, point in named.items()
+        },
     }
 
 
-def thresholds_of(sets: Mapping[str, Mapping[str, Any]], mirror: bool) -> dict[str, Any]:
-    """What a model file keeps of an evaluation, so that its user knows from which cosine on.
+def thresholds_of(
+    sets: Mapping[str, Mapping[str, Any]], mirror: bool, precision: str
+) -> dict[str, Any]:
+    """What a model file keeps of an evaluation on pairs, so that its user knows from which cosine
+    on two images are taken for one person.
 
     Args:
-        sets: by the name of each set, a mapping that has what :func:`rates_at_far` gives.
+        sets: by the name of each set, a mapping that has what :func:`rates_at_far` gives,
+            ``accuracy``, ``people``, how many the set shows (None: not known), and
+            ``trained_people``, how many of them were trained on: then it has no thresholds for
+            others.
         mirror: whether the embeddings were those of an image plus its mirror image; others have
             other thresholds.
+        precision: of the embeddings, such as ``float32``.
 
     Returns:
-        By the name of each set that has thresholds: ``mirror``, ``impostors`` and
-        ``cosine_thresholds``.
+        By the name of each set that has thresholds: ``mirror``, ``precision``, ``accuracy``,
+        ``people``, ``impostors``, ``far`` and ``cosine_thresholds``.
     """
+    kept = ("accuracy", "people", "impostors", "far", "cosine_thresholds")
     return {
-        name: {
-            "mirror": mirror,
-            "impostors": rates["impostors"],
-            "cosine_thresholds": rates["cosine_thresholds"],
-        }
+        name: {"mirror": mirror, "precision": precision, **{key: rates[key] for key in kept}}
         for name, rates in sets.items()
-        if rates.get("cosine_thresholds")
+        if rates.get("cosine_thresholds") and not rates["trained_people"]
     }
 
 

@@ -22,7 +22,9 @@ class Threshold(NamedTuple):
         cosine: the least that is accepted.
         far: false accept rate there, the share of pairs of two people that pass.
         impostors: number of pairs of two people that it was measured on.
+        people: number of people in them, as far as that is known.
         measured_on: name of their set.
+        accuracy: of the model on it, over ten folds.
         mirror: whether the embeddings were those of an image plus its mirror image; with others
             the rate is another.
     """
@@ -30,15 +32,18 @@ class Threshold(NamedTuple):
     cosine: float
     far: float | None = None
     impostors: int | None = None
+    people: int | None = None
     measured_on: str | None = None
+    accuracy: float | None = None
     mirror: bool = True
 
     def __str__(self) -> str:
         if self.far is None:
             return f"{self.cosine:.4f}"
+        of = "" if self.people is None else f" of {self.people:,} people"
         return (
-            f"{self.cosine:.4f}, passed by 1 in {1 / self.far:,.0f} pairs of two people "
-            f"({self.measured_on}, {self.impostors:,} such pairs)"
+            f"{self.cosine:.4f}, passed by {100 * self.far:.2g} % of pairs of two people "
+            f"({self.measured_on}, {self.impostors:,} such pairs{of}; accuracy {self.accuracy:.1%})"
         )
 
 
@@ -50,36 +55,46 @@ def find_threshold(
     Args:
         about: of an :class:`fastface_lightning.inference.embedder.Embedder`; its ``thresholds``
             come from the run, or from the evaluation that ``recipes/export.py`` was given.
-        far: false accept rate, one of 1e-6, 1e-5 … 1e-1; None: 1e-3, or the least that the set can
-            show if that is more.
+        far: wanted false accept rate, one of 1e-6, 1e-5 … 1e-1; None: 1e-3, or the least that the
+            set can show if that is more. The threshold's own is the nearest that was measured.
         measured_on: name of the set; None: that with the most pairs of two people.
 
     Raises:
         ValueError: the file holds no threshold, not of this set, or not at this rate.
 
     Example:
-        >>> lfw = {"mirror": True, "impostors": 3000, "cosine_thresholds": {"1e-03": 0.25}}
-        >>> find_threshold({"thresholds": {"lfw": lfw}})
-        Threshold(cosine=0.25, far=0.001, impostors=3000, measured_on='lfw', mirror=True)
+        >>> lfw = {"accuracy": 0.99, "impostors": 3000, "people": None, "mirror": True}
+        >>> lfw |= {"far": {"1e-03": 0.001}, "cosine_thresholds": {"1e-03": 0.25}}
+        >>> find_threshold({"thresholds": {"lfw": lfw}}).cosine
+        0.25
     """
     sets = about.get("thresholds") or {}
     if not sets:
         raise ValueError(
-            "a model must hold a threshold, got one that holds none: give threshold=COSINE, or "
-            "export it with evaluation=FILE, what recipes/evaluate.py says of its checkpoint"
+            "a model must hold a threshold, got one that was verified on no ten pairs of two "
+            "people it was not trained on: give threshold=COSINE, or export it with evaluation=FILE"
         )
     name = measured_on or max(sets, key=lambda each: sets[each]["impostors"])
     if name not in sets:
         raise ValueError(f"measured_on must be one of {', '.join(sets)}, got {name}")
-    cosines = {float(key): cosine for key, cosine in sets[name]["cosine_thresholds"].items()}
-    known = sorted(key for key, cosine in cosines.items() if cosine is not None)
+    rates = sets[name]
+    known = {
+        float(key): key for key, cosine in rates["cosine_thresholds"].items() if cosine is not None
+    }
     if far is None:
-        far = next((key for key in known if key >= DEFAULT_FAR), None)
+        far = min((each for each in known if each >= DEFAULT_FAR), default=None)
     if far not in known:
-        rates = ", ".join(f"{key:g}" for key in known) or "none"
-        raise ValueError(f"far must be one that {name} has a threshold for, {rates}, got {far}")
-    found = sets[name]
-    return Threshold(cosines[far], far, found["impostors"], name, found["mirror"])
+        listed = ", ".join(f"{each:g}" for each in sorted(known)) or "none"
+        raise ValueError(f"far must be one that {name} has a threshold for, {listed}, got {far}")
+    return Threshold(
+        rates["cosine_thresholds"][known[far]],
+        rates["far"][known[far]],
+        rates["impostors"],
+        rates["people"],
+        name,
+        rates["accuracy"],
+        rates["mirror"],
+    )
 
 
 class Matches(NamedTuple):

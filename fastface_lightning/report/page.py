@@ -118,7 +118,8 @@ def read_run(folder: Path) -> Run:
     metrics = read("metrics.csv", read_metrics, {})
     steps, losses = metrics.get("train/loss", NO_CURVE)
     every = read(LOSSES, lambda data: np.frombuffer(data[: len(data) // 4 * 4], "<f4"), losses)
-    if len(steps) and len(every) > steps[-1]:  # else of a run that was killed, or of another
+    # Else of a run that was killed, or of another.
+    if len(every) > (steps[-1] if len(steps) else 0):
         losses = np.where(np.isfinite(every), every, np.nan).astype(float)
         metrics["train/loss"] = np.arange(len(every), dtype=float), losses
     lost = np.count_nonzero(np.isnan(losses))
@@ -193,7 +194,7 @@ def results_so_far(metrics: dict[str, Curve]) -> dict[str, Any]:
     steps, mean = metrics.get("verify/accuracy", NO_CURVE)
     if np.isfinite(mean).any():
         best = np.nanargmax(mean)
-        results["best"] = {"step": steps[best], "accuracy": mean[best]}
+        results["best"] = {"step": steps[best] + 1, "accuracy": mean[best]}
     return results
 
 
@@ -255,7 +256,8 @@ def verification(run: Run) -> Figure | None:
         axis.plot(*run.metrics["verify/accuracy"], color="black", linestyle="--", label="mean")
     if best:
         star: Any = {"marker": "*", "markersize": 13, "markerfacecolor": "gold", "color": "black"}
-        axis.plot(best["step"], best["accuracy"], linestyle="", label="best", **star)
+        # Metrics count steps from 0.
+        axis.plot(best["step"] - 1, best["accuracy"], linestyle="", label="best", **star)
     if np.isfinite(late).any():  # where the untrained network was would flatten all that follows
         bottom, top = np.nanmin(late), np.nanmax(late)
         axis.set_ylim(bottom=max(axis.get_ylim()[0], bottom - 2 * (top - bottom)))

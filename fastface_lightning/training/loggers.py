@@ -46,11 +46,12 @@ def log_settings(
     Raises:
         ValueError: a logger cannot begin.
     """
-    ids = {}
+    ids, kept = {}, kept_ids(folder)
     for (name, setting), logger in zip(config["logger"].items(), loggers, strict=True):
         try:
-            told = isinstance(logger, CSVLogger) or (resumed and isinstance(logger, MLFlowLogger))
-            if not told:
+            goes_on = resumed and (name in kept or setting.get("run_id"))
+            has_them = isinstance(logger, CSVLogger)
+            if not (has_them or (goes_on and isinstance(logger, MLFlowLogger))):
                 logger.log_hyperparams(dict(config))
             if any(key in setting for key in RUN_ID):
                 ids[name] = logger.version

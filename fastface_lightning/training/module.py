@@ -64,7 +64,8 @@ class FaceModule(LightningModule):
     Attributes:
         curves: ROC of each set at the last verification, by its name; a set whose pairs are all of
             one person, or all of two, has none.
-        rates: likewise :func:`fastface_lightning.evaluation.rates_at_far`, of the cosines.
+        rates: likewise :func:`fastface_lightning.evaluation.rates_at_far`, of the cosines, where
+            all are finite.
         verify_as: what the names of a verification's figures begin with: ``verify``, unless
             :meth:`verifying_as` says otherwise.
     """
@@ -223,7 +224,8 @@ class FaceModule(LightningModule):
             self.log(f"{logged}/std", metric.result.std, sync_dist=True)
             with suppress(ValueError):  # pairs of one kind; what else may be wrong has been raised
                 self.curves[name] = roc.compute()
-                self.rates[name] = roc.rates
+                if not lost:  # a pair that is counted as mistaken has no cosine
+                    self.rates[name] = roc.rates
             metric.reset()
             roc.reset()
         if accuracies:

@@ -54,11 +54,14 @@ def set_optimizer(checkpoint: dict[str, Any], optimizer: Optimizer, module: nn.M
             f"{record['class']} for {now['class']}: resume with optimizer=NAME as it was"
         )
     if now["groups"] != record["groups"]:
+        was = {name: k for k, group in enumerate(record["groups"]) for name in group}
+        here = {name: k for k, group in enumerate(now["groups"]) for name in group}
+        names = sorted(was.keys() | here.keys())
+        moved = next((name for name in names if was.get(name) != here.get(name)), names[0])
         raise MisconfigurationException(
-            f"a resumed run must have its parameters in the groups of the checkpoint, got "
-            f"{len(now['groups'])} groups for {len(record['groups'])} that are not the same: "
-            f"resume with optimizer.no_decay, optimizer.layer_decay and model.freeze as they were, "
-            f"and classifier.lr null or a number as it was"
+            f"a resumed run must have its parameters in the groups of the checkpoint, got {moved} "
+            f"in another place: resume with optimizer.no_decay, optimizer.layer_decay and "
+            f"model.freeze as they were, and classifier.lr null or a number as it was"
         )
     changes: dict[str, str] = {}
     factors: list[float] = []

@@ -26,6 +26,7 @@ from .losses import StepLosses
 from .module import FaceModule, images_in
 
 C = TypeVar("C", bound=Callback)
+UNKNOWN: dict[str, Any] = {"people": None, "trained_people": 0}  # of a set
 
 
 class RunRecord(Callback):
@@ -44,7 +45,8 @@ class RunRecord(Callback):
     Attributes:
         verification: by the name of each set ``accuracy`` at the last verification, None where no
             embedding was finite, its ``std`` over the folds and ``accuracy_before``, of the network
-            as this run found it, None where that is not known; where pairs are of both kinds, what
+            as this run found it, None where that is not known; ``people`` and ``trained_people`` of
+            the set; where pairs are of both kinds, what
             :func:`fastface_lightning.evaluation.rates_at_far` gives; once a run with averaged
             weights has ended, ``raw_accuracy``, of the weights as they were trained.
         verified_step: optimizer steps done at the last verification.
@@ -64,6 +66,7 @@ class RunRecord(Callback):
         self._settings_logged = False
         self._train_set: FaceDataset | None = None
         self._counts: dict[str, int] = {}
+        self._people: dict[str, dict[str, Any]] = {}
         self._earlier_bad: list[str] = []
         self._lr: float | None = None
         self._peak = 0  # bytes, of earlier parts of the run
@@ -75,6 +78,10 @@ class RunRecord(Callback):
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, FaceDataModule):
             self._train_set, self._counts = data.train_set, data.counts()
+            self._people = {
+                name: {"people": pairs.num_people, "trained_people": pairs.trained_people}
+                for name, pairs in data.sets.items()
+            }
         if trainer.is_global_zero and not self._settings_logged:
             self._settings_logged = True
             log_settings(trainer.loggers, self.folder, self.config, self.resumed)
@@ -103,11 +110,13 @@ class RunRecord(Callback):
         module: Any = pl_module
         if module.verify_as != "verify":
             return
+        for name in self.verification.keys() - module.verify_names:
+            del self.verification[name]  # of an earlier part of the run, with other sets
         for name in module.verify_names:
             verified = self.verification.setdefault(name, {"accuracy_before": None})
-            for key in ("raw_accuracy", "impostors", "tar", "cosine_thresholds"):
+            for key in ("raw_accuracy", "impostors", "tar", "far", "cosine_thresholds"):
                 verified.pop(key, None)  # of an earlier verification
-            verified.update(module.rates.get(name, {}))
+            verified.update(module.rates.get(name, {}), **self._people.get(name, UNKNOWN))
             for key in ("accuracy", "std"):
                 value = trainer.callback_metrics[f"verify/{name}/{key}"].item()
                 verified[key] = value if math.isfinite(value) else None
@@ -139,12 +148,13 @@ class RunRecord(Callback):
         self._peak = max(self._peak, peak_memory(trainer.strategy.root_device))
         verified = self.verified_step == trainer.global_step  # else the figures are of others
         accuracies = {name: each["accuracy"] for name, each in self.verification.items()}
+        thresholds = thresholds_of(self.verification, True, str(trainer.precision))
         checkpoint["run"] = {
             "config": self.config,
             "commit": self.commit,
             "steps": trainer.global_step,
             "verification": accuracies if verified else {},
-            "thresholds": thresholds_of(self.verification, mirror=True) if verified else {},
+            "thresholds": thresholds if verified else {},
         }
 
     def write(self, trainer: Trainer, interrupted: bool = False) -> dict[str, Any]:

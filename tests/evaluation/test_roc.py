@@ -129,10 +129,19 @@ def test_rates_are_those_that_so_many_pairs_can_show(pairs: tuple[Tensor, Tensor
     for far, threshold in rates["cosine_thresholds"].items():
         accepted = scores.double() >= (math.inf if threshold is None else threshold)
         assert accepted[same].double().mean().item() == rates["tar"][far]
-    told = thresholds_of({"lfw": rates, "of one kind": rates_at_far(scores, same | True)}, True)
+        # The rate that it really has, of which the wanted one is but the name.
+        assert accepted[~same].double().mean().item() == rates["far"][far]
+    known = {"accuracy": 0.9, "people": 8, "trained_people": 0}
+    sets = {
+        "lfw": {**known, **rates},
+        "seen": {**known, **rates, "trained_people": 1},
+        "of one kind": {**known, **rates_at_far(scores, same | True)},
+    }
+    told = thresholds_of(sets, True, "float32")
     assert told.keys() == ({"lfw"} if shown else set())
     for kept in told.values():
-        assert {**rates, **kept} == {**rates, "mirror": True}
+        more = {"mirror": True, "precision": "float32", "accuracy": 0.9, "people": 8}
+        assert kept == more | {key: rates[key] for key in ("impostors", "far", "cosine_thresholds")}
 
 
 @given(pairs=pairs())

@@ -61,30 +61,32 @@ def test_the_file_holds_the_thresholds(run: Run, embedder: TorchEmbedder, tmp_pa
     )
     assert evaluated.code == 0, evaluated.err
     evaluation = evaluated.folder / "evaluation.json"
-    noise_bin = json.loads(evaluation.read_text())["sets"]["noise"]
-    arguments = ["target=model.onnx", f"evaluation={evaluation}"]
+    written = json.loads(evaluation.read_text())
+    noise_bin = written["sets"]["noise"]
+    # Of templates, and of people trained on, there are no thresholds for two images of others.
+    written["sets"]["ijbc"] = {**noise_bin, "protocol": "templates", "impostors": 10**6}
+    written["sets"]["seen"] = {**noise_bin, "trained_people": 1}
+    evaluation.write_text(json.dumps(written))
+    arguments = ["target=model.pth", f"evaluation={evaluation}"]
     ended = run("checkpoint=best.ckpt", *arguments, program="recipes/export.py")
     assert ended.code == 0, ended.err
-    about = load_embedder(tmp_path / "model.onnx").about
-    assert about["thresholds"] == {
-        "noise": {
-            "mirror": False,
-            "impostors": 20,
-            "cosine_thresholds": noise_bin["cosine_thresholds"],
-        }
-    }
-    assert set(noise_bin["cosine_thresholds"]) == {"1e-01"}
+    kept = ("accuracy", "people", "impostors", "far", "cosine_thresholds")
+    expected = {"mirror": False, "precision": "float32", **{key: noise_bin[key] for key in kept}}
+    assert load_embedder(tmp_path / "model.pth").about["thresholds"] == {"noise": expected}
+    assert set(noise_bin["cosine_thresholds"]) == {"1e-01"} and noise_bin["impostors"] == 20
 
     save_checkpoint(tmp_path / "other.ckpt", network(1))
+    (evaluated.folder / "x.json").write_text('{"sets": 1}')
     for checkpoint, file in (
         ("other.ckpt", evaluation),
         ("best.ckpt", evaluated.folder / "x.json"),
+        ("best.ckpt", evaluated.folder / "absent.json"),
+        ("best.ckpt", evaluated.folder),
     ):
-        (evaluated.folder / "x.json").write_text('{"sets": 1}')
-        arguments = [f"checkpoint={checkpoint}", "target=no.onnx", f"evaluation={file}"]
+        arguments = [f"checkpoint={checkpoint}", "target=no.pth", f"evaluation={file}"]
         ended = run(*arguments, program="recipes/export.py")
         assert ended.code == 2 and "evaluation must be" in ended.err, ended.err
-        assert not (tmp_path / "no.onnx").exists()
+        assert not (tmp_path / "no.pth").exists()
 
 
 def test_weights_are_bit_for_bit_the_networks(embedder: TorchEmbedder, tmp_path: Path) -> None:

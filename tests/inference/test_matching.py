@@ -7,21 +7,32 @@ from torch.nn import functional as F
 from fastface_lightning.inference.matching import Gallery, find_threshold
 
 SETS = {
-    "few": {"mirror": True, "impostors": 300, "cosine_thresholds": {"1e-02": 0.3, "1e-01": 0.2}},
+    "few": {
+        "accuracy": 0.8,
+        "mirror": True,
+        "people": 9,
+        "impostors": 300,
+        "far": {"1e-02": 0.01, "1e-01": 0.1},
+        "cosine_thresholds": {"1e-02": 0.3, "1e-01": 0.2},
+    },
     "many": {
+        "accuracy": 0.9,
         "mirror": False,
+        "people": None,
         "impostors": 30_000,
-        "cosine_thresholds": {"1e-04": None, "1e-03": 0.5, "1e-02": 0.4, "1e-01": 0.3},
+        "far": {"1e-04": 0.0, "1e-03": 0.0012, "1e-02": 0.01, "1e-01": 0.1},
+        "cosine_thresholds": {"1e-04": None, "1e-03": 0.5, "1e-02": 0.0, "1e-01": -0.1},
     },
 }
 
 
 def test_a_threshold_is_that_of_the_largest_set_unless_another_is_named() -> None:
+    """At the rate that was measured, the nearest to the one wanted."""
     model = {"thresholds": SETS}
-    assert find_threshold(model) == (0.5, 1e-3, 30_000, "many", False)
-    assert find_threshold(model, 0.1) == (0.3, 0.1, 30_000, "many", False)
+    assert find_threshold(model) == (0.5, 0.0012, 30_000, None, "many", 0.9, False)
+    assert find_threshold(model, 0.01) == (0.0, 0.01, 30_000, None, "many", 0.9, False)
     # As good as 300 pairs can say.
-    assert find_threshold(model, measured_on="few") == (0.3, 1e-2, 300, "few", True)
+    assert find_threshold(model, measured_on="few") == (0.3, 1e-2, 300, 9, "few", 0.8, True)
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_a_killed_run_is_told_from_its_metrics(run: Path) -> None:
     assert list(zip(page.of("dt"), page.of("dd"), page.of("small"), strict=True)) == [
         ("accuracy, lfw", "90.00%", "± 1.00%, before training 55.00%"),
         ("accuracy, cfp_fp", "82.00%", "± 2.00%, before training 51.00%"),
-        ("best step", "99", "accuracy 87.00%"),
+        ("best step", "100", "accuracy 87.00%"),
         ("last logged loss", "5.025", "at step 199"),
     ]
     assert page.tags["svg"] == 4

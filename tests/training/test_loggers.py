@@ -90,6 +90,17 @@ def test_a_resume_goes_on_in_its_run_at_mlflow(run: Run) -> None:
 
 
 @pytest.mark.program
+def test_mlflow_may_come_with_a_resume(run: Run) -> None:
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    assert run(*SMALL, "trainer.max_steps=2", EVERY).code == 0
+    ended = run("resume=auto", "logger=mlflow", "trainer.max_steps=4")
+    assert ended.code == 0, ended.err
+    _, only = mlflow_run(ended.folder)
+    assert only.data.params["data/num_identities"] == "8"
+
+
+@pytest.mark.program
 def test_of_two_ranks_one_logs(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")

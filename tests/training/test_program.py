@@ -131,6 +131,39 @@ def test_resume_goes_on_with_its_settings_its_metrics_and_its_schedule(run: Run)
     assert results_of(third)["steps"] == 9
 
 
+def test_a_resume_verified_on_fewer_sets_forgets_the_others(run: Run, tmp_path: Path) -> None:
+    """Their figures, and above all their thresholds, are of other weights."""
+    same = [i % 2 > 0 for i in range(40)]
+    encoded = [encode_jpeg(draw_face(1, i // 2, i).transpose(1, 2, 0)) for i in range(80)]
+    write_verification_bin(tmp_path / "lfw.bin", encoded, same)
+    first = run(*SMALL, f"data.verify=[{tmp_path}/lfw.bin]", "trainer.max_epochs=1")
+    assert set(saved(first)["run"]["thresholds"]) == {"lfw", "synthetic"}
+    second = run("resume=auto", "data.verify=[]", "trainer.max_epochs=2")
+    assert set(results_of(second)["verification"]) == {"synthetic"}
+    for kept in ("thresholds", "verification"):
+        assert set(saved(second)["run"][kept]) == {"synthetic"}
+
+
+def test_people_trained_on_give_no_threshold(run: Run, faces: Path, tmp_path: Path) -> None:
+    names = sorted(person.name for person in faces.iterdir())
+    lines = [f"{name}/{i}.jpg,{name}/{i + 1}.jpg,1" for name in names for i in range(3)]
+    lines += [f"{a}/0.jpg,{b}/1.jpg,0" for a in names for b in names if a < b]
+    (tmp_path / "seen.csv").write_text("\n".join(["a,b,same", *lines]) + "\n")
+    ended = run(
+        *("data=folder", f"data.root={faces}", "data.held_out=0", "data.batch_size=8", QUIET),
+        *(f"data.verify=[{tmp_path}/seen.csv]", "trainer.max_steps=2", "data.num_workers=0"),
+    )
+    verified = results_of(ended)["verification"]["seen"]
+    assert verified["people"] == verified["trained_people"] == 6
+    assert verified["cosine_thresholds"] and not saved(ended)["run"]["thresholds"]
+
+
+def test_a_resume_of_nothing_names_its_data(run: Run) -> None:
+    ended = run("resume=auto", "trainer.max_steps=1", QUIET)
+    assert ended.code == 2 and "must name its data" in ended.err
+    assert not (ended.folder / "checkpoints").exists()
+
+
 def test_what_a_resume_sets_holds_from_then_on(run: Run) -> None:
     """Of an optimizer, whose state would bring back the old; of a torch schedule with its base."""
     each = ["trainer.log_every_n_steps=1", "schedule=cosine", "schedule.T_max=8"]
@@ -190,6 +223,7 @@ def test_the_average_is_what_is_verified_saved_exported_and_started_from(run: Ru
     thresholds = checkpoint["run"]["thresholds"]["synthetic"]
     assert thresholds == load_embedder(target).about["thresholds"]["synthetic"]
     assert thresholds["mirror"] and list(thresholds["cosine_thresholds"]) == ["1e-01"]
+    assert thresholds["people"] == 6 and thresholds["precision"] == "32-true"
     for known in (verified, thresholds):
         cosines = known["cosine_thresholds"]
         assert cosines == pytest.approx(told["cosine_thresholds"], abs=1e-5)

@@ -1,6 +1,7 @@
 """Image files in a given order, aligned or not; one that cannot be read is told from the rest."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -78,6 +79,16 @@ class ImageFiles(Dataset[tuple[Tensor, bool]]):
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read image {path}: {reason(error)}") from error
         return torch.from_numpy(face.transpose(2, 0, 1).copy())
+
+
+def other_files(folder: str | Path) -> Counter[str]:
+    """How many files in a folder :func:`find_images` passes over, by their suffixes."""
+    return Counter(
+        printable(Path(name).suffix.lower()) or "without suffix"
+        for _, _, files in os.walk(folder)
+        for name in files
+        if not name.startswith(".") and not name.lower().endswith(IMAGE_SUFFIXES)
+    )
 
 
 def find_images(folder: str | Path) -> list[str]:
