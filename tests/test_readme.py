@@ -216,6 +216,10 @@ def test_commands_run(
     words = shlex.split(command)[1:]
     finished = stand_in / "RUN"
     (finished / "checkpoints").mkdir(parents=True, exist_ok=True)
+    tuned = stand_in / "TUNED" / "checkpoints"
+    if "=TUNED/checkpoints" in command:
+        tuned.mkdir(parents=True, exist_ok=True)
+        (tuned / "best.ckpt").write_bytes(checkpoint)
     if "recipes/replay.py" in words:
         (finished / "metrics.csv").write_text("step,train/loss\n0,5\n300,2\n")
         row = "Loss {} LearningRate 0.02 Epoch: 0 Global Step: {}\n"
@@ -241,3 +245,4 @@ def test_commands_run(
     else:
         run([*words, *(COMPARED if "benchmarks/compare.py" in words else [])], stand_in)
     shutil.rmtree(finished)
+    shutil.rmtree(tuned.parent, ignore_errors=True)
