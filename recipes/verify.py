@@ -112,16 +112,17 @@ def search(cfg: DictConfig, embedder: Embedder, threshold: Threshold) -> None:
     people, cosines = (column.tolist() for column in gallery.search(units))
     nearest = [gallery.people[person] for person in people]
     known = [cosine >= threshold.cosine for cosine in cosines]
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(("image", "person", "cosine", "nearest", "left_out"))
+    table = [("image", "person", "cosine", "nearest", "left_out")]
     for row, i in enumerate(sought):
         person = nearest[row] if known[row] else ""
-        rows.writerow(map(printable, (names[i], person, f"{cosines[row]:.4f}", nearest[row], "")))
-    for i in sorted({*range(len(queries))} - {*sought}):
-        rows.writerow((printable(names[i]), "", "", "", queries.why(i)))
+        table.append((names[i], person, f"{cosines[row]:.4f}", nearest[row], ""))
+    left_out = sorted({*range(len(queries))} - {*sought})
+    table += [(names[i], "", "", "", queries.why(i)) for i in left_out]
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerows([printable(field) for field in line] for line in table)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    write_text(folder / "matches.csv", table.getvalue())
+    write_text(folder / "matches.csv", text.getvalue())
 
     order = sorted(range(len(sought)), key=lambda row: abs(cosines[row] - threshold.cosine))
     matches = []
@@ -139,16 +140,15 @@ def search(cfg: DictConfig, embedder: Embedder, threshold: Threshold) -> None:
     }
     facts = [
         ("enrolled", f"{count:,} people, {len(enrolled):,} images"),
-        ("queries", f"{title}, {len(queries) - len(sought):,} left out"),
+        ("queries", f"{title}, {len(left_out):,} left out"),
     ]
     if not_enrolled:
-        absent = sorted({person_of(name) for name in entry_names} - {*gallery.people})
-        nobody = (
-            f"; of nobody of {', '.join(map(printable, absent))} there is one" if absent else ""
-        )
-        facts.append(("not enrolled", f"{len(not_enrolled):,} images{nobody}"))
+        facts.append(("not enrolled", f"{len(not_enrolled):,} images, see verify.json"))
+    if absent := sorted({person_of(name) for name in entry_names} - {*gallery.people}):
+        facts.append(("without image", ", ".join(map(printable, absent))))
     if others := other_files(cfg.gallery) + other_files(cfg.query):
-        facts.append(("no images", ", ".join(f"{n:,} {kind}" for kind, n in others.most_common(5))))
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in others.most_common(5))
+        facts.append(("not looked at", kinds))
     if len(order) > SHOWN:
         facts.append(("shown", f"the {SHOWN} nearest to the threshold"))
     if threshold.far is not None:
@@ -156,7 +156,7 @@ def search(cfg: DictConfig, embedder: Embedder, threshold: Threshold) -> None:
         facts.append(("strangers", f"about {share:.1%} would be taken for somebody enrolled"))
     result = {"people": count, "enrolled": len(enrolled), "not_enrolled": not_enrolled}
     result |= {"found": found, "unknown": len(known) - found}
-    leave(title, threshold, facts, matches, {**result, "left_out": len(queries) - len(sought)})
+    leave(title, threshold, facts, matches, {**result, "left_out": len(left_out)})
 
 
 def person_of(name: str) -> str:
@@ -221,7 +221,12 @@ def leave(
 
     facts = [*facts, ("threshold", str(threshold))]
     if (threshold.far or 0) > 2 * DEFAULT_FAR:
-        facts.append(("caution", "so many pass by chance: more pairs of other people show less"))
+        facts.append(
+            (
+                "caution",
+                "strangers pass often; a lower far= needs a set of more pairs (docs/evaluation.md)",
+            )
+        )
     folder = Path(HydraConfig.get().runtime.output_dir)
     written = {**result, "threshold": threshold._asdict()}
     write_text(folder / "verify.json", json.dumps(written, indent=2) + "\n")

@@ -101,7 +101,7 @@ def test_everyone_is_searched_for(run: Run, home: Path) -> None:
     counts = ("people", "enrolled", "found", "unknown", "left_out")
     assert [result[key] for key in counts] == [3, 6, 1, 2, 1]
     assert list(result["not_enrolled"]) == ["absent/1.jpg"]
-    assert "nobody of absent" in ended.out and "1 .heic" in ended.out
+    assert "without image" in ended.out and "absent" in ended.out and "1 .heic" in ended.out
     assert (ended.folder / "matches.html").read_text().count("data:image/jpeg;base64,") == 6
 
     kept = sorted((home / "kept").iterdir())

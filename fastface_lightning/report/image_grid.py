@@ -159,7 +159,7 @@ def plot_captioned(
     for k, image in enumerate(pixels):
         x, image_y = MARGIN + k % 6 * wide, y + k // 6 * (CELL + 64)
         show(axis, image, x, image_y)
-        write(axis, readable(captions[k], 120), x, image_y + CELL + 2, wide - 8, lines=3)
+        write(axis, readable(captions[k], 120), x, image_y + CELL + 2, wide - 28, lines=3)
     save(axis, path, 2 * MARGIN + 6 * wide, y + -(-len(pixels) // 6) * (CELL + 64) + MARGIN)
 
 

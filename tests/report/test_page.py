@@ -344,3 +344,7 @@ def test_the_loss_of_every_step_is_drawn_where_it_is_there(run: Path) -> None:
     assert "1 of " in "".join(read_run(run).notes)
     (run / "losses.f32").write_bytes(every[: int(steps[-1])].tobytes())  # of a run that was killed
     assert read_run(run).metrics["train/loss"][1].tolist() == logged.tolist()
+    # A run too short for a row in metrics.csv.
+    write_metrics(run, [row for row in rows() if "train/loss" not in row])
+    assert len(read_run(run).metrics["train/loss"][1]) == int(steps[-1])
+    assert Page(write_report(run)).tags["svg"] == 3 and (run / "schedule.png").exists()
