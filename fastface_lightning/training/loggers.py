@@ -77,8 +77,9 @@ def log_figures(loggers: Sequence[Logger], folder: Path, step: int) -> None:
 
 
 @contextmanager
-def ending_wandb() -> Iterator[None]:
-    """After it nothing goes on at wandb, where the next run of a sweep would be taken for this.
+def ending_loggers() -> Iterator[None]:
+    """Within it wandb's and MLflow's errors become one sentence, and after it nothing goes on at
+    wandb, where the next run of a sweep would be taken for this.
 
     Raises:
         ValueError: in the place of wandb's and MLflow's own errors: no login, no server.

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from programs import SMALL, Ended, Run
 from test_resume import train
 
-from fastface_lightning.training.loggers import ending_wandb, log_settings
+from fastface_lightning.training.loggers import ending_loggers, log_settings
 
 EVERY = "trainer.log_every_n_steps=1"
 
@@ -160,7 +160,7 @@ def test_a_logger_that_cannot_begin_is_named(tmp_path: Path) -> None:
 
 def test_errors_of_wandb_itself_are_a_sentence() -> None:
     refused = type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})
-    with pytest.raises(ValueError, match="logger=wandb failed: no key"), ending_wandb():
+    with pytest.raises(ValueError, match="logger=wandb failed: no key"), ending_loggers():
         raise refused("no key")
-    with pytest.raises(KeyError), ending_wandb():
+    with pytest.raises(KeyError), ending_loggers():
         raise KeyError
