@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from programs import ROOT, SMALL
-from ranks import on_two_ranks
+from ranks import on_ranks
 from torch import Tensor, nn
 
 from fastface_lightning import MHLR, FastFace, FastFaceCallback, replay
@@ -272,4 +272,4 @@ def test_ranks_of_different_runs_are_refused(tmp_path: Path) -> None:
             with pytest.raises(MisconfigurationException, match=r"one run folder .*, got .* and "):
                 one.setup(trainer, module, "fit")  # type: ignore[arg-type]
 
-    on_two_ranks(check, tmp_path)
+    on_ranks(check, tmp_path)

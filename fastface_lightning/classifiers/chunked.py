@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from ..margins import Margin
 from .base import CenterClassifier, Negatives, normalize_rows
+from .shards import Shard
 
 # Classes of a chunk. On a processor its centres, cosines and gradients then stay in the cache; on a
 # GPU the products fill it. Both take some tens of megabytes at D = 512.
@@ -49,6 +52,11 @@ class ChunkedClassifier(CenterClassifier):
             GPU's free memory, and keeps to it.
         products: ``"float32"``, or ``"bfloat16"`` to round the factors of the four products to
             bfloat16; they are summed and everything else is computed in float32.
+        shard: ``"auto"``: :meth:`shard_centers` may split the centres over processes, and
+            FaceModule does so under DDP; False: each has them all.
+
+    Attributes:
+        rows: which of the C centres ``weight`` has here, once they are split; else None.
 
     Raises:
         ValueError: if the margin has parameters of its own and ``negatives`` that may depend on
@@ -68,12 +76,15 @@ class ChunkedClassifier(CenterClassifier):
         interclass_filter: float | None = None,
         chunk: int | None = None,
         products: str = "float32",
+        shard: Literal["auto", False] = "auto",
     ) -> None:
         super().__init__(num_classes, embedding_size, margin, scale, interclass_filter)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 class, got {chunk}")
         if products not in ("float32", "bfloat16"):
             raise ValueError(f"products must be float32 or bfloat16, got {products!r}")
+        if shard != "auto" and shard is not False:
+            raise ValueError(f"shard must be auto or false, got {shard!r}")
         has_parameters = any(True for _ in self.margin.parameters())
         if has_parameters and type(self.margin).negatives is not Margin.negatives:
             raise ValueError(
@@ -81,20 +92,65 @@ class ChunkedClassifier(CenterClassifier):
             )
         self.chunk = chunk
         self.products = products
+        self.shard = shard
+        self.rows: Shard | None = None
+
+    def shard_centers(self) -> None:
+        r"""Keep of ``weight`` the rows [C r / W, C (r + 1) / W) of this process, r of W.
+
+        From here on every forward and backward is a collective of torch.distributed's default
+        group, on batches of one size, and the loss and its gradients are exact: those of one
+        process with all images. (They are divided by W, as DDP divides those of the network.)
+        The margin sees all images, so that its statistics are alike everywhere. ``state_dict()`` is
+        a collective too: it has the whole (C, D) on rank 0, in a file mapped into memory, and
+        nothing on the others; ``load_state_dict`` takes a whole one. Call it before the optimizer
+        is made, whose states :meth:`gather_states` serves; keep DDP away from ``weight``, and clip
+        no norm that has its gradient in it, as that is another one in each process.
+        """
+        if self.rows is None and dist.get_world_size() > 1:
+            self.rows = Shard(dist.get_rank(), dist.get_world_size(), self.num_classes)
+            self.weight = nn.Parameter(self.rows.part(self.weight.detach()))
+
+    def gather_states(self, optimizer: Optimizer) -> None:
+        """Have ``optimizer.state_dict()``, a collective too, hold its states of all C centres."""
+        if self.rows is not None:
+            self.rows.gather_states(optimizer, self.weight)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.rows is not None:
+            destination[f"{prefix}weight"] = self.rows.whole(self.weight)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, meta: Any, strict: bool, *faults: list[str]
+    ) -> None:
+        key = f"{prefix}weight"
+        if self.rows is not None and key in state_dict:
+            whole = state_dict.pop(key)
+            if whole.shape == (self.num_classes, self.embedding_size):
+                state_dict[key] = self.rows.part(whole)
+            else:
+                expected = f"{(self.num_classes, self.embedding_size)}, got {tuple(whole.shape)}"
+                faults[2].append(f"{key} must hold all centres, {expected}")
+                faults[0].append(key)
+        super()._load_from_state_dict(state_dict, prefix, meta, strict, *faults)
 
     def softmax_loss(self, x: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
-        return self.loss_over(self.weight, labels, x, norm, labels)
-
-    def loss_over(
-        self, centers: Tensor, rows: Tensor, x: Tensor, norm: Tensor, labels: Tensor
-    ) -> Tensor:
-        """The loss (N,) over ``centers`` (K, D), the own one of each embedding in ``rows`` (N,)."""
+        rows = labels
+        if shard := self.rows:
+            x, norm, labels = shard.gather(x), shard.gather(norm), shard.gather(labels)
+            rows = shard.rows(labels)
         if self.chunk is None:
             self.chunk = chunk_that_fits(len(x), self.embedding_size, x.device)
+        centers, rows = self.candidates(rows)
         gradient: list[Tensor] = []
-        own, _ = normalize_rows(_OwnCenters.apply(centers, rows, gradient).to(x.dtype))
+        own, _ = normalize_rows(_OwnCenters.apply(centers, rows, shard, gradient).to(x.dtype))
         cos_y = (x * own).sum(1)
+        if shard:
+            cos_y = shard.sum(torch.where(rows >= 0, cos_y, 0))
         cos_y_prime = self.margin(cos_y, norm, labels)
+        if shard:  # what a margin samples, it samples on the image's own process
+            cos_y_prime = shard.gather(shard.own(cos_y_prime))
         others = _LogSumExpOfOthers.apply(
             x,
             own,
@@ -102,13 +158,20 @@ class ChunkedClassifier(CenterClassifier):
             cos_y_prime,
             centers.detach(),
             rows,
+            shard,
             Negatives(self.margin, self.interclass_filter),
             self.scale,
             self.chunk,
             self.products == "bfloat16" and x.dtype == torch.float32,
             gradient,
         )
-        return -F.logsigmoid(self.scale * cos_y_prime - others)
+        loss = -F.logsigmoid(self.scale * cos_y_prime - others)
+        return shard.own(loss) if shard else loss
+
+    def candidates(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The centres (K, D) of a step, and where among them those of ``rows`` (N,) are. A row of -1
+        is none, and stays so."""
+        return self.weight, rows
 
 
 def chunk_that_fits(batch_size: int, embedding_size: int, device: torch.device) -> int:
@@ -126,21 +189,29 @@ def chunk_that_fits(batch_size: int, embedding_size: int, device: torch.device) 
 class _OwnCenters(Function):
     """The rows of ``centers`` that the batch's own classes have: (K, D), (N,) -> (N, D).
 
+    With a shard anything, in the place of one that another process has.
+
     Its backward comes after that of :class:`_LogSumExpOfOthers`, whose input is its output, and
     adds to the gradient that one has left in a list: the two never are two tensors.
     """
 
     @staticmethod
-    def forward(ctx: Any, centers: Tensor, rows: Tensor, gradient: list[Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, centers: Tensor, rows: Tensor, shard: Shard | None, gradient: list[Tensor]
+    ) -> Tensor:
+        if shard:
+            rows = rows.clamp_min(0)
         ctx.save_for_backward(rows)
-        ctx.gradient = gradient
-        return centers[rows]
+        ctx.shard, ctx.gradient = shard, gradient
+        return centers[rows] if len(centers) else centers.new_zeros(len(rows), centers.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        return ctx.gradient.pop().index_add_(0, rows, grad), None, None
+        (rows,), whole = ctx.saved_tensors, ctx.gradient.pop()
+        if len(whole):
+            whole.index_add_(0, rows, grad, alpha=1 / ctx.shard.world_size if ctx.shard else 1)
+        return whole, None, None, None
 
 
 class _LogSumExpOfOthers(Function):
@@ -158,6 +229,7 @@ class _LogSumExpOfOthers(Function):
         cos_y_prime: Tensor,
         centers: Tensor,
         rows: Tensor,
+        shard: Shard | None,
         negatives: Negatives,
         scale: float,
         chunk: int,
@@ -177,11 +249,13 @@ class _LogSumExpOfOthers(Function):
             z = cos if negatives.is_identity else negatives(cos.T, cos_y, cos_y_prime).T
             _set_own(z, rows - start, -torch.inf)
             torch.logaddexp(total, z.mul_(scale).logsumexp(0), out=total)
+        if shard:
+            total = shard.logsumexp(total)
         ctx.save_for_backward(x, cos_y, cos_y_prime, centers, rows, inverse_norm, total)
         # The statistics of a margin may have moved on when the backward asks it again.
         ctx.statistics = {name: value.clone() for name, value in negatives.named_buffers()}
         ctx.negatives, ctx.scale, ctx.chunk, ctx.product = negatives, scale, chunk, product
-        ctx.gradient = gradient
+        ctx.shard, ctx.gradient = shard, gradient
         return total
 
     @staticmethod
@@ -190,6 +264,10 @@ class _LogSumExpOfOthers(Function):
         x, cos_y, cos_y_prime, centers, rows, inverse_norm, total = ctx.saved_tensors
         grad_x, grad_y, grad_prime = (torch.zeros_like(t) for t in (x, cos_y, cos_y_prime))
         whole = torch.empty_like(centers) if ctx.needs_input_grad[1] else None
+        into_weight = inverse_norm[:, None]
+        if ctx.shard:
+            grad = ctx.shard.sum(grad)  # each process has that of its own images
+            into_weight = into_weight / ctx.shard.world_size
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(centers), ctx.chunk):
                 part = slice(start, start + ctx.chunk)
@@ -212,11 +290,11 @@ class _LogSumExpOfOthers(Function):
                     along = (a * cos).sum(1, keepdim=True).mul_(-inverse)
                     out = whole[part] if whole.dtype == x.dtype else None
                     # Divided by the length twice, as the square of a very short one is 0.
-                    block = ctx.product(a, x, out=out).addcmul_(w, along).mul_(inverse)
+                    block = ctx.product(a, x, out=out).addcmul_(w, along).mul_(into_weight[part])
                     if out is None:
                         whole[part] = block
         ctx.gradient[:] = [] if whole is None else [whole]
-        return grad_x, None, grad_y, grad_prime, *[None] * 7
+        return grad_x, None, grad_y, grad_prime, *[None] * 8
 
 
 def _set_own(z: Tensor, rows: Tensor, value: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,10 +25,11 @@ class PartialClassifier(ChunkedClassifier):
     row-sparse: SGD and AdamW of :mod:`fastface_lightning.optim` update these rows and leave weights
     and states of all others as they are. (torch's SGD refuses a sparse gradient where a weight
     decay would touch every row, its AdamW refuses all.) At rate 1, and in eval mode, it is
-    :class:`ChunkedClassifier`, with a dense gradient.
+    :class:`ChunkedClassifier`, with a dense gradient. Where the centres are split over processes
+    each samples among its own, as InsightFace's arcface_torch does.
 
     Args:
-        num_classes, embedding_size, margin, scale, interclass_filter, chunk, products: as
+        num_classes, embedding_size, margin, scale, interclass_filter, chunk, products, shard: as
             :class:`ChunkedClassifier`.
         rate: r, share of the classes in a step, in (0, 1]; 0.1 is the paper's.
 
@@ -46,28 +47,33 @@ class PartialClassifier(ChunkedClassifier):
         interclass_filter: float | None = None,
         chunk: int | None = None,
         products: str = "float32",
+        shard: Literal["auto", False] = "auto",
         rate: float = 0.1,
     ) -> None:
         super().__init__(
-            num_classes, embedding_size, margin, scale, interclass_filter, chunk, products
+            *(num_classes, embedding_size, margin, scale, interclass_filter, chunk, products),
+            shard,
         )
         if not 0 < rate <= 1:
             raise ValueError(f"rate must lie in (0, 1], got {rate}")
         self.rate = rate
 
-    def softmax_loss(self, x: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
-        if self.rate == 1 or not self.training:
-            return super().softmax_loss(x, norm, labels)
-        classes = self.sample(labels)
-        centers = _Rows.apply(self.weight, classes)
-        return self.loss_over(centers, torch.searchsorted(classes, labels), x, norm, labels)
+    def candidates(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rate == 1 or not self.training or not len(self.weight):
+            return super().candidates(rows)
+        sample = self.sample(rows)
+        places = torch.searchsorted(sample, rows)
+        return _Rows.apply(self.weight, sample), torch.where(rows < 0, -1, places)
 
-    def sample(self, labels: Tensor) -> Tensor:
-        """The classes of a step: int64, ascending, every class of ``labels`` (N,) among them."""
+    def sample(self, rows: Tensor) -> Tensor:
+        """The rows of ``weight`` in a step: int64, ascending, with all of ``rows`` (N,) that are not
+        -1."""
+        total = len(self.weight)
         # As though N different classes were in the batch: counting them would stall a GPU.
-        size = max(int(self.rate * self.num_classes), min(len(labels), self.num_classes))
-        priority = torch.rand(self.num_classes, device=labels.device)
-        priority[labels] = 2
+        size = max(int(self.rate * total), min(len(rows), total))
+        priority = torch.rand(total, device=rows.device)
+        wanted = torch.where(rows < 0, 0.0, 2.0)
+        priority.scatter_reduce_(0, rows.clamp_min(0), wanted, "amax")
         return priority.topk(size).indices.sort().values
 
 

@@ -17,7 +17,7 @@ from cases import (
     follow,
     network,
 )
-from ranks import on_two_ranks
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -143,7 +143,7 @@ def test_two_ranks_hold_the_same_queue(tmp_path: Path) -> None:
             assert torch.equal(*states)
         assert int(attfc.position) == 3 * 2 * B % 15
 
-    on_two_ranks(check, tmp_path)
+    on_ranks(check, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "value"), [("queue_size", 41), ("keys", 0), ("keys", 2.5)])

@@ -22,7 +22,7 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import on_two_ranks
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -242,7 +242,7 @@ def test_two_ranks_write_the_same_pool(tmp_path: Path) -> None:
             assert torch.equal(*states)
         assert len(set(states[0][0].tolist())) > 15  # identities of both
 
-    on_two_ranks(check, tmp_path)
+    on_ranks(check, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pixels import Pixels
-from ranks import on_two_ranks
+from ranks import on_ranks
 
 from fastface_lightning.data import (
     FaceData,
@@ -419,4 +419,4 @@ def test_two_ranks_share_the_groups_of_an_epoch(
                 assert images == rows[4 * batch :][:4].ravel().tolist()
 
     (tmp_path / "meet").mkdir()
-    on_two_ranks(check, tmp_path / "meet")
+    on_ranks(check, tmp_path / "meet")

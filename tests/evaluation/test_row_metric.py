@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import on_two_ranks
+from ranks import on_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -142,7 +142,7 @@ def test_two_processes_give_both_the_result_of_one(tmp_path: Path) -> None:
                 metric.update(*(column[index] for column in rows), index)
             check(case, metric, rows)
 
-    on_two_ranks(on_rank, tmp_path)
+    on_ranks(on_rank, tmp_path)
 
 
 @by_name

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import on_two_ranks
+from ranks import on_ranks
 from scripted import LR, LearningRates, Scripted, batches, by_hand, quiet_trainer, stairs
 
 from fastface_lightning import FastFace, FastFaceCallback, replay
@@ -78,4 +78,4 @@ def test_ranks_decide_on_their_mean_loss(tmp_path: Path, read_every: int) -> Non
         assert resumed.state_dict() == kept.state_dict() == callback.state_dict()
 
     (tmp_path / "meet").mkdir()
-    on_two_ranks(check, tmp_path / "meet")
+    on_ranks(check, tmp_path / "meet")

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from ranks import on_two_ranks
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from watching import Killed, RaiseAt
@@ -845,7 +845,7 @@ def test_two_ranks_have_one_average(tmp_path: Path) -> None:
                     found, floats=True)  # fmt: skip
 
     (tmp_path / "meet").mkdir()
-    on_two_ranks(check, tmp_path / "meet")
+    on_ranks(check, tmp_path / "meet")
 
 
 @pytest.mark.parametrize(
