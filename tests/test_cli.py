@@ -175,7 +175,8 @@ def test_another_option_at_a_resume_keeps_the_settings_that_it_has_too(
     both = with_earlier_settings(now, ROOT / "conf", "train")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", both)
-    assert (cfg.trainer.strategy, cfg.trainer.max_epochs, cfg.seed) == ("ddp", 3, 5)
+    assert (cfg.trainer.devices, cfg.trainer.max_epochs, cfg.seed) == ("auto", 3, 5)
+    assert cfg.trainer.strategy._target_.endswith(".DDPStrategy")
     assert (cfg.trainer.precision, cfg.optimizer.lr) == ("bf16-mixed", 0.02)
     assert sorted(both) == sorted([*now, "trainer.max_epochs=3", "optimizer.lr=0.02", "seed=5"])
     said = capsys.readouterr().err

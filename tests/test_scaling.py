@@ -171,7 +171,8 @@ def test_two_ranks_train_as_one_process(data: SyntheticData, tmp_path: Path, nam
         assert set(one["verified"]) > {"verify/synthetic/accuracy", "verify/synthetic/std"}
         assert two[0]["verified"] == two[1]["verified"] == pytest.approx(one["verified"], abs=1e-6)
         for key, weights in one["weights"].items():
-            assert torch.equal(two[0]["weights"][key], two[1]["weights"][key])
+            if not two[1]["weights"][key].is_meta:  # rank 0 has all centres
+                assert torch.equal(two[0]["weights"][key], two[1]["weights"][key])
             torch.testing.assert_close(two[0]["weights"][key], weights, rtol=1e-12, atol=1e-12)
 
 

@@ -191,6 +191,12 @@ class WeightAverage(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(pl_module)
         weights = self._weights(pl_module)
+        split = getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())
+        if name := next((k for k, w in weights.items() if k in split and _is_parameter(w)), ""):
+            raise MisconfigurationException(
+                f"WeightAverage needs whole weights on every rank, got {name}, which is split: "
+                f"module='backbone' averages the network alone"
+            )
         if self._has(pl_module):  # a checkpoint's lies on the host, and in any memory format
             for key, a in self._average.items():
                 self._average[key] = torch.empty_like(weights[key], dtype=a.dtype).copy_(a)
@@ -357,9 +363,11 @@ class WeightAverage(Callback):
             self._average = {k: state.get(k, w.detach()) for k, w in self._seen.items()}
         elif step:
             rank_zero_warn(f"the checkpoint has no average: one begins at step {step}")
-        for key in state if saved or raw else ():
-            if _within(key, self.module) and key in pl_module.state_dict() and key not in raw:
-                raise ValueError(f"the checkpoint must have the raw {key}, got none")
+        if saved or raw:
+            name = self.module or ""
+            own = pl_module.get_submodule(name).state_dict(prefix=name and f"{name}.")
+            if lost := next((key for key in state if key in own and key not in raw), None):
+                raise ValueError(f"the checkpoint must have the raw {lost}, got none")
         pl_module.load_state_dict(raw, strict=False)
 
 

@@ -20,7 +20,7 @@ from ..classifiers import AttentionClassifier, Classifier, MomentumClassifier
 from ..data import FaceDataModule
 from ..schedule.callback import FastFaceCallback
 from ..schedule.fixed import FixedSchedule
-from .checkpoints import OneRun
+from .checkpoints import OneRun, StreamedCheckpoints
 from .console import ProgressBar
 from .csv_logger import ResumableCSVLogger
 from .devices import loss_scaling
@@ -150,8 +150,11 @@ def build_trainer(
     if cfg.verify.every_n_steps is not None:
         batches = cfg.verify.every_n_steps * cfg.trainer.accumulate_grad_batches
         verify = {"check_val_every_n_epoch": None, "val_check_interval": batches}
+    scaling = loss_scaling(cfg)
     return instantiate(
         cfg.trainer,
+        plugins=[StreamedCheckpoints(), *scaling],
+        precision=None if scaling else cfg.trainer.precision,
         callbacks=[
             *(OneRun(folder, resume_step), SeededBatches(cfg.seed), signals or EndOnSignal()),
             *(StepLosses(folder, cfg.max_nonfinite), *callbacks, record),
@@ -159,5 +162,4 @@ def build_trainer(
         logger=loggers or False,
         default_root_dir=str(folder),
         **verify,
-        **loss_scaling(cfg),
     )

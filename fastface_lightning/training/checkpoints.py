@@ -6,15 +6,21 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from ..files import replacing
 from .losses import is_finite
 
 log = logging.getLogger(__name__)
+LARGE = 2**28  # bytes: no layer of a network, but the centres of 131,072 identities
 
 
 class LastAndBest(Checkpoint):
@@ -120,6 +126,27 @@ class LastAndBest(Checkpoint):
             return False
         trainer.save_checkpoint(self.folder / name, weights_only=False)
         return True
+
+
+class StreamedCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint straight to a file beside the old one, which it then replaces.
+
+    Lightning's own saves into memory first: of 2,059,906 identities another 8.4 GB.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        with replacing(Path(path)) as part:
+            torch.save(checkpoint, part)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """A checkpoint on the CPU. Tensors of at least ``LARGE`` bytes stay in the file, for each
+        rank to take the rows that are its own."""
+        mapped = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        return tree_map_only(Tensor, lambda t: t.clone() if t.nbytes < LARGE else t, mapped)
 
 
 class EarlyStop(EarlyStopping):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
@@ -19,7 +20,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..backbones import load_weights, normalise
 from ..backbones.weights import check_finite, read_file, read_weights
-from ..classifiers import DynamicClassPool, MomentumClassifier, PartialClassifier
+from ..classifiers import (
+    ChunkedClassifier,
+    DynamicClassPool,
+    MomentumClassifier,
+    PartialClassifier,
+)
 from ..data import People
 from ..data.augment import Augment
 from ..evaluation import ROC, ROCCurve, VerificationAccuracy
@@ -241,15 +247,27 @@ class FaceModule(LightningModule):
         finally:
             self.verify_as = "verify"
 
+    def configure_model(self) -> None:
+        """Split the class centres over the ranks of DDP, where the classifier says so."""
+        head, ddp = self.classifier, isinstance(self.trainer.strategy, DDPStrategy)
+        if isinstance(head, ChunkedClassifier) and head.shard and ddp:
+            head.shard_centers()
+            if head.rows is not None:
+                self._ddp_params_and_buffers_to_ignore = ["classifier.weight"]
+
     def configure_optimizers(self) -> Any:
         optimizer, world_size = self.build_optimizer(), self.trainer.world_size
         self._optimizer_record = optimizer_record(optimizer, self)
+        if isinstance(self.classifier, ChunkedClassifier):
+            self.classifier.gather_states(optimizer)
         if isinstance(self.classifier, PartialClassifier) and self.classifier.rate < 1:
             check_sparse(optimizer)
-            if world_size > 1:
+            if world_size > 1 and self.classifier.rows is None:
                 raise MisconfigurationException(
-                    f"a partial classifier below rate 1 trains in one process, since each would "
-                    f"sample its own classes, got {world_size}: use the chunked classifier"
+                    f"a partial classifier below rate 1 samples among the centres that a process "
+                    f"has: {world_size} processes need trainer.strategy=ddp and "
+                    f"classifier.shard=auto, got {type(self.trainer.strategy).__name__} and "
+                    f"shard={self.classifier.shard}"
                 )
         if self.scheduler is None:
             return optimizer

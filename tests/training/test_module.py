@@ -189,7 +189,7 @@ def test_a_partial_classifier_trains_and_only_with_an_optimizer_of_rows(
     with pytest.raises(MisconfigurationException, match=r"got torch\.optim\.sgd\.SGD"):
         fit(tmp_path, module(sampling(), torch.optim.SGD))
     monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(MisconfigurationException, match=r"trains in one process, .* got 2"):
+    with pytest.raises(MisconfigurationException, match=r"2 processes need .* got SingleDevice"):
         faces.configure_optimizers()
     faces.classifier.rate = 1.0
     faces.configure_optimizers()
