@@ -72,6 +72,7 @@ PUBLISHED = {
     "webface12m_r100_polynomial": Published("iresnet100", WEBFACE12M, COSFACE, epochs=20),
     "webface12m_r50": Published("iresnet50", WEBFACE12M, COSFACE),
     "webface42m_r100": Published("iresnet100", WEBFACE42M, COSFACE),
+    "webface42m_r100_8gpu": Published("iresnet100", WEBFACE42M, COSFACE, 8 * 128, 8 * 0.02),
     "webface4m_r100": Published("iresnet100", WEBFACE4M, COSFACE),
     "webface8m_r100": Published("iresnet100", WEBFACE8M, COSFACE),
 }
@@ -86,7 +87,7 @@ def test_settings_are_the_published_ones(paper: str) -> None:
         cfg.model.name,
         (cfg.data.num_identities, cfg.data.num_images),
         (margin._target_.rpartition(".")[2], margin.m, margin.get("straight_through")),
-        cfg.data.batch_size * cfg.trainer.accumulate_grad_batches,
+        cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * cfg.trainer.devices,
         optimizer.lr,
         momentum,
         optimizer.weight_decay,

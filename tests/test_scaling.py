@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from itertools import chain
@@ -261,6 +263,45 @@ def test_the_program_trains_as_one_process(alone: Path, tmp_path: Path, way: str
             assert value == pytest.approx(own[key], abs=1e-6), key
     for key, tensor in own_weights.items():
         torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.program
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a process's children there")
+def test_a_killed_rank_ends_the_run_and_one_process_more_or_less_goes_on(tmp_path: Path) -> None:
+    """With half of each rank's centres sampled; at an epoch's end any number of processes goes on,
+    within one as many, to the weights of a run that nothing has stopped."""
+    words = [*TWO, "classifier=partial", "classifier.rate=0.5", "verify.every_n_epochs=6"]
+    words += ["trainer.max_epochs=6", "checkpoint.every_n_steps=1"]
+    folder = tmp_path / "run"
+    run = start([str(ROOT / "train.py"), *PROGRAM, f"hydra.run.dir={folder}", *words], tmp_path)
+    last = folder / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    (rank,) = (pid for pid, command in commands.items() if b"train.py" in command)
+    os.kill(rank, signal.SIGKILL)
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode not in (0, None), said[-2000:]
+    assert [file.name for file in last.parent.iterdir()] == ["last.ckpt"]
+    step = torch.load(last, weights_only=True)["global_step"]
+
+    codes, said = program(folder, "launcher", *words, "resume=auto")
+    assert codes == [0], said[-2000:]
+    codes, said = program(tmp_path / "whole", "launcher", *words)
+    assert codes == [0], said[-2000:]
+    steps = left(tmp_path / "whole")[0]["steps"]
+    assert 0 < step < steps
+    for key, tensor in left(tmp_path / "whole")[1].items():
+        assert torch.equal(left(folder)[1][key], tensor), key
+
+    codes, said = program(
+        *(folder, "alone", *words, "resume=auto", "trainer=cpu", "trainer.devices=1"),
+        *("trainer.max_epochs=7", "data.batch_size=16"),
+    )
+    assert codes == [0], said[-2000:]
+    assert left(folder)[0]["steps"] == 7 * steps // 6
 
 
 def test_ranks_of_different_runs_are_refused(tmp_path: Path) -> None:

@@ -272,6 +272,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"Plan: {plan['model']}, {plan['num_classes']:,} identities, batch {plan['batch_size']}, "
         f"{plan['precision']}, on {plan['device']}"
     )
+    if plan["ranks"] > 1:
+        title += f", one of {plan['ranks']}"
     held = Table(title=title, title_justify="left", box=None, padding=(0, 2))
     for column in ("held", "backbone", f"classifier={chosen}"):
         held.add_column(column, justify="left" if column == "held" else "right")
@@ -299,6 +301,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     petaflop = plan["flops"] / 1e15
     figure = f"{petaflop:,.0f}" if petaflop >= 100 else f"{petaflop:.3g}"
     text = f"  {plan['batches']:,} batches compute {figure} PFLOP"
+    if plan["ranks"] > 1:
+        text += " on each device"
     if plan["reserve"]:
         text += (
             f": at least {duration(3600 * plan['hours'])}, at the speed of the paper's RTX 4090 "

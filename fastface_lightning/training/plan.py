@@ -51,17 +51,14 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     ``cfg.plan`` is true for a plan of this device, or the memory of another GPU in GiB.
 
     Raises:
-        ValueError: ``plan`` is no such number, or the run has several devices or no end.
+        ValueError: ``plan`` is no such number, or the run has no end, or several devices that do
+            not train by DDP or whose number is not said.
     """
     if not isinstance(cfg.plan, (int, float)) or not 0 < cfg.plan < float("inf"):
         raise ValueError(f"plan must be true or a GPU's memory in GiB, got {cfg.plan}")
-    if cfg.trainer.strategy not in ("auto", "single_device") or cfg.trainer.devices not in (1, "1"):
-        raise ValueError(
-            f"a plan is of one device, got trainer.strategy={cfg.trainer.strategy} and "
-            f"trainer.devices={cfg.trainer.devices}"
-        )
+    ranks = _ranks(cfg)
     num_classes, num_images = _data_size(cfg)
-    batches = _batches(cfg, num_images)
+    batches = _batches(cfg, num_images // ranks)
     device = torch.device("cuda" if uses_cuda(cfg) or cfg.plan is not True else "cpu")
     capacity = memory_of(device) if cfg.plan is True else int(cfg.plan * 2**30)
     reserve = CUDA_RESERVE if device.type == "cuda" else 0
@@ -71,11 +68,15 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     configs = _classifier_configs(cfg, name)
     parts = {}
     for other, config in configs.items():
+        # Of centres that are split a rank has its share, and all images.
+        split = ranks if config.get("shard") else 1
+        rows, images = math.ceil(num_classes / split), batch * split
         if "chunk" in config and config.chunk is None:
-            config.chunk = chunk_that_fits(batch, size, device)
-        build = functools.partial(build_classifier, cfg, num_classes, config)
+            config.chunk = chunk_that_fits(images, size, device)
+        build = functools.partial(build_classifier, cfg, rows, config)
         try:
-            parts[other] = plan_classifier(build, make_optimizer, batch, size, num_classes)
+            part = plan_classifier(build, make_optimizer, images, size, rows)
+            parts[other] = part._replace(images=part.images // split)
         except ValueError as error:  # too few identities, or too large a batch
             if other == name:
                 raise
@@ -91,6 +92,8 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     for other, part in parts.items():
         network, head = combined(backbone, part)
         total = peak(network, head, cfg.trainer.accumulate_grad_batches) + reserve + average
+        if ranks > 1:  # DDP holds gradients in buckets of its own, from step to step
+            total += network.gradients + (0 if configs[other].get("shard") else head.gradients)
         fits = HEADROOM * total <= capacity
         chunk = configs[other].get("chunk")
         heads[other] = {**head._asdict(), "chunk": chunk, "peak": total, "fits": fits}
@@ -99,6 +102,7 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
         "model": cfg.model.name,
         "num_classes": num_classes,
         "batch_size": batch,
+        "ranks": ranks,
         "precision": cfg.trainer.precision,
         "classifier": name,
         "backbone": backbone._asdict(),
@@ -115,8 +119,28 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     print_plan(plan)
 
 
+def _ranks(cfg: DictConfig) -> int:
+    """Processes of a run, each with a device."""
+    strategy, devices, nodes = cfg.trainer.strategy, cfg.trainer.devices, cfg.trainer.num_nodes
+    alone = strategy in ("auto", "single_device")
+    name = strategy if isinstance(strategy, str) else strategy.get("_target_", "")
+    if alone and str(devices) == "1":
+        return 1
+    if alone or not (name == "ddp" or name.endswith(".DDPStrategy")) or not _is_count(devices):
+        raise ValueError(
+            f"a plan is of one device, or with trainer=ddp of trainer.devices=N on each machine, "
+            f"got trainer.strategy={name} and trainer.devices={devices}"
+        )
+    return int(devices) * nodes
+
+
+def _is_count(devices: Any) -> bool:
+    return str(devices).isdecimal() and int(devices) > 0
+
+
 def _batches(cfg: DictConfig, num_images: int) -> int:
-    """Batches of the whole run, by its epochs or its optimizer steps, whichever end first."""
+    """Batches of a rank in the whole run, by its epochs or its optimizer steps, whichever end
+    first."""
     epochs, steps = cfg.trainer.max_epochs, cfg.trainer.max_steps
     by_epochs = math.inf if epochs in (None, -1) else num_images // cfg.data.batch_size * epochs
     by_steps = math.inf if steps < 0 else steps * cfg.trainer.accumulate_grad_batches
