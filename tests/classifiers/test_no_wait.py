@@ -2,6 +2,8 @@
 
 import copy
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -53,20 +55,42 @@ CASES = [(kind, "sgd", margin) for kind in KINDS for margin in MARGINS]
 CASES += [("partial", name, CosFace()) for name in OPTIMIZERS if name != "sgd"]
 
 
+@contextmanager
+def no_wait(device: torch.device) -> Iterator[None]:
+    """An error where a GPU's host waits, or on the CPU would."""
+    if device.type == "cpu":
+        with HostWaits() as waits:
+            yield
+        assert waits.names == []
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize(("kind", "optimizer", "margin"), CASES, ids=str)
-def test_a_step(kind: str, optimizer: str, margin: Margin, monkeypatch: pytest.MonkeyPatch) -> None:
-    # On the CPU labels are looked at; a GPU asserts by itself.
-    monkeypatch.setattr(Classifier, "_check", lambda *_: None)
+def test_a_step(
+    kind: str,
+    optimizer: str,
+    margin: Margin,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if device.type == "cpu":  # where labels are looked at; a GPU asserts by itself
+        monkeypatch.setattr(Classifier, "_check", lambda *_: None)
     torch.manual_seed(0)
-    head = KINDS[kind](CLASSES, SIZE, copy.deepcopy(margin), 16.0)
-    probe = nn.Linear(SIZE, SIZE)
+    head = KINDS[kind](CLASSES, SIZE, copy.deepcopy(margin), 16.0).to(device)
+    probe = nn.Linear(SIZE, SIZE).to(device)
     steps = OPTIMIZERS[optimizer]([*probe.parameters(), *head.parameters()])
-    images, labels = torch.randn(6, SIZE), torch.randint(CLASSES, (6,))
+    images, labels = torch.randn(6, SIZE, device=device), torch.randint(CLASSES, (6,)).to(device)
     if isinstance(head, MomentumClassifier):
         head.follow(probe)
-        given = {k: (torch.randn(len(y), SIZE), y) for k, (_, y) in head.sample_batch(6).items()}
+        parts = head.sample_batch(6).items()  # the labels lie on the host
+        given = {k: (torch.randn(len(y), SIZE, device=device), y) for k, (_, y) in parts}
     for _ in range(2):  # the states are made, and then used
-        with HostWaits() as waits:
+        with no_wait(device):
             steps.zero_grad()
             if isinstance(head, MomentumClassifier):
                 head.update_momentum_encoder(probe)
@@ -76,7 +100,6 @@ def test_a_step(kind: str, optimizer: str, margin: Margin, monkeypatch: pytest.M
             loss.backward()
             nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
             steps.step()
-        assert waits.names == []
 
 
 def test_what_waits_is_found() -> None:
