@@ -136,13 +136,13 @@ def test_a_classifier(kind: str, margin: Margin, precision: str, device: torch.d
 @pytest.mark.usefixtures("same_random_numbers")
 @pytest.mark.parametrize("kind", [*KINDS, "bfloat16 products"])
 def test_products_of_rounded_factors(kind: str, device: torch.device) -> None:
-    """TF32 rounds a factor by 2^-11 of it, bfloat16 by 2^-9: at scale 16 an error of the logits of
-    some hundredths at most, and of the gradient by as much of itself."""
+    """bfloat16 rounds a factor by 2^-9 of it, TF32 by 2^-11. The gradient errs by about as much of
+    itself, 0.003 in bfloat16 on the CPU."""
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     settings = {} if kind in KINDS else {"products": "bfloat16"}
     head = KINDS.get(kind, KINDS["chunked"])(CLASSES, SIZE, ArcFace(), 16.0, **settings)
-    assert_like_its_twin(head, device, "32-true", loss_error=0.05, error=0.05)
+    assert_like_its_twin(head, device, "32-true", loss_error=0.01, error=0.02)
 
 
 @pytest.mark.parametrize("into", [False, True])
@@ -194,11 +194,11 @@ def test_an_optimizer(name: str, rows: int | None, rate: str, device: torch.devi
         values = torch.randn(20 if rows is None else rows, 4)
         index = torch.randint(20, (1, len(values))) if rows == 30 else torch.randperm(20)[None]
         index = index[:, : len(values)]
+        if step == 3:
+            values.fill_(torch.inf)
         q.grad = torch.sparse_coo_tensor(index, values.double(), q.shape, check_invariants=False)
         q.grad = q.grad.to_dense() if rows is None else q.grad
         p.grad = (scaler.get_scale() * q.grad).to(device, torch.float32)
-        if step == 3:
-            p.grad = p.grad * torch.inf
         scaler.step(ours)
         scaler.update()
         if step != 3:
