@@ -33,7 +33,8 @@ class HostWaits(TorchDispatchMode):
         result = func(*args, **kwargs)
         if name in ("_to_copy", "copy_") and isinstance(result, Tensor):
             source = args[1] if name == "copy_" else args[0]
-            waits = source.device.type != "cpu" and result.device.type == "cpu"
+            at_once = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+            waits = source.device.type != result.device.type and not at_once
         if waits:
             self.names.append(name)
         return result

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import MARGINS
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from waits import HostWaits
 
 from fastface_lightning.classifiers import (
@@ -100,6 +101,24 @@ def test_a_step(
             loss.backward()
             nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
             steps.step()
+
+
+@pytest.mark.parametrize("margin", MARGINS, ids=repr)
+@pytest.mark.parametrize("kind", ["full", "chunked", "partial"])
+def test_nothing_is_copied_between_host_and_gpu(kind: str, margin: Margin) -> None:
+    """In the forward, of tensors without data that say they lie on a GPU."""
+    margin = copy.deepcopy(margin)
+    with FakeTensorMode(), torch.device("cuda"):
+        for name, buffer in list(margin.named_buffers()):
+            setattr(margin, name, torch.empty(buffer.shape))
+        head = KINDS[kind](CLASSES, SIZE, margin)
+        x, labels = torch.empty(6, SIZE, requires_grad=True), torch.zeros(6, dtype=torch.int64)
+        with HostWaits() as waits:
+            assert head(x, labels).device.type == "cuda"
+        assert waits.names == []
+        with HostWaits() as waits:
+            x.cpu(), torch.ones(1, device="cpu").to("cuda")
+        assert waits.names == ["_to_copy"] * 2
 
 
 def test_what_waits_is_found() -> None:
