@@ -28,6 +28,8 @@ class HostWaits(TorchDispatchMode):
         waits = name in WAITS
         if name in INDEXING:  # by a mask: as nonzero
             waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+            # A Python number that is assigned is a tensor of the host, and copied.
+            waits |= any(value.device != args[0].device for value in args[2:3])
         if name == "repeat_interleave":
             waits = kwargs.get("output_size") is None
         result = func(*args, **kwargs)
