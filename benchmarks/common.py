@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastface_lightning.training.environment import processor_name
+from fastface_lightning.training.environment import device_name, memory_of, processor_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -40,10 +40,19 @@ def medians(sides: dict[str, Callable[[], None]], repeats: int = 7) -> dict[str,
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def report(name: str, title: str, rows: list[dict[str, Any]], **facts: Any) -> None:
+def report(
+    name: str,
+    title: str,
+    rows: list[dict[str, Any]],
+    device: torch.device | None = None,
+    /,
+    **facts: Any,
+) -> None:
     """Print ``rows`` as a table and write them to ``benchmarks/results/<name>.json``."""
+    if device is not None:
+        title = f"{title}: {device_name(device)}"
     show(title, rows, **facts)
-    write(name, title=title, rows=rows, **facts)
+    write(name, device, title=title, rows=rows, **facts)
 
 
 def show(title: str, rows: list[dict[str, Any]], **facts: Any) -> None:
@@ -65,8 +74,9 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write(name: str, **content: Any) -> None:
-    """Write ``benchmarks/results/<name>.json``: the content, and the machine it is from."""
+def write(name: str, device: torch.device | None = None, /, **content: Any) -> None:
+    """Write ``benchmarks/results/<name>.json``: the content, and the machine it is from, with its
+    ``device`` where that is not the processor alone."""
     RESULTS.mkdir(exist_ok=True)
     packages = ("torch", "lightning", "numpy")
     written = {
@@ -77,4 +87,8 @@ def write(name: str, **content: Any) -> None:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
     }
+    if device is not None:
+        written["device"] = device_name(device)
+        written["device_gib"] = memory_of(device) / 2**30
+        written["cuda"] = torch.version.cuda if device.type == "cuda" else None
     (RESULTS / f"{name}.json").write_text(json.dumps(written, indent=2) + "\n")

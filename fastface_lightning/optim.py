@@ -141,7 +141,7 @@ class SGD(RowSparse, torch.optim.SGD):
             b = buffer[rows].mul_(momentum).add_(step)
             buffer[rows] = b
             step = step.add_(b, alpha=momentum) if group["nesterov"] else b
-        p.index_add_(0, rows, step, alpha=-group["lr"])
+        p.index_add_(0, rows, step.mul_(-group["lr"]))  # as alpha a tensor would be waited for
 
 
 class AdamW(RowSparse, torch.optim.AdamW):
@@ -232,7 +232,7 @@ class AdamW(RowSparse, torch.optim.AdamW):
         step = m.div_(_one_minus_power(beta1, t)).div_(v)
         del v  # before the next of its size
         step.add_(p[rows], alpha=group["weight_decay"])
-        p.index_add_(0, rows, step, alpha=-group["lr"])
+        p.index_add_(0, rows, step.mul_(-group["lr"]))
 
 
 def _one_minus_power(beta: float, t: Tensor) -> Tensor:

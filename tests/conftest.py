@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import device
 from programs import run
 
-__all__ = ["run", "shared_data"]
+__all__ = ["device", "run", "shared_data"]
 torch.set_num_threads(1)
 
 

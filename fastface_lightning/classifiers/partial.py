@@ -78,16 +78,30 @@ class PartialClassifier(ChunkedClassifier):
 
 
 class _Rows(Function):
-    """Rows of a matrix (C, D), (K,) -> (K, D), whose gradient is a sparse tensor of these rows."""
+    """Rows of a matrix (C, D), (K,) ascending -> (K, D); its gradient is sparse, of these rows.
+
+    autograd forgets that they ascend when it makes that the matrix's ``grad``, and an optimizer
+    would sort them again, while a GPU's host waits. So once backward has ended the gradient is
+    marked as sorted, unless it is a sum of several.
+    """
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.shape = matrix.shape
+        ctx.matrix = matrix
         return matrix[rows]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return torch.sparse_coo_tensor(rows[None], grad, ctx.shape, check_invariants=False), None
+        matrix, (rows,) = ctx.matrix, ctx.saved_tensors
+        first = matrix.grad is None
+
+        def mark() -> None:
+            total = matrix.grad  # a sum of several has the rows of all
+            if first and total is not None and total.is_sparse and total._nnz() == len(rows):
+                total._coalesced_(True)
+
+        torch.autograd.Variable._execution_engine.queue_callback(mark)
+        shape = matrix.shape
+        return torch.sparse_coo_tensor(rows[None], grad, shape, check_invariants=False), None

@@ -291,8 +291,8 @@ def plan_classifier(
         highest = meter.peak - start
         held = _optimizer_bytes(make_optimizer, head, meter)
         if isinstance(head, PartialClassifier) and head.rate < 1:
-            # A fake sparse tensor has no rows. These are there once as the gradient and once as
-            # its sorted copy, and two blocks of them are at work.
+            # A fake sparse tensor has no rows. These are there once as the gradient, once more as
+            # its sorted copy where batches add up, and two blocks of them are at work.
             row = embedding_size * head.weight.element_size()
             rows = max(math.floor(head.rate * num_classes), min(batch_size, num_classes))
             gradients = rows * (row + 8)

@@ -1,0 +1,23 @@
+"""The device of a test that runs on the CPU and, in the tier ``gpu``, on a GPU."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[torch.device]:
+    """Its float32 is float32: products and convolutions without TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield torch.device(request.param)
+    torch.set_float32_matmul_precision(before)
