@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from fastface_lightning.data import (
     FaceLoader,
     IdentityFolder,
     RecordDataset,
+    ShardDataset,
     SyntheticFaces,
 )
 from fastface_lightning.data.formats.recordio_writer import InsightFaceWriter
+from fastface_lightning.data.formats.tar import write_shards
 
 BATCH = 128
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +81,9 @@ def speed(folder: Path, count: int, repeats: int) -> list[dict[str, Any]]:
     with InsightFaceWriter(packed) as writer:
         for i in range(len(faces)):
             writer.write_image(int(faces.labels[i]), faces.encoded(i))
+    shards = folder / "shards"
+    shards.mkdir()
+    write_shards(shards, lambda first: samples(faces, first))
     usual = ImageFolder(
         str(root),
         transforms.Compose(
@@ -93,6 +99,7 @@ def speed(folder: Path, count: int, repeats: int) -> list[dict[str, Any]]:
         "usual": DataLoader(usual, BATCH, shuffle=True, drop_last=True),
         "folder": loader(faces),
         "record": loader(RecordDataset(packed)),
+        "shards": loader(ShardDataset(shards)),
     }
     sides = {name: lambda way=way: serve(way, count) for name, way in loaders.items()}
     os.sched_setaffinity(0, {min(cores)})
@@ -125,6 +132,11 @@ def photographs(folder: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(bytes(faces.encoded(i)))
     return copy
+
+
+def samples(faces: FaceDataset, first: int) -> Iterator[tuple[bytes, str]]:
+    for i in range(first, len(faces)):
+        yield bytes(faces.encoded(i)), faces.identities[int(faces.labels[i])]
 
 
 def loader(faces: FaceDataset) -> FaceLoader:

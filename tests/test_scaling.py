@@ -93,10 +93,11 @@ def data() -> SyntheticData:
     data = SyntheticData(12, 16, 12, 60)
     data.setup()
     pairs = data.sets["synthetic"]
-    data.sets["synthetic"] = VerificationPairs(pairs.images[:118], pairs.same[:59], [])
+    images = pairs.images[pairs.pairs().flatten()]
+    data.sets["synthetic"] = VerificationPairs(images[:118], pairs.same[:59], [])
     index = torch.arange(38).view(19, 2)  # of images of which one is given twice, too
     index[::2] = index[::2].flip(1)
-    recurring = VerificationPairs(pairs.images[:39], pairs.same[:19], [], index)
+    recurring = VerificationPairs(images[:39], pairs.same[:19], [], index)
     data.sets["recurring"], data.verify_names = recurring, ["synthetic", "recurring"]
     return data
 

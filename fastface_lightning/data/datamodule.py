@@ -3,9 +3,9 @@
 Training batches are (images (B, 3, H, W) uint8 RGB, labels (B,) int64), or several such by name for
 a classifier that compares images of one identity. Verification batches are (a (B, 3, H, W) uint8, b
 likewise, same (B,) bool, index (B,) int64): the pairs (a, b) with their places in the set, by which
-a metric can drop the repeats that a distributed sampler pads with. Of pairs held out, whose images
-recur, they are (images (B, 3, H, W) uint8, places (B,) int64), each image once, of
-:class:`PairImages`.
+a metric can drop the repeats that a distributed sampler pads with. Of pairs held out and synthetic
+ones, whose images recur, they are (images (B, 3, H, W) uint8, places (B,) int64), each image once,
+of :class:`PairImages`.
 """
 
 import logging
@@ -48,7 +48,7 @@ class FaceDataModule(LightningDataModule, ABC):
 
     Args:
         batch_size: B, images a training step and rank; pairs a verification step, images of people
-            held out.
+            held out and of synthetic ones.
         num_workers: processes that decode training images; 0 decodes in the main process. Dual
             loaders share them as they share the images: a third for instances, at least one each.
         seed: at least 0; with the epoch it decides the order of the training images.
@@ -262,7 +262,7 @@ class SyntheticData(FaceDataModule):
         if not self.verify_pairs:
             return self.faces(), {}
         people, images = self.verify_identities, self.images_per_identity
-        pairs = synthetic_pairs(self.verify_pairs, people, images, 0, self.num_identities)
+        pairs = synthetic_pairs(self.verify_pairs, people, images, 0, self.num_identities, True)
         return self.faces(), {"synthetic": pairs}
 
 

@@ -359,6 +359,7 @@ def synthetic_pairs(
     images_per_identity: int,
     seed: int = 0,
     first_identity: int = 1_000_000,
+    once: bool = False,
 ) -> VerificationPairs:
     """Verification pairs of invented people: even pairs show one person, odd pairs two.
 
@@ -371,6 +372,7 @@ def synthetic_pairs(
         images_per_identity: photographs of each, at least 2.
         seed: names the population and decides the sample, in [0, 2**32).
         first_identity: number of the first person; keep the people apart from the training set's.
+        once: hold each image once, and an ``index``.
 
     Raises:
         ValueError: an argument is outside its range, or there are too few different pairs.
@@ -392,7 +394,7 @@ def synthetic_pairs(
     number = rng.choice(n * (n - 1) // 2 * of_two, num_pairs // 2, replace=False)
     people, number = np.divmod(number, of_two)
     different = k * _unordered_pair(people) + np.stack(np.divmod(number, k), axis=1)
-    read = _read_alternating(faces, same, different)
+    read = _read_alternating(faces, same, different, once)
     read.num_people = num_identities
     return read
 

@@ -118,20 +118,19 @@ def operating_points(scores: Tensor, same: Tensor, far: Sequence[float]) -> list
     _check_pairs(scores, same)
     scores, same = scores.detach().cpu(), same.cpu()
     values = scores.to(torch.promote_types(scores.dtype, torch.float32)).numpy()
-    genuine, impostor = values[same.numpy()], values[~same.numpy()]
+    genuine, impostor = np.sort(values[same.numpy()]), np.sort(values[~same.numpy()])
     n = len(impostor)
-    places = [max(0, n - 1 - int(value * n)) for value in far]
-    ranked = np.partition(impostor, np.array(places, np.int64))
     points = []
-    for value, place in zip(far, places, strict=True):
-        limit = ranked[place]  # what is above it is accepted
-        below = np.count_nonzero(impostor > limit) / n  # the two FARs around the wanted one
-        above = np.count_nonzero(impostor >= limit) / n
+    for value in far:
+        limit = impostor[max(0, n - 1 - int(value * n))]  # what is above it is accepted
+        low, high = np.searchsorted(impostor, limit), np.searchsorted(impostor, limit, "right")
+        below, above = (n - high) / n, (n - low) / n  # the two FARs around the wanted one
         if value - below >= above - value:  # equal scores pass too: the next lower is the limit
-            below, limit = above, impostor[impostor < limit].max(initial=-np.inf)
-        tar = float((genuine > limit).mean())
-        lowest = min(side[side > limit].min(initial=np.inf) for side in (genuine, impostor))
-        points.append(OperatingPoint(float(below), tar, float(lowest)))
+            below, high, limit = above, low, impostor[low - 1] if low else -np.inf
+        accepted = np.searchsorted(genuine, limit, "right")
+        tar = (len(genuine) - accepted) / len(genuine)
+        lowest = min([*impostor[high : high + 1], *genuine[accepted : accepted + 1], np.inf])
+        points.append(OperatingPoint(float(below), float(tar), float(lowest)))
     return points
 
 
@@ -270,7 +269,7 @@ def _accepted(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _check_pairs(scores: Tensor, same: Tensor) -> None:
     _check_scores(scores, same)
     check_finite(scores, "scores")
-    n, positives = len(scores), int(same.sum())
+    n, positives = len(scores), int(same.count_nonzero())
     if positives in (0, n):
         raise ValueError(
             "pairs must show both one person and two, "

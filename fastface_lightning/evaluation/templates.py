@@ -118,19 +118,21 @@ def template_scores(embeddings: Tensor, pairs: Tensor, block: int = 2**24) -> Te
         )
 
     total = len(embeddings)
-    key = pairs[:, 0] * total + pairs[:, 1]
+    first, second = pairs.unbind(1)
     order = None
-    if (key[1:] < key[:-1]).any():  # most lists are sorted, and spared the memory of it
-        key, order = key.sort()
-    rows, counts = (key // total).unique_consecutive(return_counts=True)
-    scores = embeddings.new_empty(len(key))
+    if (first[1:] < first[:-1]).any():  # most lists are sorted, and spared the memory of it
+        first, order = first.sort()
+        second = second[order]
+    counts = first.bincount(minlength=total)
+    rows = counts.nonzero()[:, 0]
+    counts = counts[rows]
+    scores = embeddings.new_empty(len(pairs))
     group, start = max(1, block // total), 0
     for row, count in zip(rows.split(group), counts.split(group), strict=True):
         stop = start + int(count.sum())
-        second = key[start:stop] % total
-        occurs = torch.zeros(total, dtype=torch.bool, device=key.device)
-        occurs[second] = True
-        column = (occurs.cumsum(0) - 1)[second]
+        occurs = torch.zeros(total, dtype=torch.bool, device=pairs.device)
+        occurs[second[start:stop]] = True
+        column = (occurs.cumsum(0) - 1)[second[start:stop]]
         products = embeddings[row] @ embeddings[occurs].T
         line = torch.arange(len(row), device=row.device).repeat_interleave(count)
         torch.take(products, line * products.shape[1] + column, out=scores[start:stop])

@@ -24,6 +24,7 @@ from fastface_lightning.data import (
     SyntheticData,
     VerificationPairs,
     epoch_permutation,
+    synthetic_pairs,
 )
 
 Tree = Callable[..., Path]
@@ -96,9 +97,13 @@ def test_synthetic_data_verifies_on_other_people() -> None:
     assert images.shape == (2, 3, 112, 112) and images.dtype == torch.uint8
     assert data.verify_names == ["synthetic"]
     (loader,) = data.val_dataloader()
-    assert torch.cat([same for *_, same, _ in loader]).sum() == 10
+    verified = [bytes(x.numpy()) for images, _ in loader for x in images]
+    assert len(verified) == len(set(verified))  # each image once
     trained = {bytes(data.train_set[i][0].numpy()) for i in range(6)}
-    assert not trained & {bytes(x.numpy()) for a, b, *_ in loader for x in [*a, *b]}
+    assert not trained & set(verified)
+    pairs, twin = data.sets["synthetic"], synthetic_pairs(20, 10, 2, first_identity=3)
+    assert torch.equal(pairs.images[pairs.pairs().flatten()], twin.images)
+    assert torch.equal(pairs.same, twin.same) and pairs.num_people == twin.num_people == 10
     assert ready(SyntheticData(2, 2, verify_pairs=0)).val_dataloader() == []
 
 

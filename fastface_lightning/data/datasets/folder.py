@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 _BLOCK, _THREADS = 4096, 16
 # Folders whose times are compared at a start; all of them would take long, too.
 _SAMPLE = 1000
+_OPEN = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would end lines
+_PART = 2**16  # bytes read at a time: most images
 _TICK = 20_000_000  # nanoseconds: file systems' clocks move on every 10 ms or sooner
 
 
@@ -44,8 +46,14 @@ class _Files(FaceDataset):
         return printable(os.fsdecode(self._path(index)))
 
     def _fetch(self, index: int) -> bytes:
-        with open(self._path(index), "rb", buffering=0) as file:
-            return file.read()
+        file = os.open(self._path(index), _OPEN)  # open() takes twice the time that reading does
+        try:
+            parts = [os.read(file, _PART)]
+            while parts[-1]:
+                parts.append(os.read(file, _PART))
+        finally:
+            os.close(file)
+        return b"".join(parts)
 
     @abstractmethod
     def _path(self, index: int) -> bytes:
