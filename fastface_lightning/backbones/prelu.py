@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class PReLU(nn.PReLU):
-    r"""torch's; where all is finite, its values and gradients to the bit.
+    r"""torch's, one slope a channel; where all is finite, values and gradients are torch's bit by bit.
 
     .. math::
         y = \max(x, 0) + w \min(x, 0), \qquad
