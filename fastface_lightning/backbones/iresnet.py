@@ -16,7 +16,6 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .base import FaceBackbone, create, embedding_norm, face_cfg, in_full_precision
-from .prelu import PReLU
 
 
 class IBasicBlock(nn.Module):
@@ -37,7 +36,7 @@ class IBasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.prelu = PReLU(channels)
+        self.prelu = nn.PReLU(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)
         self.downsample: nn.Module | None = None
@@ -91,7 +90,7 @@ class IResNet(FaceBackbone):
 
         self.conv1 = nn.Conv2d(in_chans, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.prelu = PReLU(width)
+        self.prelu = nn.PReLU(width)
         self.layer1 = _stage(width, width, layers[0])
         self.layer2 = _stage(width, 2 * width, layers[1])
         self.layer3 = _stage(2 * width, 4 * width, layers[2])

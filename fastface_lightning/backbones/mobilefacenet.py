@@ -14,7 +14,6 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .base import FaceBackbone, create, face_cfg, in_full_precision
-from .prelu import PReLU
 
 
 class ConvBlock(nn.Module):
@@ -36,7 +35,7 @@ class ConvBlock(nn.Module):
         convolution = nn.Conv2d(in_channels, channels, kernel, bias=False, **conv)
         self.layers = nn.Sequential(convolution, nn.BatchNorm2d(channels))
         if not linear:
-            self.layers.append(PReLU(channels))
+            self.layers.append(nn.PReLU(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
