@@ -349,15 +349,16 @@ def overheads(cfg: DictConfig, device: torch.device, steps: int) -> dict[str, fl
     batch = step.images["images"], step.labels["images"]
 
     def fit(*callbacks: Callback) -> float:
-        clock = Clock()
+        clock, scaling = Clock(), loss_scaling(cfg)
         trainer = instantiate(
             cfg.trainer,
+            plugins=scaling or None,
+            precision=None if scaling else cfg.trainer.precision,
             max_steps=steps,
             callbacks=[*callbacks, clock],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
-            **loss_scaling(cfg),
         )
         loader: Any = DataLoader([batch] * steps, batch_size=None)  # type: ignore[arg-type]
         trainer.fit(step.module, loader)

@@ -84,7 +84,10 @@ def run(rank: int, ranks: int, way: str, num_classes: int, folder: Path, save: b
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here, with the centres made
     times, sent = [], []
     for _ in range(2 + STEPS):
-        x, labels = torch.randn(BATCH, SIZE, requires_grad=True), torch.randint(num_classes, (BATCH,))
+        x, labels = (
+            torch.randn(BATCH, SIZE, requires_grad=True),
+            torch.randint(num_classes, (BATCH,)),
+        )
         dist.barrier()
         before, began = wire(), time.perf_counter()
         net(x, labels).backward()

@@ -169,8 +169,8 @@ class ChunkedClassifier(CenterClassifier):
         return shard.own(loss) if shard else loss
 
     def candidates(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The centres (K, D) of a step, and where among them those of ``rows`` (N,) are. A row of -1
-        is none, and stays so."""
+        """The centres (K, D) of a step, and where those of ``rows`` (N,) are among them. A row of
+        -1 is none, and stays so."""
         return self.weight, rows
 
 

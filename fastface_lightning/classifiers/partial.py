@@ -66,8 +66,7 @@ class PartialClassifier(ChunkedClassifier):
         return _Rows.apply(self.weight, sample), torch.where(rows < 0, -1, places)
 
     def sample(self, rows: Tensor) -> Tensor:
-        """The rows of ``weight`` in a step: int64, ascending, with all of ``rows`` (N,) that are not
-        -1."""
+        """The rows of ``weight`` in a step: int64, ascending, with all of ``rows`` (N,) but -1."""
         total = len(self.weight)
         # As though N different classes were in the batch: counting them would stall a GPU.
         size = max(int(self.rate * total), min(len(rows), total))

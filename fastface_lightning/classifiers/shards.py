@@ -125,10 +125,10 @@ class Shard(NamedTuple):
                 }
             return {**saved, "state": states}
 
-        def whole(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        def whole(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             return changed(saved, len(weight), self.whole)
 
-        def own(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        def own(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             return changed(saved, self.num_classes, self.part)
 
         optimizer.register_state_dict_post_hook(whole)

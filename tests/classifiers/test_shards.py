@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,16 +30,6 @@ def classifier(margin: Margin, num_classes: int, **settings: object) -> ChunkedC
     return made.double()
 
 
-def noise_of_all(ranks: int) -> Tensor:
-    """What each process samples for its own images, as one process would have to."""
-    sampled = []
-    for rank in range(ranks):
-        torch.manual_seed(rank)
-        every = torch.randn(ranks * IMAGES, dtype=torch.float64)
-        sampled.append(every[rank * IMAGES :][:IMAGES])
-    return torch.cat(sampled)
-
-
 def step(made: ChunkedClassifier, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss, and gradient of the embeddings; that of the centres is added up."""
     x = x.clone().requires_grad_()
@@ -48,33 +39,48 @@ def step(made: ChunkedClassifier, x: Tensor, labels: Tensor) -> tuple[Tensor, Te
     return loss.detach(), x.grad
 
 
+def check_a_step(rank: int, ranks: int, num_classes: int, device: torch.device) -> None:
+    """Loss, gradients and statistics, of every margin, with and without the filter."""
+    own = slice(rank * IMAGES, (rank + 1) * IMAGES)
+    for margin, threshold in itertools.product(MARGINS, (None, 0.2)):
+        shard = classifier(margin, num_classes, interclass_filter=threshold).to(device)
+        one = copy.deepcopy(shard)
+        shard.shard_centers()
+        for seed in range(2):  # the second step has statistics
+            x, labels = (part.to(device) for part in batch(ranks * IMAGES, num_classes, SIZE, seed))
+            sampled = torch.randn_like(x[:, 0])  # by a margin
+            with patch.object(torch, "randn_like", lambda _, sampled=sampled: sampled):
+                expected, grad = step(one, x, labels)
+            other = torch.full_like(sampled, rank)  # what it samples of others' images is not used
+            other[own] = sampled[own]
+            with patch.object(torch, "randn_like", lambda _, other=other: other):
+                loss, own_grad = step(shard, x[own], labels[own])
+            dist.all_reduce(loss)  # DDP takes the mean of the gradients of each mean loss
+            torch.testing.assert_close(loss / ranks, expected, **EXACT)
+            torch.testing.assert_close(own_grad / ranks, grad[own], **EXACT)
+        assert shard.rows and shard.weight.grad is not None and one.weight.grad is not None
+        rows = slice(shard.rows.start, shard.rows.end)
+        torch.testing.assert_close(shard.weight.grad, one.weight.grad[rows], **EXACT)
+        for value, wanted in zip(shard.buffers(), one.buffers(), strict=True):
+            torch.testing.assert_close(value, wanted, **EXACT)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("num_classes", [13, 3], ids=lambda c: f"C={c}")
 def test_a_step_is_that_of_one_process(ranks: int, num_classes: int, tmp_path: Path) -> None:
-    """Loss, gradients and statistics, of every margin, with and without the filter."""
+    on_ranks(
+        lambda rank: check_a_step(rank, ranks, num_classes, torch.device("cpu")), tmp_path, ranks
+    )
 
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds fewer than two CUDA devices")
+def test_a_step_of_two_gpus(tmp_path: Path) -> None:
     def check(rank: int) -> None:
-        own = slice(rank * IMAGES, (rank + 1) * IMAGES)
-        for margin in MARGINS:
-            for threshold in (None, 0.2):
-                shard = classifier(margin, num_classes, interclass_filter=threshold)
-                one = copy.deepcopy(shard)
-                shard.shard_centers()
-                for seed in range(2):  # the second step has statistics
-                    x, labels = batch(ranks * IMAGES, num_classes, SIZE, seed)
-                    with patch.object(torch, "randn_like", lambda _: noise_of_all(ranks)):
-                        expected, grad = step(one, x, labels)
-                    torch.manual_seed(rank)
-                    loss, own_grad = step(shard, x[own], labels[own])
-                    dist.all_reduce(loss)  # DDP takes the mean of the gradients of each mean loss
-                    torch.testing.assert_close(loss / ranks, expected, **EXACT)
-                    torch.testing.assert_close(own_grad / ranks, grad[own], **EXACT)
-                rows = slice(shard.rows.start, shard.rows.end)
-                torch.testing.assert_close(shard.weight.grad, one.weight.grad[rows], **EXACT)
-                for value, wanted in zip(shard.buffers(), one.buffers(), strict=True):
-                    torch.testing.assert_close(value, wanted, **EXACT)
+        torch.cuda.set_device(rank)
+        check_a_step(rank, 2, 13, torch.device("cuda", rank))
 
-    on_ranks(check, tmp_path, ranks)
+    on_ranks(check, tmp_path, 2, "nccl")
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW], ids=lambda kind: kind.__name__)
@@ -146,7 +152,7 @@ def test_a_run_and_its_checkpoint(make: type[RowSparse], rate: float, tmp_path: 
 
 
 def test_samples_hold_the_batchs_own_classes(tmp_path: Path) -> None:
-    def check(rank: int) -> None:
+    def check(_: int) -> None:
         made = PartialClassifier(50, SIZE, rate=0.2)
         made.shard_centers()
         _, labels = batch(6, 50, SIZE)
@@ -178,9 +184,9 @@ def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
         if rank:
             with pytest.raises(RuntimeError, match="no data"):
                 copy.deepcopy(made).load_state_dict(state)
-        with patch("os.posix_fallocate", side_effect=OSError("no space")):
-            with pytest.raises(OSError, match="no room"):  # on both, and neither waits
-                made.state_dict()
+        full = patch("os.posix_fallocate", side_effect=OSError("no space"))
+        with full, pytest.raises(OSError, match="no room"):  # on both, and neither waits
+            made.state_dict()
 
     on_ranks(check, tmp_path)
 
