@@ -33,7 +33,7 @@ from fastface_lightning.classifiers import (
     MomentumClassifier,
     PartialClassifier,
 )
-from fastface_lightning.classifiers.chunked import _product_bfloat16
+from fastface_lightning.classifiers.chunked import _product, _rounded
 from fastface_lightning.data import EpochSampler, FaceLoader, SyntheticFaces
 from fastface_lightning.margins import ArcFace, Margin
 from fastface_lightning.optim import SGD, AdamW
@@ -152,7 +152,8 @@ def test_a_product_of_bfloat16_is_summed_in_float32(into: bool, device: torch.de
     a, b = torch.randn(64, 512), torch.randn(48, 512)
     expected = a.bfloat16().double() @ b.bfloat16().double().T
     out = torch.empty(100, 48, device=device)[20:84] if into else None
-    product = _product_bfloat16(a.to(device), b.to(device).T, out)
+    factors = (_rounded(factor.to(device), True) for factor in (a, b.T))
+    product = _product(*factors, out)
     assert product.dtype == torch.float32 and (out is None or product is out)
     torch.testing.assert_close(product.cpu().double(), expected, rtol=1e-5, atol=1e-4)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -236,25 +238,26 @@ class _LogSumExpOfOthers(Function):
         bfloat16: bool,
         gradient: list[Tensor],
     ) -> Tensor:
-        product = _product_bfloat16 if bfloat16 else torch.mm
         total = x.new_full((len(x),), -torch.inf)
         inverse_norm = x.new_empty(len(centers))
-        for start in range(0, len(centers), chunk):
-            part = slice(start, start + chunk)
-            w = centers[part].to(x.dtype)
-            norm = torch.linalg.vector_norm(w, dim=1)
-            # A zero row has no direction: its cosines are 0.
-            inverse_norm[part] = torch.where(norm > 0, norm, 1).reciprocal_()
-            cos = product(w, x.T).mul_(inverse_norm[part, None])
-            z = cos if negatives.is_identity else negatives(cos.T, cos_y, cos_y_prime).T
-            _set_own(z, rows - start, -torch.inf)
-            torch.logaddexp(total, z.mul_(scale).logsumexp(0), out=total)
+        x_rounded = _rounded(x, bfloat16)
+        with tensor_cores(x.device):
+            for start in range(0, len(centers), chunk):
+                part = slice(start, start + chunk)
+                w = centers[part].to(x.dtype)
+                norm = torch.linalg.vector_norm(w, dim=1)
+                # A zero row has no direction: its cosines are 0.
+                inverse_norm[part] = torch.where(norm > 0, norm, 1).reciprocal_()
+                cos = _product(_rounded(w, bfloat16), x_rounded.T).mul_(inverse_norm[part, None])
+                z = cos if negatives.is_identity else negatives(cos.T, cos_y, cos_y_prime).T
+                _set_own(z, rows - start, -torch.inf)
+                torch.logaddexp(total, z.mul_(scale).logsumexp(0), out=total)
         if shard:
             total = shard.logsumexp(total)
         ctx.save_for_backward(x, cos_y, cos_y_prime, centers, rows, inverse_norm, total)
         # The statistics of a margin may have moved on when the backward asks it again.
         ctx.statistics = {name: value.clone() for name, value in negatives.named_buffers()}
-        ctx.negatives, ctx.scale, ctx.chunk, ctx.product = negatives, scale, chunk, product
+        ctx.negatives, ctx.scale, ctx.chunk, ctx.bfloat16 = negatives, scale, chunk, bfloat16
         ctx.shard, ctx.gradient = shard, gradient
         return total
 
@@ -264,15 +267,16 @@ class _LogSumExpOfOthers(Function):
         x, cos_y, cos_y_prime, centers, rows, inverse_norm, total = ctx.saved_tensors
         grad_x, grad_y, grad_prime = (torch.zeros_like(t) for t in (x, cos_y, cos_y_prime))
         whole = torch.empty_like(centers) if ctx.needs_input_grad[1] else None
-        into_weight = inverse_norm[:, None]
+        x_rounded, into_weight = _rounded(x, ctx.bfloat16), inverse_norm[:, None]
         if ctx.shard:
             grad = ctx.shard.sum(grad)  # each process has that of its own images
             into_weight = into_weight / ctx.shard.world_size
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), tensor_cores(x.device):
             for start in range(0, len(centers), ctx.chunk):
                 part = slice(start, start + ctx.chunk)
                 w, inverse = centers[part].to(x.dtype), inverse_norm[part, None]
-                cos = ctx.product(w, x.T).mul_(inverse)
+                w_rounded = _rounded(w, ctx.bfloat16)
+                cos = _product(w_rounded, x_rounded.T).mul_(inverse)
                 n, leaves = cos, []
                 if not ctx.negatives.is_identity:
                     leaves = [t.detach().requires_grad_() for t in (cos, cos_y, cos_y_prime)]
@@ -285,12 +289,13 @@ class _LogSumExpOfOthers(Function):
                     a, by_y, by_prime = torch.autograd.grad(n, leaves, a, materialize_grads=True)
                     grad_y += by_y
                     grad_prime += by_prime
-                grad_x += ctx.product((a * inverse).T, w)
+                grad_x += _product(_rounded((a * inverse).T, ctx.bfloat16), w_rounded)
                 if whole is not None:
-                    along = (a * cos).sum(1, keepdim=True).mul_(-inverse)
                     out = whole[part] if whole.dtype == x.dtype else None
+                    block = _product(_rounded(a, ctx.bfloat16), x_rounded, out)
                     # Divided by the length twice, as the square of a very short one is 0.
-                    block = ctx.product(a, x, out=out).addcmul_(w, along).mul_(into_weight[part])
+                    along = a.mul_(cos).sum(1, keepdim=True).mul_(-inverse)
+                    block.addcmul_(w, along).mul_(into_weight[part])
                     if out is None:
                         whole[part] = block
         ctx.gradient[:] = [] if whole is None else [whole]
@@ -305,10 +310,31 @@ def _set_own(z: Tensor, rows: Tensor, value: float) -> None:
     z.scatter_(0, index, torch.where(inside, value, z.gather(0, index)))
 
 
-def _product_bfloat16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Product of float32 matrices, the factors rounded to bfloat16, summed in float32."""
-    a, b = a.bfloat16(), b.bfloat16()
-    if a.is_cuda:
-        product = torch.mm(a, b, out_dtype=torch.float32)
-        return product if out is None else out.copy_(product)
-    return torch.mm(a.float(), b.float(), out=out)  # processors have no other: as exact, no faster
+@contextmanager
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """Within it a CUDA device takes float32 products in TF32, unless torch was told how to."""
+    matmul = torch.backends.cuda.matmul
+    if device.type != "cuda" or matmul.fp32_precision != "none":
+        yield
+        return
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = "none"
+
+
+def _rounded(factor: Tensor, bfloat16: bool) -> Tensor:
+    """A factor for :func:`_product`: a processor has no other product, so as exact, no faster."""
+    if not bfloat16:
+        return factor
+    return factor.bfloat16() if factor.is_cuda else factor.bfloat16().float()
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The product of two matrices, summed in float32 where they are bfloat16, into ``out``."""
+    if a.dtype != torch.bfloat16:
+        return torch.mm(a, b, out=out)
+    if out is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)

@@ -8,6 +8,7 @@ from cases import MARGINS, HardNegatives, batch, counterpart, outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -254,3 +255,32 @@ def test_refuses_a_margin_whose_negatives_are_learned() -> None:
 def test_refuses_bad_arguments(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be .* got {value!r}"):
         ChunkedClassifier(3, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [(None, "tf32"), ("highest", "ieee"), ("high", "tf32")]
+)
+def test_products_follow_a_gpus_tensor_cores(told: str | None, expected: str) -> None:
+    """In the class layer alone, and unless torch was told how to; of tensors without data."""
+    matmul = torch.backends.cuda.matmul
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                seen.append(matmul.fp32_precision)
+            return func(*args, **(kwargs or {}))
+
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "none"
+        if told is not None:
+            torch.set_float32_matmul_precision(told)
+        left = matmul.fp32_precision
+        with FakeTensorMode(), torch.device("cuda"), Watch():
+            head = ChunkedClassifier(50, 8, chunk=20)
+            head(torch.empty(6, 8), torch.zeros(6, dtype=torch.int64))
+        assert seen == [expected] * 3 and matmul.fp32_precision == left
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
