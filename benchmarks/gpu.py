@@ -158,7 +158,7 @@ def apart(name: str, device: torch.device, small: bool) -> float:
     head = build_classifier(cfg, num_classes)
     if isinstance(head, PartialClassifier):
         classes = head.sample(torch.arange(batch))  # devices sample differently
-        head.sample = lambda labels: classes.to(labels.device)  # type: ignore[method-assign]
+        head.sample = lambda rows: classes.to(rows.device)  # type: ignore[method-assign]
     twin = copy.deepcopy(head).double()
     outcomes = []
     for one, place in ((head.to(device), device), (twin, torch.device("cpu"))):

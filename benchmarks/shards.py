@@ -50,7 +50,8 @@ def wire() -> int:
 @contextmanager
 def watched(names: tuple[str, ...]) -> Iterator[dict[str, int]]:
     """How far figures of :func:`memory` rise within it, in bytes."""
-    before, highest, ended = {n: memory(n) for n in names}, dict.fromkeys(names, 0), []
+    before, highest = {n: memory(n) for n in names}, dict.fromkeys(names, 0)
+    ended: list[bool] = []
 
     def watch() -> None:
         while not ended:

@@ -262,7 +262,7 @@ def two_steps(paper: str) -> list[str]:
         f"+paper={paper}",
         "data.root=DIR",
         *("data.batch_size=4", "data.num_workers=0", *([small[kind]] if kind in small else [])),
-        *("trainer.max_steps=2", "trainer.log_every_n_steps=1"),
+        *("trainer.max_steps=2", "trainer.log_every_n_steps=1", "trainer.devices=1"),
         "trainer.enable_progress_bar=false",
     ]
 

@@ -52,13 +52,14 @@ class ChunkedClassifier(CenterClassifier):
         num_classes, embedding_size, margin, scale, interclass_filter: as :class:`CenterClassifier`.
         chunk: classes at a time, at least 1; None chooses at the first batch, by the device and a
             GPU's free memory, and keeps to it.
-        products: ``"float32"``, or ``"bfloat16"`` to round the factors of the four products to
-            bfloat16; they are summed and everything else is computed in float32.
+        products: ``"float32"``, on a GPU in TF32 unless torch was told how to take float32
+            products; or ``"bfloat16"`` to round the factors of the four products to bfloat16; they
+            are summed and everything else is computed in float32.
         shard: ``"auto"``: :meth:`shard_centers` may split the centres over processes, and
             FaceModule does so under DDP; False: each has them all.
 
     Attributes:
-        rows: which of the C centres ``weight`` has here, once they are split; else None.
+        split: which of the C centres ``weight`` has here, once they are split; else None.
 
     Raises:
         ValueError: if the margin has parameters of its own and ``negatives`` that may depend on
@@ -95,51 +96,56 @@ class ChunkedClassifier(CenterClassifier):
         self.chunk = chunk
         self.products = products
         self.shard = shard
-        self.rows: Shard | None = None
+        self.split: Shard | None = None
+        self._batch_size = 0  # that all processes have agreed on
 
     def shard_centers(self) -> None:
         r"""Keep of ``weight`` the rows [C r / W, C (r + 1) / W) of this process, r of W.
 
         From here on every forward and backward is a collective of torch.distributed's default
-        group, on batches of one size, and the loss and its gradients are exact: those of one
-        process with all images. (They are divided by W, as DDP divides those of the network.)
-        The margin sees all images, so that its statistics are alike everywhere. ``state_dict()`` is
-        a collective too: it has the whole (C, D) on rank 0, in a file mapped into memory, and
-        nothing on the others; ``load_state_dict`` takes a whole one. Call it before the optimizer
-        is made, whose states :meth:`gather_states` serves; keep DDP away from ``weight``, and clip
-        no norm that has its gradient in it, as that is another one in each process.
+        group, on batches of one size, and the loss is exact: that of one process with all images.
+        So is the gradient of ``weight``; that of the embeddings is W times one process's, for DDP
+        to divide. The margin sees all images, so that its statistics are alike everywhere.
+        ``state_dict()`` is a collective too: it has the whole (C, D) on rank 0, in a file mapped
+        into memory, and nothing on the others; ``load_state_dict`` takes a whole one.
+
+        Call it before the optimizer is made, which must update each row by itself, as SGD and Adam
+        do; :meth:`gather_states` serves its states. Keep DDP away from ``weight``; let a gradient
+        scaler find an overflow on any process (torch's ShardedGradScaler); and clip no norm that
+        has this gradient in it. FaceModule sees to all of that.
         """
-        if self.rows is None and dist.get_world_size() > 1:
-            self.rows = Shard(dist.get_rank(), dist.get_world_size(), self.num_classes)
-            self.weight = nn.Parameter(self.rows.part(self.weight.detach()))
+        if self.split is None and dist.get_world_size() > 1:
+            self.split = Shard(dist.get_rank(), dist.get_world_size(), self.num_classes)
+            own = self.split.part(self.weight.detach())
+            self.weight = nn.Parameter(own, self.weight.requires_grad)
 
     def gather_states(self, optimizer: Optimizer) -> None:
         """Have ``optimizer.state_dict()``, a collective too, hold its states of all C centres."""
-        if self.rows is not None:
-            self.rows.gather_states(optimizer, self.weight)
+        if self.split is not None:
+            self.split.gather_states(optimizer, self.weight)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.rows is not None:
-            destination[f"{prefix}weight"] = self.rows.whole(self.weight)
+        if self.split is not None:
+            destination[f"{prefix}weight"] = self.split.whole(self.weight)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, meta: Any, strict: bool, *faults: list[str]
     ) -> None:
         key = f"{prefix}weight"
-        if self.rows is not None and key in state_dict:
+        if self.split is not None and key in state_dict:
             whole = state_dict.pop(key)
-            if whole.shape == (self.num_classes, self.embedding_size):
-                state_dict[key] = self.rows.part(whole)
-            else:
+            if whole.shape != (self.num_classes, self.embedding_size):
                 expected = f"{(self.num_classes, self.embedding_size)}, got {tuple(whole.shape)}"
                 faults[2].append(f"{key} must hold all centres, {expected}")
-                faults[0].append(key)
+                return
+            state_dict[key] = self.split.part(whole)
         super()._load_from_state_dict(state_dict, prefix, meta, strict, *faults)
 
     def softmax_loss(self, x: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
         rows = labels
-        if shard := self.rows:
+        if shard := self.split:
+            self._agree_on(len(x), shard.world_size)
             x, norm, labels = shard.gather(x), shard.gather(norm), shard.gather(labels)
             rows = shard.rows(labels)
         if self.chunk is None:
@@ -169,6 +175,15 @@ class ChunkedClassifier(CenterClassifier):
         )
         loss = -F.logsigmoid(self.scale * cos_y_prime - others)
         return shard.own(loss) if shard else loss
+
+    def _agree_on(self, batch_size: int, world_size: int) -> None:
+        """Refuse batches of several sizes, of which a collective would make anything."""
+        if batch_size != self._batch_size:
+            sizes = [0] * world_size
+            dist.all_gather_object(sizes, batch_size)
+            if len({*sizes}) > 1:
+                raise ValueError(f"all processes must have batches of one size, got {sizes}")
+            self._batch_size = batch_size
 
     def candidates(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The centres (K, D) of a step, and where those of ``rows`` (N,) are among them. A row of

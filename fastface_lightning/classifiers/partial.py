@@ -26,7 +26,8 @@ class PartialClassifier(ChunkedClassifier):
     and states of all others as they are. (torch's SGD refuses a sparse gradient where a weight
     decay would touch every row, its AdamW refuses all.) At rate 1, and in eval mode, it is
     :class:`ChunkedClassifier`, with a dense gradient. Where the centres are split over processes
-    each samples among its own, as InsightFace's arcface_torch does.
+    each samples among its own, as InsightFace's arcface_torch does: of W processes each has C / W
+    of them, and N is the number of all processes' images.
 
     Args:
         num_classes, embedding_size, margin, scale, interclass_filter, chunk, products, shard: as
@@ -51,15 +52,21 @@ class PartialClassifier(ChunkedClassifier):
         rate: float = 0.1,
     ) -> None:
         super().__init__(
-            *(num_classes, embedding_size, margin, scale, interclass_filter, chunk, products),
-            shard,
+            num_classes,
+            embedding_size,
+            margin,
+            scale,
+            interclass_filter,
+            chunk=chunk,
+            products=products,
+            shard=shard,
         )
         if not 0 < rate <= 1:
             raise ValueError(f"rate must lie in (0, 1], got {rate}")
         self.rate = rate
 
     def candidates(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        if self.rate == 1 or not self.training or not len(self.weight):
+        if self.rate == 1 or not self.training:
             return super().candidates(rows)
         sample = self.sample(rows)
         places = torch.searchsorted(sample, rows)
@@ -68,6 +75,8 @@ class PartialClassifier(ChunkedClassifier):
     def sample(self, rows: Tensor) -> Tensor:
         """The rows of ``weight`` in a step: int64, ascending, with all of ``rows`` (N,) but -1."""
         total = len(self.weight)
+        if not total:  # there are fewer classes than processes
+            return rows[:0]
         # As though N different classes were in the batch: counting them would stall a GPU.
         size = max(int(self.rate * total), min(len(rows), total))
         priority = torch.rand(total, device=rows.device)

@@ -21,8 +21,8 @@ BLOCK = 2**24  # bytes of rows that travel at once on their way to a checkpoint
 class Shard(NamedTuple):
     """The rows [start, end) of a table of C that one of W processes has.
 
-    Every method that is given a tensor is a collective: all processes of torch.distributed's
-    default group call it in the same order.
+    ``gather``, ``sum``, ``logsumexp`` and ``whole`` are collectives: all processes of
+    torch.distributed's default group call them in the same order.
     """
 
     rank: int
@@ -80,7 +80,7 @@ class Shard(NamedTuple):
             tensor of that shape on the meta device, without data.
 
         Raises:
-            OSError: on every process, where rank 0 has no room for the file.
+            OSError: on every process, where rank 0 cannot make the file.
         """
         shape = (self.num_classes, *rows.shape[1:])
         table = torch.empty(shape, dtype=rows.dtype, device="meta")
@@ -88,26 +88,26 @@ class Shard(NamedTuple):
         if self.rank == 0:
             try:
                 table = _mapped(table)
-            except OSError as error:
-                refusal = [f"no room for {table.nbytes:,} bytes of class centres: {error}"]
+            except Exception as error:  # the others would wait for ever
+                refusal = [str(error)]
         dist.broadcast_object_list(refusal)
         if refusal[0]:
-            raise OSError(f"{refusal[0]}; TMPDIR names another folder")
-        rows = rows.detach()
-        block = max(1, BLOCK // max(1, rows[:1].nbytes or table[:1].nbytes))
-        for rank in range(self.world_size):
-            shard = self._replace(rank=rank)
-            for start in range(shard.start, shard.end, block):
-                end = min(start + block, shard.end)
-                if self.rank == rank:
-                    part = rows[start - shard.start : end - shard.start].contiguous()
-                    if rank:
-                        dist.send(part, 0)
-                elif self.rank == 0:
-                    part = rows.new_empty((end - start, *shape[1:]))
-                    dist.recv(part, rank)
-                if self.rank == 0:
-                    table[start:end] = part
+            raise OSError(
+                f"rank 0 must have room for {table.nbytes:,} bytes of class centres in its folder "
+                f"of temporary files, got {refusal[0]}: TMPDIR names another"
+            )
+        shards = [self._replace(rank=rank) for rank in range(self.world_size)]
+        most = max(shard.end - shard.start for shard in shards)
+        block = max(1, BLOCK // (self.world_size * table[:1].nbytes))
+        for first in range(0, most, block):
+            part = rows.new_zeros((min(block, most - first), *shape[1:]))
+            own = rows.detach()[first : first + block]
+            part[: len(own)] = own
+            parts = [torch.empty_like(part) for _ in shards] if self.rank == 0 else None
+            dist.gather(part, parts)
+            for shard, got in zip(shards, parts or (), strict=False):
+                start, end = shard.start + first, min(shard.start + first + len(got), shard.end)
+                table[start:end] = got[: max(0, end - start)]
         return table
 
     def gather_states(self, optimizer: Optimizer, weight: Tensor) -> None:
@@ -142,7 +142,10 @@ def _length(value: Any) -> int | None:
 def _mapped(like: Tensor) -> Tensor:
     """A tensor of such a shape and dtype in a file that nothing else sees."""
     with tempfile.TemporaryFile() as file:
-        os.posix_fallocate(file.fileno(), 0, like.nbytes)  # else a full disk is a SIGBUS later
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, like.nbytes)  # else a full disk is a SIGBUS later
+        else:
+            file.truncate(like.nbytes)
         buffer = mmap.mmap(file.fileno(), like.nbytes)
     return torch.frombuffer(buffer, dtype=like.dtype).view(like.shape)
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from ..classifiers import ChunkedClassifier
 from ..schedule.length import callbacks_of
 from ..schedule.plateau import check_count
 
@@ -191,12 +192,13 @@ class WeightAverage(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(pl_module)
         weights = self._weights(pl_module)
-        split = getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())
-        if name := next((k for k, w in weights.items() if k in split and _is_parameter(w)), ""):
-            raise MisconfigurationException(
-                f"WeightAverage needs whole weights on every rank, got {name}, which is split: "
-                f"module='backbone' averages the network alone"
-            )
+        for name, part in pl_module.named_modules():
+            split = isinstance(part, ChunkedClassifier) and part.split is not None
+            if split and (key := f"{name}.weight".lstrip(".")) in weights:
+                raise MisconfigurationException(
+                    f"WeightAverage needs whole weights on every rank, got {key}, which is split: "
+                    f"module must name the network alone, got {self.module or ''!r}"
+                )
         if self._has(pl_module):  # a checkpoint's lies on the host, and in any memory format
             for key, a in self._average.items():
                 self._average[key] = torch.empty_like(weights[key], dtype=a.dtype).copy_(a)

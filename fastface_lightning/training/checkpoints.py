@@ -14,7 +14,6 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ..files import replacing
 from .losses import is_finite
@@ -137,16 +136,31 @@ class StreamedCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
+        if storage_options is not None:
+            raise TypeError(f"storage_options must be None, got {storage_options!r}")
         with replacing(Path(path)) as part:
             torch.save(checkpoint, part)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """A checkpoint on the CPU. Tensors of at least ``LARGE`` bytes stay in the file, for each
-        rank to take the rows that are its own."""
-        mapped = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
-        return tree_map_only(Tensor, lambda t: t.clone() if t.nbytes < LARGE else t, mapped)
+        """A checkpoint on the CPU. Of several ranks each takes the rows that are its own from the
+        file: tensors of at least ``LARGE`` bytes stay there."""
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        saved = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=several)
+        if several:
+            _copy_small(saved)
+        return saved
+
+
+def _copy_small(container: Any) -> None:
+    """Copy, in place, what nested dictionaries and lists hold of a file mapped into memory."""
+    items = container.items() if isinstance(container, dict) else enumerate(container)
+    for key, value in list(items):
+        if isinstance(value, dict | list):
+            _copy_small(value)
+        elif isinstance(value, Tensor) and value.nbytes < LARGE:
+            container[key] = value.clone()
 
 
 class EarlyStop(EarlyStopping):

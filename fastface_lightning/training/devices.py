@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import DictConfig
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 
 def uses_cuda(cfg: DictConfig) -> bool:
@@ -33,9 +32,8 @@ def resolve_device(cfg: DictConfig) -> None:
 
 def loss_scaling(cfg: DictConfig) -> list[MixedPrecision]:
     """The paper's loss scaler of float16, as a plugin of the trainer: it grows every 100 steps, not
-    every 2000. An overflow on one rank, whose centres are its own, makes all of them skip."""
+    every 2000."""
     if cfg.trainer.precision != "16-mixed" or not uses_cuda(cfg):
         return []
-    alone = cfg.trainer.strategy in ("auto", "single_device")
-    scaler = torch.amp.GradScaler if alone else ShardedGradScaler
-    return [MixedPrecision("16-mixed", "cuda", scaler("cuda", growth_interval=100))]
+    scaler = torch.amp.GradScaler("cuda", growth_interval=100)
+    return [MixedPrecision("16-mixed", "cuda", scaler)]

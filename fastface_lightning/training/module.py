@@ -14,8 +14,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn import functional as F
-from torch.optim import Optimizer
+from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..backbones import load_weights, normalise
@@ -35,6 +36,7 @@ from .resumed import check_schedulers, optimizer_record, set_optimizer
 
 log = logging.getLogger(__name__)
 PAIRS = 2**14  # compared at a time
+ROW_BY_ROW = (RowSparse, SGD, Adam, RMSprop, Adagrad)
 LEFT_OVER = 0.1  # highest share of its first weights that a momentum encoder should end with
 
 
@@ -249,20 +251,38 @@ class FaceModule(LightningModule):
 
     def configure_model(self) -> None:
         """Split the class centres over the ranks of DDP, where the classifier says so."""
-        head, ddp = self.classifier, isinstance(self.trainer.strategy, DDPStrategy)
-        if isinstance(head, ChunkedClassifier) and head.shard and ddp:
-            head.shard_centers()
-            if head.rows is not None:
-                self._ddp_params_and_buffers_to_ignore = ["classifier.weight"]
+        head: Any = self.classifier
+        if self._trainer is None or not isinstance(head, ChunkedClassifier) or not head.shard:
+            return
+        strategy: Any = self.trainer.strategy
+        learns = any(p.requires_grad for p in self.backbone.parameters())  # else DDP has nothing
+        averages = getattr(strategy, "_model_averaging_period", None)  # of all parameters
+        if type(strategy) is not DDPStrategy or averages is not None or not learns:
+            return
+        head.shard_centers()
+        if head.split is None:
+            return
+        self._ddp_params_and_buffers_to_ignore = ["classifier.weight"]
+        plugin: Any = self.trainer.precision_plugin
+        scaler = getattr(plugin, "scaler", None)
+        if type(scaler) is torch.amp.GradScaler:  # which sees the overflows of its own rank alone
+            plugin.scaler = ShardedGradScaler(
+                scaler._device,
+                scaler.get_scale(),
+                scaler.get_backoff_factor(),
+                scaler.get_growth_factor(),
+                scaler.get_growth_interval(),
+            )
 
     def configure_optimizers(self) -> Any:
         optimizer, world_size = self.build_optimizer(), self.trainer.world_size
         self._optimizer_record = optimizer_record(optimizer, self)
-        if isinstance(self.classifier, ChunkedClassifier):
+        if isinstance(self.classifier, ChunkedClassifier) and self.classifier.split is not None:
             self.classifier.gather_states(optimizer)
+            check_by_rows(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
         if isinstance(self.classifier, PartialClassifier) and self.classifier.rate < 1:
             check_sparse(optimizer)
-            if world_size > 1 and self.classifier.rows is None:
+            if world_size > 1 and self.classifier.split is None:
                 raise MisconfigurationException(
                     f"a partial classifier below rate 1 samples among the centres that a process "
                     f"has: {world_size} processes need trainer.strategy=ddp and "
@@ -477,6 +497,22 @@ def check_sparse(optimizer: Optimizer) -> None:
             f"a partial classifier needs an optimizer that updates the sampled rows alone, SGD or "
             f"AdamW of fastface_lightning.optim (optimizer=sgd or adamw), got "
             f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+        )
+
+
+def check_by_rows(optimizer: Optimizer, scaler: Any) -> None:
+    """Refuse an optimizer for centres that are split over ranks: one that looks at more than a row
+    at a time, or that a loss scaler leaves to find overflows by itself, on each rank its own."""
+    name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+    if not isinstance(optimizer, ROW_BY_ROW):
+        raise MisconfigurationException(
+            f"centres that are split over ranks need an optimizer that updates each row by itself, "
+            f"such as SGD or AdamW, got {name}: classifier.shard=false keeps them whole"
+        )
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise MisconfigurationException(
+            f"centres that are split over ranks cannot be trained by a fused optimizer under a "
+            f"loss scaler, got {name}: optimizer.fused must be false"
         )
 
 

@@ -92,7 +92,7 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
     for other, part in parts.items():
         network, head = combined(backbone, part)
         total = peak(network, head, cfg.trainer.accumulate_grad_batches) + reserve + average
-        if ranks > 1:  # DDP holds gradients in buckets of its own, from step to step
+        if ranks > 1:  # DDP keeps buckets, into which each new gradient is copied
             total += network.gradients + (0 if configs[other].get("shard") else head.gradients)
         fits = HEADROOM * total <= capacity
         chunk = configs[other].get("chunk")
@@ -124,7 +124,7 @@ def _ranks(cfg: DictConfig) -> int:
     strategy, devices, nodes = cfg.trainer.strategy, cfg.trainer.devices, cfg.trainer.num_nodes
     alone = strategy in ("auto", "single_device")
     name = strategy if isinstance(strategy, str) else strategy.get("_target_", "")
-    if alone and str(devices) == "1":
+    if alone and str(devices) == "1" and nodes == 1:
         return 1
     if alone or not (name == "ddp" or name.endswith(".DDPStrategy")) or not _is_count(devices):
         raise ValueError(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from cases import MARGINS, batch, counterpart
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from fastface_lightning.classifiers import ChunkedClassifier, PartialClassifier
 from fastface_lightning.classifiers.shards import Shard
@@ -58,8 +59,8 @@ def check_a_step(rank: int, ranks: int, num_classes: int, device: torch.device) 
             dist.all_reduce(loss)  # DDP takes the mean of the gradients of each mean loss
             torch.testing.assert_close(loss / ranks, expected, **EXACT)
             torch.testing.assert_close(own_grad / ranks, grad[own], **EXACT)
-        assert shard.rows and shard.weight.grad is not None and one.weight.grad is not None
-        rows = slice(shard.rows.start, shard.rows.end)
+        assert shard.split and shard.weight.grad is not None and one.weight.grad is not None
+        rows = slice(shard.split.start, shard.split.end)
         torch.testing.assert_close(shard.weight.grad, one.weight.grad[rows], **EXACT)
         for value, wanted in zip(shard.buffers(), one.buffers(), strict=True):
             torch.testing.assert_close(value, wanted, **EXACT)
@@ -85,10 +86,13 @@ def test_a_step_of_two_gpus(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [SGD, AdamW], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("rate", [1.0, 0.4])
-def test_a_run_and_its_checkpoint(make: type[RowSparse], rate: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_classes", [13, 2])
+def test_a_run_and_its_checkpoint(
+    make: type[RowSparse], rate: float, num_classes: int, tmp_path: Path
+) -> None:
     """Over steps of two micro-batches, weights and states as rank 0 saves them are those of one
     process, which goes on from either, and so does any number of processes."""
-    ranks, num_classes = 3, 13
+    ranks = 3
 
     def check(rank: int) -> None:
         torch.manual_seed(0)
@@ -103,10 +107,10 @@ def test_a_run_and_its_checkpoint(make: type[RowSparse], rate: float, tmp_path: 
                 x, labels = batch(ranks * IMAGES, num_classes, SIZE, 2 * seed + micro)
                 own = slice(rank * IMAGES, (rank + 1) * IMAGES)
                 torch.manual_seed(seed)
-                rows = shard.rows.rows(labels)
+                rows = shard.split.rows(labels)
                 sample = shard.sample(rows) if rate < 1 else torch.arange(len(shard.weight))
                 samples: list[Tensor] = [torch.empty(0)] * ranks
-                dist.all_gather_object(samples, sample + shard.rows.start)
+                dist.all_gather_object(samples, sample + shard.split.start)
                 classes = torch.cat(samples)
                 shard.sample = lambda _, sample=sample: sample
                 one.candidates = lambda labels, classes=classes: (
@@ -137,8 +141,8 @@ def test_a_run_and_its_checkpoint(make: type[RowSparse], rate: float, tmp_path: 
         for rank in range(count):
             other = classifier(AdaFace(), num_classes)
             if count > 1:
-                other.rows = Shard(rank, count, num_classes)
-                other.weight = nn.Parameter(other.rows.part(other.weight.detach()))
+                other.split = Shard(rank, count, num_classes)
+                other.weight = nn.Parameter(other.split.part(other.weight.detach()))
             optimizer = make(other.parameters(), lr=0.02)
             other.gather_states(optimizer)
             other.load_state_dict(saved["weights"])
@@ -148,7 +152,9 @@ def test_a_run_and_its_checkpoint(make: type[RowSparse], rate: float, tmp_path: 
             for key, value in saved["states"]["state"][0].items():
                 wanted = value[rows] if value.ndim else value
                 assert torch.equal(optimizer.state[other.weight][key], wanted), key
-                assert value.untyped_storage().data_ptr() != wanted.untyped_storage() or count == 1
+                held = optimizer.state[other.weight][key].untyped_storage().data_ptr()
+                whole = count == 1 or not value.ndim
+                assert whole or held != value.untyped_storage().data_ptr()
 
 
 def test_samples_hold_the_batchs_own_classes(tmp_path: Path) -> None:
@@ -156,7 +162,7 @@ def test_samples_hold_the_batchs_own_classes(tmp_path: Path) -> None:
         made = PartialClassifier(50, SIZE, rate=0.2)
         made.shard_centers()
         _, labels = batch(6, 50, SIZE)
-        rows = made.rows.rows(labels)
+        rows = made.split.rows(labels)
         counts = torch.zeros(25)
         for seed in range(200):
             torch.manual_seed(seed)
@@ -166,6 +172,17 @@ def test_samples_hold_the_batchs_own_classes(tmp_path: Path) -> None:
         wanted = set(rows[rows >= 0].tolist())
         assert wanted and set(rows.tolist()) - wanted == {-1}
         assert all((count == 200) == (row in wanted) for row, count in enumerate(counts.tolist()))
+
+    on_ranks(check, tmp_path)
+
+
+def test_batches_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    def check(rank: int) -> None:
+        made = classifier(CosFace(), 7)
+        made.shard_centers()
+        with pytest.raises(ValueError, match=r"of one size, got \[2, 3\]"):
+            made(*batch(2 + rank, 7, SIZE))
+        assert made(*batch(2, 7, SIZE)).isfinite()
 
     on_ranks(check, tmp_path)
 
@@ -185,7 +202,7 @@ def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
             with pytest.raises(RuntimeError, match="no data"):
                 copy.deepcopy(made).load_state_dict(state)
         full = patch("os.posix_fallocate", side_effect=OSError("no space"))
-        with full, pytest.raises(OSError, match="no room"):  # on both, and neither waits
+        with full, pytest.raises(OSError, match="must have room"):  # on both, and neither waits
             made.state_dict()
 
     on_ranks(check, tmp_path)
@@ -215,3 +232,26 @@ def test_low_precision_embeddings_and_statistics(tmp_path: Path) -> None:
 def test_shard_is_auto_or_false() -> None:
     with pytest.raises(ValueError, match=r"shard must be auto or false, got True"):
         ChunkedClassifier(3, shard=True)  # type: ignore[arg-type]
+
+
+def test_an_overflow_in_one_process_makes_all_skip_the_step(tmp_path: Path) -> None:
+    """As the gradients of its centres are its own, the others would not see it."""
+
+    def check(rank: int) -> None:
+        made = classifier(CosFace(), 13).float()
+        made.shard_centers()
+        optimizer, scaler = SGD(made.parameters(), lr=0.1), ShardedGradScaler("cpu", 8.0)
+        before = made.weight.detach().clone()
+        for overflows in (True, False):
+            x, labels = batch(IMAGES, 13, SIZE)
+            scaler.scale(made(x.float(), labels)).backward()
+            assert made.weight.grad is not None
+            if overflows and rank == 1:
+                made.weight.grad[0, 0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            assert torch.equal(made.weight, before) == overflows
+            assert scaler.get_scale() == 4.0
+
+    on_ranks(check, tmp_path)

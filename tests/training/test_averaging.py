@@ -24,10 +24,12 @@ from watching import Killed, RaiseAt
 from fastface_lightning import WeightAverage
 from fastface_lightning.classifiers import (
     AttentionClassifier,
+    ChunkedClassifier,
     DynamicClassPool,
     FullClassifier,
     MomentumClassifier,
 )
+from fastface_lightning.classifiers.shards import Shard
 from fastface_lightning.training.checkpoints import LastAndBest
 from fastface_lightning.training.module import FaceModule
 
@@ -886,6 +888,11 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
         trainer = trainer_of(tmp_path, callback := WeightAverage(), strategy=strategy, devices=2)
         with pytest.raises(MisconfigurationException, match="ddp_spawn"):
             callback.setup(trainer, Net(), "fit")
+    module = Net()
+    module.classifier = ChunkedClassifier(7, 4)
+    module.classifier.split = Shard(0, 2, 7)
+    with pytest.raises(MisconfigurationException, match=r"classifier\.weight, which is split"):
+        WeightAverage().on_train_start(trainer, module)
 
 
 def test_pytorch_lightnings_trainer(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """What a run leaves, held on a toy module: the checkpoints that it can be resumed from."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 from watching import Killed, RaiseAt
 
-from fastface_lightning.training.checkpoints import LastAndBest
+from fastface_lightning.training.checkpoints import LARGE, LastAndBest, StreamedCheckpoints
 
 
 class Batches(Callback):
@@ -158,3 +160,30 @@ def test_a_run_goes_on_from_its_best_checkpoint(tmp_path: Path, every: int) -> N
     assert trainer.global_step == 30
     wanted = range(2 * every, 30)
     assert batches.done == [(step, step // 10, step % 10) for step in wanted]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_replaces_the_old_one_only_when_it_is_whole(
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is read by several ranks without a copy of a large table, of which each wants a few
+    rows."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: ranks > 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    files, file = StreamedCheckpoints(), tmp_path / "run" / "last.ckpt"
+    small, large = torch.arange(3.0), torch.zeros(LARGE // 4)
+    files.save_checkpoint({"step": 1, "small": small, "nested": [{"large": large}]}, file)
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+        files.save_checkpoint({"small": small, "lost": lambda: None}, file)
+    assert [path.name for path in file.parent.iterdir()] == ["last.ckpt"]
+    saved = files.load_checkpoint(file, weights_only=True)
+    assert saved["step"] == 1 and torch.equal(saved["small"], small)
+    assert saved["nested"][0]["large"].shape == large.shape
+    with file.open("r+b") as opened:  # the large one is still in the file, the small one is not
+        content = opened.read()
+        opened.seek(content.index(small.numpy().tobytes()))
+        opened.write(b"\xff" * small.nbytes)
+        opened.seek(len(content) // 2)
+        opened.write(b"\xff" * 64)
+    assert torch.equal(saved["small"], small)
+    assert (saved["nested"][0]["large"].count_nonzero() > 0) == (ranks > 1)

@@ -5,21 +5,17 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from fastface_lightning.training.devices import loss_scaling, resolve_device
 
 
 @pytest.fixture
 def resolved(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def resolved(
-        cuda: bool, bf16: bool, accelerator: str = "auto", plan: Any = False, strategy: str = "auto"
-    ) -> Any:
+    def resolved(cuda: bool, bf16: bool, accelerator: str = "auto", plan: Any = False) -> Any:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: bf16)
         monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
         trainer = {"accelerator": accelerator, "precision": "auto", "benchmark": None}
-        trainer["strategy"] = strategy
         cfg = OmegaConf.create(
             {
                 "trainer": trainer,
@@ -44,8 +40,6 @@ def test_a_gpu_without_bf16_has_the_papers_float16_and_loss_scaler(resolved: Any
     found, (plugin,) = resolved(cuda=True, bf16=False)
     assert found == ("16-mixed", True, True)
     assert plugin.scaler.get_growth_interval() == 100
-    _, (plugin,) = resolved(cuda=True, bf16=False, strategy="ddp")
-    assert type(plugin.scaler) is ShardedGradScaler and plugin.scaler.get_growth_interval() == 100
 
 
 def test_a_plan(resolved: Any) -> None:

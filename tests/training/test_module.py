@@ -1,6 +1,7 @@
 """FaceModule: what happens to images, gradients and embeddings between the parts."""
 
 import math
+import os
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from ranks import on_ranks
+from timm.optim import Lamb
 from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastface_lightning.backbones import build_backbone
@@ -27,7 +31,7 @@ from fastface_lightning.data import PairImages, People, VerificationPairs
 from fastface_lightning.margins import AdaFace, CurricularFace, Margin
 from fastface_lightning.optim import SGD, AdamW
 from fastface_lightning.schedule.fixed import FixedSchedule
-from fastface_lightning.training.module import FaceModule
+from fastface_lightning.training.module import FaceModule, check_by_rows
 
 IMAGES = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8)
 LABELS = torch.arange(8) % 3
@@ -193,6 +197,34 @@ def test_a_partial_classifier_trains_and_only_with_an_optimizer_of_rows(
         faces.configure_optimizers()
     faces.classifier.rate = 1.0
     faces.configure_optimizers()
+
+
+@pytest.mark.slow
+def test_centres_are_split_only_where_ddp_trains_something_else(tmp_path: Path) -> None:
+    """And a module without a trainer, as Lightning loads one, has them whole."""
+
+    def check(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = str(rank)
+        small: Any = {"accelerator": "cpu", "devices": 2, "logger": False}
+        for strategy, frozen, split in (("ddp", False, True), ("ddp", True, False)):
+            faces = module(ChunkedClassifier(30, 5))
+            faces.configure_model()
+            faces.backbone.requires_grad_(not frozen)
+            faces.trainer = Trainer(strategy=strategy, enable_checkpointing=False, **small)
+            faces.classifier.weight.requires_grad_(frozen)
+            faces.trainer.precision_plugin.scaler = torch.amp.GradScaler("cpu", 8.0)
+            faces.configure_model()
+            assert (faces.classifier.split is not None) == split
+            assert faces.classifier.weight.requires_grad == frozen
+            scaler: Any = faces.trainer.precision_plugin.scaler
+            assert (type(scaler) is ShardedGradScaler) == split and scaler.get_scale() == 8.0
+        with pytest.raises(MisconfigurationException, match=r"each row by itself, .* got timm"):
+            check_by_rows(Lamb(faces.parameters()), None)
+        with pytest.raises(MisconfigurationException, match="fused"):
+            check_by_rows(torch.optim.AdamW(faces.parameters(), fused=True), scaler)
+        check_by_rows(torch.optim.AdamW(faces.parameters(), fused=True), None)
+
+    on_ranks(check, tmp_path)
 
 
 def small_face_module(num_classes: int, margin: Margin | None = None) -> FaceModule:

@@ -500,6 +500,24 @@ def test_plan_of_a_chunk_that_is_too_large(run: Run) -> None:
     assert "classifier=chunked classifier.chunk=null or classifier=" in said
 
 
+def test_plan_of_eight_gpus(run: Run) -> None:
+    """Each has an eighth of the centres, all images, and DDP's gradients of its network; where the
+    centres are copied, the gradients of all of them."""
+    run_of = ("model=r18", "data=webface12m", "plan=24", "averaging=none")
+    eight = ("trainer=ddp", "trainer.devices=4", "trainer.num_nodes=2")
+    one, _ = planned(run, *run_of)
+    plan, said = planned(run, *run_of, *eight)
+    head, rows = plan["heads"]["chunked"], math.ceil(617_970 / 8)
+    assert head["weights"] == head["gradients"] == head["states"] == rows * 512 * 4
+    assert head["flops"] == pytest.approx(one["heads"]["chunked"]["flops"], rel=0.01)
+    assert (plan["ranks"], plan["batches"]) == (8, 62_105) and "one of 8" in said
+    assert plan["backbone"] == one["backbone"]
+    copies, _ = planned(run, *run_of, *eight, "classifier.shard=false")
+    twice = plan["backbone"]["gradients"] + 617_970 * 512 * 4
+    peaks = [each["heads"]["chunked"]["peak"] for each in (copies, one)]
+    assert peaks[0] - peaks[1] == twice
+
+
 def test_plan_of_a_timm_model(run: Run) -> None:
     groups = ["optimizer=adamw", "optimizer.no_decay=true", "optimizer.layer_decay=0.75"]
     backbone = planned(run, "model=timm", "model.name=convnext_atto", "plan=8", *groups)[0][
@@ -513,7 +531,8 @@ def test_plan_of_a_timm_model(run: Run) -> None:
     "arguments",
     [
         ["plan=-3"],
-        ["plan=24", "trainer=ddp", "trainer.devices=4"],
+        ["plan=24", "trainer=ddp"],
+        ["plan=24", "trainer.devices=4"],
         ["plan=24", "classifier=partial", "optimizer._target_=torch.optim.AdamW"],
         ["plan=true", "trainer.max_epochs=null"],
         ["plan=true", "trainer.precision=64-true"],
