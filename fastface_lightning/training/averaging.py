@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from ..classifiers import ChunkedClassifier
 from ..schedule.length import callbacks_of
 from ..schedule.plateau import check_count
 
@@ -192,6 +191,8 @@ class WeightAverage(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(pl_module)
         weights = self._weights(pl_module)
+        from ..classifiers import ChunkedClassifier  # the callback is imported without faces
+
         for name, part in pl_module.named_modules():
             split = isinstance(part, ChunkedClassifier) and part.split is not None
             if split and (key := f"{name}.weight".lstrip(".")) in weights:
