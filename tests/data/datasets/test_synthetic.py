@@ -39,8 +39,8 @@ def test_every_face_can_be_drawn(seed: int, identity: int, image: int, size: int
 
 
 def test_the_pictures_are_those_of_before() -> None:
-    """Published accuracies rest on all of them, and on the pairs. Processors differ in the last digit
-    of a sine, and so in a few pixels by one."""
+    """Published accuracies rest on all of them, and on the pairs. Processors differ in the last
+    digit of a sine, and so in a few pixels by one."""
     faces = SyntheticFaces(3, 4)
     pairs = synthetic_pairs(40, 20, 4, seed=0, first_identity=500)
     for images, expected in zip((all_images(faces), pairs.images), GOLDEN, strict=True):
