@@ -43,8 +43,9 @@ def in_use(folder: Path) -> Iterator[None]:
             raise ValueError(f"the run folder must be of one run, got {folder}, in use") from error
         except OSError as error:
             log.warning("the disk cannot lock %s against a second run: %s", folder, error)
-        for part in (folder / "checkpoints").glob(".*.part.ckpt"):  # of a run that was killed
-            part.unlink()
+        else:
+            for part in (folder / "checkpoints").glob(".*.part.ckpt"):  # of a run that was killed
+                part.unlink()
         yield
 
 

@@ -17,6 +17,7 @@ from fastface_lightning.training.resumed import optimizer_record
 from fastface_lightning.training.run_folder import (
     check_checkpoint,
     checkpoint_to_resume,
+    in_use,
     read_checkpoint,
 )
 
@@ -90,3 +91,13 @@ def test_a_checkpoint_of_another_network_or_of_none(tmp_path: Path) -> None:
     last.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"a checkpoint of train\.py"):
         read_checkpoint(last)
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
+    """Once the folder is this run's alone; a checkpoint stays."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("last.ckpt", ".last.0123abcd.part.ckpt"):
+        (folder / name).touch()
+    with in_use(tmp_path):
+        assert [file.name for file in folder.iterdir()] == ["last.ckpt"]
