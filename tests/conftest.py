@@ -13,6 +13,16 @@ __all__ = ["device", "run", "shared_data"]
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Lightning's launchers leave MASTER_PORT to what runs next, and by then it may be taken."""
+    kept = dict(os.environ)
+    yield
+    for name in os.environ.keys() - kept.keys():
+        del os.environ[name]
+    os.environ.update(kept)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Iterator[Path]:
     """Folder with LFW View 1, the authors' training log and format fixtures.
