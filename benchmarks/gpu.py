@@ -80,6 +80,8 @@ def main() -> None:
     networks = ["tiny"] if small else ["r100", "r50", "r18"]
     cases = [(network, "chunked", size) for network in networks for size in sizes]
     others = ("chunked classifier.products=bfloat16", "partial", "dynamic_pool", "attfc")
+    if not small:
+        others = ("chunked classifier.compile=true", *others)
     cases += [(networks[-1], other, sizes[0]) for other in others]
 
     errors = {name: apart(name, device, small) for name in CLASSIFIERS}

@@ -1,5 +1,7 @@
 """The device of a test that runs on the CPU and, in the tier ``gpu``, on a GPU."""
 
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +11,10 @@ ON_A_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
 ]
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(
+    COMPILER is None, reason="torch.compile for processors needs a C++ compiler"
+)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_A_GPU)])

@@ -133,6 +133,15 @@ def test_a_classifier(kind: str, margin: Margin, precision: str, device: torch.d
     assert_like_its_twin(head, device, precision, loss_error=1e-3, error=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("precision", HALVES)
+def test_a_compiled_classifier(precision: str) -> None:
+    torch.manual_seed(0)
+    head = ChunkedClassifier(CLASSES, SIZE, ArcFace(), 64.0, chunk=16, compile=True)
+    assert_like_its_twin(head, torch.device("cuda"), precision, loss_error=1e-3, error=1e-4)
+
+
 @pytest.mark.usefixtures("same_random_numbers")
 @pytest.mark.parametrize("kind", [*KINDS, "bfloat16 products"])
 def test_products_of_rounded_factors(kind: str, device: torch.device) -> None:
@@ -335,7 +344,7 @@ RUNS = {
     "pool": ["classifier=dynamic_pool", "averaging=ema"],
     "attention": ["classifier=attfc", "classifier.queue_size=0.5", "margin=elasticface"],
     "augmented": ["augment.crop=0.5", "augment.low_resolution=0.5", "augment.rand_augment=2"],
-    "compiled": ["model.compile=true"],
+    "compiled": ["model.compile=true", "classifier=chunked"],
 }
 
 

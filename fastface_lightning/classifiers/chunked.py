@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,9 +20,11 @@ from ..margins import Margin
 from .base import CenterClassifier, Negatives, normalize_rows
 from .shards import Shard
 
-# Classes of a chunk. On a processor its centres, cosines and gradients then stay in the cache; on a
-# GPU the products fill it. Both take some tens of megabytes at D = 512.
+# Classes of a chunk. On a processor 512 to 2048 take equally long, 4096 a tenth longer. On a GPU as
+# many as its cache holds; where those are fewer than WORTH_CACHING, whose launches would cost more
+# than the cache saves, as many as fill it.
 CHUNK = {"cpu": 2048, "cuda": 16384}
+WORTH_CACHING = 4096
 SMALLEST_CHUNK = 256
 
 
@@ -57,6 +60,8 @@ class ChunkedClassifier(CenterClassifier):
             are summed and everything else is computed in float32.
         shard: ``"auto"``: :meth:`shard_centers` may split the centres over processes, and
             FaceModule does so under DDP; False: each has them all.
+        compile: let ``torch.compile`` make a few kernels of what is computed between the products,
+            unless the margin or the filter changes the negatives.
 
     Attributes:
         split: which of the C centres ``weight`` has here, once they are split; else None.
@@ -80,6 +85,7 @@ class ChunkedClassifier(CenterClassifier):
         chunk: int | None = None,
         products: str = "float32",
         shard: Literal["auto", False] = "auto",
+        compile: bool = False,
     ) -> None:
         super().__init__(num_classes, embedding_size, margin, scale, interclass_filter)
         if chunk is not None and chunk < 1:
@@ -96,6 +102,7 @@ class ChunkedClassifier(CenterClassifier):
         self.chunk = chunk
         self.products = products
         self.shard = shard
+        self.compiled = compile
         self.split: Shard | None = None
         self._batch_size = 0  # that all processes have agreed on
 
@@ -171,6 +178,7 @@ class ChunkedClassifier(CenterClassifier):
             self.scale,
             self.chunk,
             self.products == "bfloat16" and x.dtype == torch.float32,
+            self.compiled,
             gradient,
         )
         loss = -F.logsigmoid(self.scale * cos_y_prime - others)
@@ -195,10 +203,13 @@ def chunk_that_fits(batch_size: int, embedding_size: int, device: torch.device) 
     """Classes at a time: what suits the device, less on a GPU whose free memory is short."""
     chunk = CHUNK.get(device.type, CHUNK["cuda"])
     if device.type == "cuda" and torch.cuda.is_available():
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + cached
         # Float32: a row's cosines, their gradients and two temporaries, and its centre twice.
         bytes_per_class = 4 * (4 * batch_size + 2 * embedding_size)
+        cached = torch.cuda.get_device_properties(device).L2_cache_size // bytes_per_class
+        if cached >= WORTH_CACHING:
+            chunk = cached
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reserved
         chunk = min(chunk, free // 8 // bytes_per_class)
     return max(SMALLEST_CHUNK, chunk)
 
@@ -251,29 +262,33 @@ class _LogSumExpOfOthers(Function):
         scale: float,
         chunk: int,
         bfloat16: bool,
+        compiled: bool,
         gradient: list[Tensor],
     ) -> Tensor:
         total = x.new_full((len(x),), -torch.inf)
-        inverse_norm = x.new_empty(len(centers))
+        inverse_norm = x.new_empty(len(centers), 1)
         x_rounded = _rounded(x, bfloat16)
         with tensor_cores(x.device):
             for start in range(0, len(centers), chunk):
                 part = slice(start, start + chunk)
-                w = centers[part].to(x.dtype)
-                norm = torch.linalg.vector_norm(w, dim=1)
-                # A zero row has no direction: its cosines are 0.
-                inverse_norm[part] = torch.where(norm > 0, norm, 1).reciprocal_()
-                cos = _product(_rounded(w, bfloat16), x_rounded.T).mul_(inverse_norm[part, None])
-                z = cos if negatives.is_identity else negatives(cos.T, cos_y, cos_y_prime).T
-                _set_own(z, rows - start, -torch.inf)
-                torch.logaddexp(total, z.mul_(scale).logsumexp(0), out=total)
+                w, own_rows = centers[part].to(x.dtype), rows - start
+                product = _product(_rounded(w, bfloat16), x_rounded.T)
+                if negatives.is_identity:
+                    inverse, total = _kernels(_add_plain, compiled)(
+                        product, w, own_rows, scale, total
+                    )
+                else:
+                    inverse = _inverse_norm(w)
+                    n = negatives(product.mul_(inverse).T, cos_y, cos_y_prime).T
+                    total = _add(n, own_rows, scale, total)
+                inverse_norm[part] = inverse
         if shard:
             total = shard.logsumexp(total)
         ctx.save_for_backward(x, cos_y, cos_y_prime, centers, rows, inverse_norm, total)
         # The statistics of a margin may have moved on when the backward asks it again.
         ctx.statistics = {name: value.clone() for name, value in negatives.named_buffers()}
         ctx.negatives, ctx.scale, ctx.chunk, ctx.bfloat16 = negatives, scale, chunk, bfloat16
-        ctx.shard, ctx.gradient = shard, gradient
+        ctx.compiled, ctx.shard, ctx.gradient = compiled, shard, gradient
         return total
 
     @staticmethod
@@ -282,47 +297,99 @@ class _LogSumExpOfOthers(Function):
         x, cos_y, cos_y_prime, centers, rows, inverse_norm, total = ctx.saved_tensors
         grad_x, grad_y, grad_prime = (torch.zeros_like(t) for t in (x, cos_y, cos_y_prime))
         whole = torch.empty_like(centers) if ctx.needs_input_grad[1] else None
-        x_rounded, into_weight = _rounded(x, ctx.bfloat16), inverse_norm[:, None]
+        x_rounded, into_weight = _rounded(x, ctx.bfloat16), inverse_norm
         if ctx.shard:
             grad = ctx.shard.sum(grad)  # each process has that of its own images
             into_weight = into_weight / ctx.shard.world_size
+        factor = ctx.scale * grad
         with torch.autocast(x.device.type, enabled=False), tensor_cores(x.device):
             for start in range(0, len(centers), ctx.chunk):
                 part = slice(start, start + ctx.chunk)
-                w, inverse = centers[part].to(x.dtype), inverse_norm[part, None]
+                w, inverse, own_rows = centers[part].to(x.dtype), inverse_norm[part], rows - start
                 w_rounded = _rounded(w, ctx.bfloat16)
-                cos = _product(w_rounded, x_rounded.T).mul_(inverse)
-                n, leaves = cos, []
-                if not ctx.negatives.is_identity:
+                product = _product(w_rounded, x_rounded.T)
+                softmax = (own_rows, ctx.scale, total, factor)
+                if ctx.negatives.is_identity:
+                    gradient_plain = _kernels(_gradient_plain, ctx.compiled)
+                    a, into_x, along = gradient_plain(product, inverse, *softmax)
+                else:
+                    cos = product.mul_(inverse)
                     leaves = [t.detach().requires_grad_() for t in (cos, cos_y, cos_y_prime)]
                     with torch.enable_grad():
                         inputs = (leaves[0].T, *leaves[1:])
                         n = functional_call(ctx.negatives, ctx.statistics, inputs).T
-                a = (ctx.scale * n).sub_(total).exp_().mul_(ctx.scale * grad)
-                _set_own(a, rows - start, 0)
-                if leaves:
-                    a, by_y, by_prime = torch.autograd.grad(n, leaves, a, materialize_grads=True)
+                    a, by_y, by_prime = torch.autograd.grad(
+                        n, leaves, _gradient(n, *softmax), materialize_grads=True
+                    )
                     grad_y += by_y
                     grad_prime += by_prime
-                grad_x += _product(_rounded((a * inverse).T, ctx.bfloat16), w_rounded)
+                    into_x, along = _into_both(a, cos, inverse)
+                grad_x += _product(_rounded(into_x.T, ctx.bfloat16), w_rounded)
                 if whole is not None:
                     out = whole[part] if whole.dtype == x.dtype else None
                     block = _product(_rounded(a, ctx.bfloat16), x_rounded, out)
-                    # Divided by the length twice, as the square of a very short one is 0.
-                    along = a.mul_(cos).sum(1, keepdim=True).mul_(-inverse)
-                    block.addcmul_(w, along).mul_(into_weight[part])
+                    _kernels(_turn, ctx.compiled)(block, w, along, into_weight[part])
                     if out is None:
                         whole[part] = block
         ctx.gradient[:] = [] if whole is None else [whole]
-        return grad_x, None, grad_y, grad_prime, *[None] * 8
+        return grad_x, None, grad_y, grad_prime, *[None] * 9
 
 
-def _set_own(z: Tensor, rows: Tensor, value: float) -> None:
-    """In place, set z (K, N) to ``value`` in row ``rows[i]`` of column i where there is one."""
-    # Without asking which columns have one: a GPU would have to wait for the answer.
-    inside = (rows >= 0) & (rows < len(z))
-    index = rows.clamp(0, len(z) - 1)[None]
-    z.scatter_(0, index, torch.where(inside, value, z.gather(0, index)))
+# Between the products of a chunk: its cosines and what is made of them (K, N), its centres (K, D),
+# values of a centre (K, 1) and of an image (N,). ``rows`` has the row of an image's own class or,
+# where the chunk has not that class, no number in [0, K).
+
+
+def _is_own(rows: Tensor, size: int) -> Tensor:
+    return torch.arange(size, device=rows.device)[:, None] == rows
+
+
+def _inverse_norm(w: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    # A zero row has no direction: its cosines are 0.
+    return torch.where(norm > 0, norm, 1).reciprocal()
+
+
+def _add(n: Tensor, rows: Tensor, scale: float, total: Tensor) -> Tensor:
+    z = n.mul_(scale).masked_fill_(_is_own(rows, len(n)), -torch.inf)
+    return torch.logaddexp(total, z.logsumexp(0))
+
+
+def _add_plain(
+    product: Tensor, w: Tensor, rows: Tensor, scale: float, total: Tensor
+) -> tuple[Tensor, Tensor]:
+    inverse = _inverse_norm(w)
+    return inverse, _add(product.mul_(inverse), rows, scale, total)
+
+
+def _gradient(n: Tensor, rows: Tensor, scale: float, total: Tensor, factor: Tensor) -> Tensor:
+    a = (scale * n).sub_(total).exp_().mul_(factor)
+    return a.masked_fill_(_is_own(rows, len(n)), 0)
+
+
+def _into_both(a: Tensor, cos: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """What meets the centres in the embeddings' gradient, and how far each centre's own is along
+    the centre."""
+    return a * inverse, (a * cos).sum(1, keepdim=True).mul_(-inverse)
+
+
+def _gradient_plain(
+    product: Tensor, inverse: Tensor, rows: Tensor, scale: float, total: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    cos = product.mul_(inverse)
+    a = _gradient(cos, rows, scale, total, factor)
+    return a, *_into_both(a, cos, inverse)
+
+
+def _turn(block: Tensor, w: Tensor, along: Tensor, inverse: Tensor) -> None:
+    """Take from a gradient, in place, what is along its centre."""
+    # Divided by the length twice, as the square of a very short one is 0.
+    block.addcmul_(w, along).mul_(inverse)
+
+
+@functools.cache
+def _kernels(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    return torch.compile(function) if compiled else function
 
 
 @contextmanager

@@ -30,8 +30,8 @@ class PartialClassifier(ChunkedClassifier):
     of them, and N is the number of all processes' images.
 
     Args:
-        num_classes, embedding_size, margin, scale, interclass_filter, chunk, products, shard: as
-            :class:`ChunkedClassifier`.
+        num_classes, embedding_size, margin, scale, interclass_filter, chunk, products, shard,
+            compile: as :class:`ChunkedClassifier`.
         rate: r, share of the classes in a step, in (0, 1]; 0.1 is the paper's.
 
     References:
@@ -49,6 +49,7 @@ class PartialClassifier(ChunkedClassifier):
         chunk: int | None = None,
         products: str = "float32",
         shard: Literal["auto", False] = "auto",
+        compile: bool = False,
         rate: float = 0.1,
     ) -> None:
         super().__init__(
@@ -60,6 +61,7 @@ class PartialClassifier(ChunkedClassifier):
             chunk=chunk,
             products=products,
             shard=shard,
+            compile=compile,
         )
         if not 0 < rate <= 1:
             raise ValueError(f"rate must lie in (0, 1], got {rate}")

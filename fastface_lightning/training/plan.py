@@ -73,6 +73,8 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
         rows, images = math.ceil(num_classes / split), batch * split
         if "chunk" in config and config.chunk is None:
             config.chunk = chunk_that_fits(images, size, device)
+        if "compile" in config:
+            config.compile = False  # what a compiler saves is unknown
         build = functools.partial(build_classifier, cfg, rows, config)
         try:
             part = plan_classifier(build, make_optimizer, images, size, rows)
@@ -81,7 +83,7 @@ def plan_run(cfg: DictConfig, folder: Path) -> None:
             if other == name:
                 raise
             log.info("classifier=%s cannot be planned: %s", other, error)
-    # Where a tensor's numbers lie does not change what is held; what a compiler saves is unknown.
+    # Where a tensor's numbers lie does not change what is held.
     off = {"channels_last": False, "compile": False, "pretrained": False}
     model = {**cfg.model, **{key: value for key, value in off.items() if key in cfg.model}}
     backbone = plan_backbone(

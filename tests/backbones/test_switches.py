@@ -1,17 +1,15 @@
 """compile, grad_checkpointing and freeze: each changes how a backbone trains, never what it is."""
 
 import copy
-import os
-import shutil
 
 import pytest
 import torch
+from devices import needs_compiler
 from torch import Tensor, nn
 
 from fastface_lightning.backbones import build_backbone
 
 State = dict[str, Tensor]
-COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
 @pytest.fixture
@@ -50,7 +48,7 @@ def test_a_traced_network_trains_and_embeds_as_it_does_otherwise(images: Tensor)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(COMPILER is None, reason="torch.compile for processors needs a C++ compiler")
+@needs_compiler
 def test_compile_gives_the_same_embeddings_gradients_and_keys(images: Tensor) -> None:
     torch.manual_seed(0)
     compiled = build_backbone("iresnet_tiny", 8, channels_last=True, compile=True).double()

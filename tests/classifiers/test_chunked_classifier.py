@@ -1,18 +1,28 @@
 """ChunkedClassifier is FullClassifier to the last digits, and holds less."""
 
 import copy
+import pickle
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import MARGINS, HardNegatives, batch, counterpart, outcome
+from devices import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastface_lightning.classifiers import ChunkedClassifier, FullClassifier, chunk_that_fits
+from fastface_lightning.classifiers import (
+    ChunkedClassifier,
+    FullClassifier,
+    PartialClassifier,
+    chunk_that_fits,
+)
 from fastface_lightning.margins import ArcFace, CosFace, CurricularFace, Margin, Softmax
 from fastface_lightning.training.plan import MemoryMeter
 
@@ -76,6 +86,29 @@ def test_float32_is_as_close_to_float64_as_the_full_classifier_is() -> None:
     other = counterpart(ChunkedClassifier, exact, chunk=64).float()
     for got, value, error in zip(outcome(other, x, labels), want, far, strict=True):
         assert (got - value).abs().max() < 3 * error + 1e-6 * value.abs().max()
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("margin", [ArcFace(), CurricularFace()], ids=repr)
+def test_compiled_it_computes_the_same(margin: Margin) -> None:
+    """Chunks of two sizes, a zero and a very short centre; also once copied, and in a thread of
+    its own, as a GPU's backward is."""
+    full = FullClassifier(23, 5, margin).double()
+    with torch.no_grad():
+        full.weight[3], full.weight[20] = 0, 1e-200
+    x, labels = batch(9, 23, 5)
+    expected = outcome(copy.deepcopy(full), x, labels)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = counterpart(PartialClassifier, full, chunk=6, rate=1, compile=True)
+    for head in (compiled, pickle.loads(pickle.dumps(compiled))):
+        got: list[Tensor] = []
+        thread = threading.Thread(target=lambda: got.extend(outcome(head, x, labels)))  # noqa: B023
+        thread.start()
+        thread.join()
+        torch.testing.assert_close(tuple(got), expected, rtol=1e-10, atol=1e-10)
+    assert counters["frames"]["ok"] > 0
 
 
 def test_bfloat16_products_round_the_factors_and_nothing_else() -> None:
@@ -197,11 +230,20 @@ def test_never_a_batch_by_classes_tensor(margin: Margin) -> None:
     assert elements >= n * num_classes and peak > 4
 
 
-@pytest.mark.parametrize(("free", "chunk"), [(2**34, 16384), (2**28, 2**25 // 6144), (0, 256)])
-def test_chunks_follow_a_gpus_free_memory(
-    free: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("free", "cache", "chunk"),
+    [
+        *((2**34, 72 * 2**20, 12288), (2**34, 6 * 2**20, 16384)),
+        *((2**28, 72 * 2**20, 2**25 // 6144), (0, 72 * 2**20, 256)),
+    ],
+)
+def test_chunks_follow_a_gpus_cache_and_its_free_memory(
+    free: int, cache: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An eighth of it, half of which torch's own cache holds here: 6 KiB a class."""
+    """A cache that holds enough classes of 6 KiB, and an eighth of what is free, half of which
+    torch's own cache holds here."""
+    properties = SimpleNamespace(L2_cache_size=cache)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free // 2, 2**36))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: free // 2 + 300)
