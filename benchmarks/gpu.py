@@ -79,9 +79,9 @@ def main() -> None:
     sizes = [60] if small else [WEBFACE12M, MS1MV3, WEBFACE42M]
     networks = ["tiny"] if small else ["r100", "r50", "r18"]
     cases = [(network, "chunked", size) for network in networks for size in sizes]
-    others = ("chunked classifier.products=bfloat16", "partial", "dynamic_pool", "attfc")
+    others = ["chunked classifier.products=bfloat16", "partial", "dynamic_pool", "attfc"]
     if not small:
-        others = ("chunked classifier.compile=true", *others)
+        others.append("chunked classifier.compile=true")
     cases += [(networks[-1], other, sizes[0]) for other in others]
 
     errors = {name: apart(name, device, small) for name in CLASSIFIERS}

@@ -132,9 +132,10 @@ def template_scores(embeddings: Tensor, pairs: Tensor, block: int = 2**24) -> Te
         stop = start + int(count.sum())
         occurs = torch.zeros(total, dtype=torch.bool, device=pairs.device)
         occurs[second[start:stop]] = True
-        column = (occurs.cumsum(0) - 1)[second[start:stop]]
         products = embeddings[row] @ embeddings[occurs].T
-        line = torch.arange(len(row), device=row.device).repeat_interleave(count)
-        torch.take(products, line * products.shape[1] + column, out=scores[start:stop])
+        line = torch.arange(len(row), device=row.device) * products.shape[1]
+        place = line.repeat_interleave(count)
+        place += (occurs.cumsum(0) - 1)[second[start:stop]]
+        torch.take(products, place, out=scores[start:stop])
         start = stop
     return scores if order is None else torch.empty_like(scores).index_copy_(0, order, scores)

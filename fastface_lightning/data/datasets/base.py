@@ -4,7 +4,6 @@ import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -136,22 +135,22 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
     def __getitems__(self, indices: Sequence[int]) -> "Batch":
         """What a loader calls: all images of a batch, decoded into one tensor."""
         pixels = _empty_pixels(len(indices), self.size)
-        bad = self.bad.numpy()  # the shared memory itself, which takes an index faster
+        bad = self.bad.numpy().data  # the shared memory itself, which takes an index faster
         served = [self._serve(i, out, bad) for i, out in zip(indices, pixels.numpy(), strict=True)]
         labels = torch.from_numpy(self.labels[served].astype(np.int64))
         return Batch(pixels.permute(0, 3, 1, 2), labels)
 
-    def _serve(self, index: int, out: NDArray[np.uint8], bad: NDArray[np.uint8]) -> int:
+    def _serve(self, index: int, out: NDArray[np.uint8], bad: memoryview) -> int:
         """Decode image ``index``, or the next that can be read, and say which."""
-        for i in chain(range(index, len(self)), range(index)):
-            if bad[self._row(i)]:
-                continue
+        i = index
+        while True:
             try:
-                self.read_into(i, out)
-                return i
+                if not bad[self._row(i)]:
+                    self.read_into(i, out)
+                    return i
             except ValueError as error:
                 bad[self._row(i)] = 1
-                count = int(bad.sum())
+                count = int(self.bad.sum())
                 if count > self.max_bad:
                     raise ValueError(
                         f"at most max_bad = {self.max_bad} images may be unreadable, got {count},"
@@ -160,7 +159,9 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
                 logger.warning(
                     "skipping bad image %d of at most %d: %s", count, self.max_bad, error
                 )
-        raise ValueError(f"none of the {len(self)} images in {self} can be read")
+            i = (i + 1) % len(self)
+            if i == index:
+                raise ValueError(f"none of the {len(self)} images in {self} can be read")
 
     def bad_images(self) -> list[str]:
         """Names of the images found unreadable so far, in the data set's order."""

@@ -26,7 +26,7 @@ _BLOCK, _THREADS = 4096, 16
 # Folders whose times are compared at a start; all of them would take long, too.
 _SAMPLE = 1000
 _OPEN = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would end lines
-_PART = 2**16  # bytes read at a time: most images
+_PART = 2**14  # bytes read at first: most images; more would take longer to make room for
 _TICK = 20_000_000  # nanoseconds: file systems' clocks move on every 10 ms or sooner
 
 
@@ -48,12 +48,12 @@ class _Files(FaceDataset):
     def _fetch(self, index: int) -> bytes:
         file = os.open(self._path(index), _OPEN)  # open() takes twice the time that reading does
         try:
-            parts = [os.read(file, _PART)]
-            while parts[-1]:
-                parts.append(os.read(file, _PART))
+            data = os.read(file, _PART)
+            while part := os.read(file, len(data)):
+                data += part
         finally:
             os.close(file)
-        return b"".join(parts)
+        return data
 
     @abstractmethod
     def _path(self, index: int) -> bytes:
