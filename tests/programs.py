@@ -1,14 +1,21 @@
-"""Programs run in the test's own process."""
+"""Programs run in the test's own process, and in others that need not import everything anew."""
 
 import importlib.util
+import io
 import logging
+import multiprocessing
+import os
+import runpy
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # A run of train.py in seconds: 4 steps an epoch.
@@ -16,6 +23,45 @@ SMALL = [
     *("data.num_identities=8", "data.images_per_identity=4", "data.batch_size=8"),
     *("data.verify_identities=6", "data.verify_pairs=20", "trainer.enable_progress_bar=false"),
 ]
+
+
+# What takes a program seconds to import.
+PRELOAD = [
+    *("torch.distributed", "lightning.pytorch", "torchmetrics", "timm", "pytest"),
+    *("fastface_lightning.training.module", "fastface_lightning.training.run_folder"),
+]
+
+
+def apart(words: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``python WORDS`` in a folder, in a session of its own and with one torch thread: forked from
+    a process that has imported :data:`PRELOAD` and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    environment = {**os.environ, **variables}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    with tempfile.TemporaryDirectory() as said:
+        process = context.Process(target=_become, args=(words, folder, environment, said))
+        process.start()
+        process.join()
+        out, err = (Path(said, name).read_text() for name in ("1", "2"))
+    assert process.exitcode is not None
+    return subprocess.CompletedProcess(words, process.exitcode, out, err)
+
+
+def _become(words: list[str], folder: Path, environment: dict[str, str], said: str) -> None:
+    multiprocessing.set_start_method(None, force=True)  # not a fork server in its turn
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number in (1, 2):
+        os.dup2(os.open(Path(said, str(number)), os.O_WRONLY | os.O_CREAT), number)
+    streams = (io.FileIO(number, "w", closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (io.TextIOWrapper(each, line_buffering=True) for each in streams)
+    torch.set_num_threads(1)
+    sys.argv = [str(Path(folder, words[0])), *words[1:]]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Ended(NamedTuple):

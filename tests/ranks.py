@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cloudpickle
 import torch.distributed as dist
+from programs import PRELOAD
 from torch.multiprocessing import start_processes
 
 
@@ -21,7 +22,7 @@ def on_ranks(
         backend: that connects them: ``gloo``, or ``nccl`` for GPUs.
     """
     # Not forked from this process, whose autograd may have threads that a fork has not.
-    multiprocessing.set_forkserver_preload(["torch.distributed", "lightning.pytorch"])
+    multiprocessing.set_forkserver_preload(PRELOAD)
     arguments = (cloudpickle.dumps(check), folder, ranks, backend)
     start_processes(_run, arguments, nprocs=ranks, start_method="forkserver")
     assert {file.name for file in folder.glob("rank*")} == {f"rank{rank}" for rank in range(ranks)}

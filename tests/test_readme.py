@@ -7,7 +7,6 @@ import logging
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ijb import make_ijb
 from models import network, noise, save_checkpoint
 from photos import FOUND, frame, place
 from PIL import Image
-from programs import load
+from programs import apart, load
 
 from fastface_lightning.data import write_verification_bin
 from fastface_lightning.inference.embedder import load_embedder
@@ -147,9 +146,7 @@ def checkpoint(stand_in: Path) -> bytes:
 
 
 def run(words: list[str], folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = apart(words, folder)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -1,9 +1,6 @@
 """A run killed, or asked to end, goes on as if it had not been: same images, flips and weights."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import pytest
 import torch
 from devices import ON_A_GPU
 from PIL import Image
-from programs import ROOT
+from programs import ROOT, apart
 
 from fastface_lightning.training.seeding import batch_seed
 
@@ -65,18 +62,10 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, *arguments: str) -> int:
     """Run train.py in a process group of its own; its exit code, negative if it was killed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
-    environment.pop("HYDRA_FULL_ERROR", None)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), f"hydra.run.dir={folder}", *arguments],
-        cwd=folder.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        start_new_session=True,
-    )
+    words = [str(ROOT / "train.py"), f"hydra.run.dir={folder}", *arguments]
+    done = apart(words, folder.parent, **environment)
     if done.returncode not in (0, -9, 143) or "Traceback" in done.stderr:
         raise AssertionError(done.stderr[-3000:])
     return done.returncode
