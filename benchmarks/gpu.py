@@ -81,7 +81,7 @@ def main() -> None:
     cases = [(network, "chunked", size) for network in networks for size in sizes]
     others = ["chunked classifier.products=bfloat16", "partial", "dynamic_pool", "attfc"]
     if not small:
-        others.append("chunked classifier.compile=true")
+        others += ["chunked classifier.compile=true", "chunked classifier.chunk=16384"]
     cases += [(networks[-1], other, sizes[0]) for other in others]
 
     errors = {name: apart(name, device, small) for name in CLASSIFIERS}
@@ -135,7 +135,9 @@ def composed(model: str, classifier: str, device: torch.device, small: bool) -> 
         cfg = compose("train", chosen)
     resolve_device(cfg)
     torch.backends.cudnn.benchmark = cfg.trainer.benchmark  # as the trainer sets it
-    if "chunk" in cfg.classifier:  # as the first batch would choose, so that the plan knows
+    if (
+        cfg.classifier.get("chunk", 0) is None
+    ):  # as the first batch would choose, so that the plan knows
         cfg.classifier.chunk = chunk_that_fits(
             cfg.data.batch_size, cfg.model.embedding_size, device
         )

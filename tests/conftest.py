@@ -14,13 +14,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """Lightning's launchers leave MASTER_PORT to what runs next, and by then it may be taken."""
-    kept = dict(os.environ)
+def meeting_place() -> Iterator[None]:
+    """ddp_spawn leaves its MASTER_PORT to the next run here, and by then it may be taken."""
     yield
-    for name in os.environ.keys() - kept.keys():
-        del os.environ[name]
-    os.environ.update(kept)
+    os.environ.pop("MASTER_PORT", None)
 
 
 @pytest.fixture(scope="session")

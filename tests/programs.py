@@ -1,5 +1,6 @@
 """Programs run in the test's own process, and in others that need not import everything anew."""
 
+import atexit
 import importlib.util
 import io
 import logging
@@ -17,7 +18,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 # A run of train.py in seconds: 4 steps an epoch.
 SMALL = [
     *("data.num_identities=8", "data.images_per_identity=4", "data.batch_size=8"),
@@ -34,7 +36,10 @@ PRELOAD = [
 
 def apart(words: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """``python WORDS`` in a folder, in a session of its own and with one torch thread: forked from
-    a process that has imported :data:`PRELOAD` and done nothing else."""
+    a process that has imported :data:`PRELOAD` and done nothing else.
+
+    It finds the modules that Python would find: not those of the tests, but for a PYTHONPATH.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     environment = {**os.environ, **variables}
@@ -42,7 +47,11 @@ def apart(words: list[str], folder: Path, **variables: str) -> subprocess.Comple
     with tempfile.TemporaryDirectory() as said:
         process = context.Process(target=_become, args=(words, folder, environment, said))
         process.start()
-        process.join()
+        try:
+            process.join()
+        except BaseException:  # as by Ctrl-C
+            process.kill()
+            raise
         out, err = (Path(said, name).read_text() for name in ("1", "2"))
     assert process.exitcode is not None
     return subprocess.CompletedProcess(words, process.exitcode, out, err)
@@ -60,8 +69,13 @@ def _become(words: list[str], folder: Path, environment: dict[str, str], said: s
     sys.stdout, sys.stderr = (io.TextIOWrapper(each, line_buffering=True) for each in streams)
     torch.set_num_threads(1)
     sys.argv = [str(Path(folder, words[0])), *words[1:]]
-    sys.path.insert(0, str(Path(sys.argv[0]).parent))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    given = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    others = [path for path in sys.path if not Path(path).resolve().is_relative_to(TESTS)]
+    sys.path[:] = [str(Path(sys.argv[0]).parent), *given, *others]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
 
 
 class Ended(NamedTuple):

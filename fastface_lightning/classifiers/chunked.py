@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -20,9 +21,11 @@ from ..margins import Margin
 from .base import CenterClassifier, Negatives, normalize_rows
 from .shards import Shard
 
-# Classes of a chunk. On a processor 512 to 2048 take equally long, 4096 a tenth longer. On a GPU as
-# many as its cache holds; where those are fewer than WORTH_CACHING, whose launches would cost more
-# than the cache saves, as many as fill it.
+logger = logging.getLogger(__name__)
+
+# Classes of a chunk. On a processor 512 to 2048 take equally long, 4096 a tenth longer. On a GPU at
+# most as many as its cache holds, unless launches would then cost more than the cache saves: an
+# estimate, as no GPU has run this.
 CHUNK = {"cpu": 2048, "cuda": 16384}
 WORTH_CACHING = 4096
 SMALLEST_CHUNK = 256
@@ -60,8 +63,8 @@ class ChunkedClassifier(CenterClassifier):
             are summed and everything else is computed in float32.
         shard: ``"auto"``: :meth:`shard_centers` may split the centres over processes, and
             FaceModule does so under DDP; False: each has them all.
-        compile: let ``torch.compile`` make a few kernels of what is computed between the products,
-            unless the margin or the filter changes the negatives.
+        compile: let ``torch.compile`` make a few kernels of what is computed between the products;
+            without effect where margin or filter change the negatives, as a warning says.
 
     Attributes:
         split: which of the C centres ``weight`` has here, once they are split; else None.
@@ -94,6 +97,10 @@ class ChunkedClassifier(CenterClassifier):
             raise ValueError(f"products must be float32 or bfloat16, got {products!r}")
         if shard != "auto" and shard is not False:
             raise ValueError(f"shard must be auto or false, got {shard!r}")
+        if compile not in (True, False):
+            raise ValueError(f"compile must be true or false, got {compile!r}")
+        if compile and not Negatives(self.margin, interclass_filter).is_identity:
+            logger.warning("compile changes nothing here: margin or filter change the negatives")
         has_parameters = any(True for _ in self.margin.parameters())
         if has_parameters and type(self.margin).negatives is not Margin.negatives:
             raise ValueError(
@@ -166,6 +173,7 @@ class ChunkedClassifier(CenterClassifier):
         cos_y_prime = self.margin(cos_y, norm, labels)
         if shard:  # what a margin samples, it samples on the image's own process
             cos_y_prime = shard.gather(shard.own(cos_y_prime))
+        negatives = Negatives(self.margin, self.interclass_filter)
         others = _LogSumExpOfOthers.apply(
             x,
             own,
@@ -174,11 +182,11 @@ class ChunkedClassifier(CenterClassifier):
             centers.detach(),
             rows,
             shard,
-            Negatives(self.margin, self.interclass_filter),
+            negatives,
             self.scale,
             self.chunk,
             self.products == "bfloat16" and x.dtype == torch.float32,
-            self.compiled,
+            self.compiled and negatives.is_identity,
             gradient,
         )
         loss = -F.logsigmoid(self.scale * cos_y_prime - others)
@@ -207,7 +215,7 @@ def chunk_that_fits(batch_size: int, embedding_size: int, device: torch.device) 
         bytes_per_class = 4 * (4 * batch_size + 2 * embedding_size)
         cached = torch.cuda.get_device_properties(device).L2_cache_size // bytes_per_class
         if cached >= WORTH_CACHING:
-            chunk = cached
+            chunk = min(chunk, cached)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + reserved
         chunk = min(chunk, free // 8 // bytes_per_class)
@@ -271,17 +279,19 @@ class _LogSumExpOfOthers(Function):
         with tensor_cores(x.device):
             for start in range(0, len(centers), chunk):
                 part = slice(start, start + chunk)
-                w, own_rows = centers[part].to(x.dtype), rows - start
+                w = centers[part].to(x.dtype)
                 product = _product(_rounded(w, bfloat16), x_rounded.T)
-                if negatives.is_identity:
-                    inverse, total = _kernels(_add_plain, compiled)(
-                        product, w, own_rows, scale, total
-                    )
-                else:
-                    inverse = _inverse_norm(w)
-                    n = negatives(product.mul_(inverse).T, cos_y, cos_y_prime).T
-                    total = _add(n, own_rows, scale, total)
-                inverse_norm[part] = inverse
+                if compiled:
+                    kernel = _compiled(_add_others)
+                    inverse_norm[part], total = kernel(product, w, rows - start, scale, total)
+                    continue
+                norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+                # A zero row has no direction: its cosines are 0.
+                inverse_norm[part] = torch.where(norm > 0, norm, 1).reciprocal_()
+                cos = product.mul_(inverse_norm[part])
+                z = cos if negatives.is_identity else negatives(cos.T, cos_y, cos_y_prime).T
+                _set_own(z, rows - start, -torch.inf)
+                torch.logaddexp(total, z.mul_(scale).logsumexp(0), out=total)
         if shard:
             total = shard.logsumexp(total)
         ctx.save_for_backward(x, cos_y, cos_y_prime, centers, rows, inverse_norm, total)
@@ -305,91 +315,85 @@ class _LogSumExpOfOthers(Function):
         with torch.autocast(x.device.type, enabled=False), tensor_cores(x.device):
             for start in range(0, len(centers), ctx.chunk):
                 part = slice(start, start + ctx.chunk)
-                w, inverse, own_rows = centers[part].to(x.dtype), inverse_norm[part], rows - start
+                w, inverse = centers[part].to(x.dtype), inverse_norm[part]
                 w_rounded = _rounded(w, ctx.bfloat16)
                 product = _product(w_rounded, x_rounded.T)
-                softmax = (own_rows, ctx.scale, total, factor)
-                if ctx.negatives.is_identity:
-                    gradient_plain = _kernels(_gradient_plain, ctx.compiled)
-                    a, into_x, along = gradient_plain(product, inverse, *softmax)
+                if ctx.compiled:
+                    kernel = _compiled(_gradient_of_others)
+                    a, along = kernel(product, inverse, rows - start, ctx.scale, total, factor)
                 else:
                     cos = product.mul_(inverse)
-                    leaves = [t.detach().requires_grad_() for t in (cos, cos_y, cos_y_prime)]
-                    with torch.enable_grad():
-                        inputs = (leaves[0].T, *leaves[1:])
-                        n = functional_call(ctx.negatives, ctx.statistics, inputs).T
-                    a, by_y, by_prime = torch.autograd.grad(
-                        n, leaves, _gradient(n, *softmax), materialize_grads=True
-                    )
-                    grad_y += by_y
-                    grad_prime += by_prime
-                    into_x, along = _into_both(a, cos, inverse)
-                grad_x += _product(_rounded(into_x.T, ctx.bfloat16), w_rounded)
+                    n, leaves = cos, []
+                    if not ctx.negatives.is_identity:
+                        leaves = [t.detach().requires_grad_() for t in (cos, cos_y, cos_y_prime)]
+                        with torch.enable_grad():
+                            inputs = (leaves[0].T, *leaves[1:])
+                            n = functional_call(ctx.negatives, ctx.statistics, inputs).T
+                    a = (ctx.scale * n).sub_(total).exp_().mul_(factor)
+                    _set_own(a, rows - start, 0)
+                    if leaves:
+                        a, by_y, by_prime = torch.autograd.grad(
+                            n, leaves, a, materialize_grads=True
+                        )
+                        grad_y += by_y
+                        grad_prime += by_prime
+                grad_x += _product(_rounded((a * inverse).T, ctx.bfloat16), w_rounded)
                 if whole is not None:
                     out = whole[part] if whole.dtype == x.dtype else None
                     block = _product(_rounded(a, ctx.bfloat16), x_rounded, out)
-                    _kernels(_turn, ctx.compiled)(block, w, along, into_weight[part])
+                    if ctx.compiled:
+                        _compiled(_turn)(block, w, along, into_weight[part])
+                    else:
+                        # Divided by the length twice, as the square of a very short one is 0.
+                        along = a.mul_(cos).sum(1, keepdim=True).mul_(-inverse)
+                        block.addcmul_(w, along).mul_(into_weight[part])
                     if out is None:
                         whole[part] = block
         ctx.gradient[:] = [] if whole is None else [whole]
         return grad_x, None, grad_y, grad_prime, *[None] * 9
 
 
-# Between the products of a chunk: its cosines and what is made of them (K, N), its centres (K, D),
-# values of a centre (K, 1) and of an image (N,). ``rows`` has the row of an image's own class or,
-# where the chunk has not that class, no number in [0, K).
+def _set_own(z: Tensor, rows: Tensor, value: float) -> None:
+    """In place, set z (K, N) to ``value`` in row ``rows[i]`` of column i where there is one."""
+    # Without asking which columns have one: a GPU would have to wait for the answer.
+    inside = (rows >= 0) & (rows < len(z))
+    index = rows.clamp(0, len(z) - 1)[None]
+    z.scatter_(0, index, torch.where(inside, value, z.gather(0, index)))
 
 
-def _is_own(rows: Tensor, size: int) -> Tensor:
-    return torch.arange(size, device=rows.device)[:, None] == rows
+# The same for torch.compile, which makes a kernel or two of each: nothing is changed in place that
+# would have to be written back. Of a chunk: its cosines before they are divided by the centres'
+# lengths, ``product`` (K, N), its centres w (K, D), values of a centre (K, 1) and of an image (N,).
 
 
-def _inverse_norm(w: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-    # A zero row has no direction: its cosines are 0.
-    return torch.where(norm > 0, norm, 1).reciprocal()
-
-
-def _add(n: Tensor, rows: Tensor, scale: float, total: Tensor) -> Tensor:
-    z = n.mul_(scale).masked_fill_(_is_own(rows, len(n)), -torch.inf)
-    return torch.logaddexp(total, z.logsumexp(0))
-
-
-def _add_plain(
+def _add_others(
     product: Tensor, w: Tensor, rows: Tensor, scale: float, total: Tensor
 ) -> tuple[Tensor, Tensor]:
-    inverse = _inverse_norm(w)
-    return inverse, _add(product.mul_(inverse), rows, scale, total)
+    norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    inverse = torch.where(norm > 0, norm, 1).reciprocal()
+    z = (scale * (product * inverse)).masked_fill(_is_own(product, rows), -torch.inf)
+    return inverse, torch.logaddexp(total, z.logsumexp(0))
 
 
-def _gradient(n: Tensor, rows: Tensor, scale: float, total: Tensor, factor: Tensor) -> Tensor:
-    a = (scale * n).sub_(total).exp_().mul_(factor)
-    return a.masked_fill_(_is_own(rows, len(n)), 0)
-
-
-def _into_both(a: Tensor, cos: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """What meets the centres in the embeddings' gradient, and how far each centre's own is along
-    the centre."""
-    return a * inverse, (a * cos).sum(1, keepdim=True).mul_(-inverse)
-
-
-def _gradient_plain(
+def _gradient_of_others(
     product: Tensor, inverse: Tensor, rows: Tensor, scale: float, total: Tensor, factor: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    cos = product.mul_(inverse)
-    a = _gradient(cos, rows, scale, total, factor)
-    return a, *_into_both(a, cos, inverse)
+) -> tuple[Tensor, Tensor]:
+    cos = product * inverse
+    a = (torch.exp(scale * cos - total) * factor).masked_fill(_is_own(product, rows), 0)
+    return a, (a * cos).sum(1, keepdim=True) * -inverse
 
 
 def _turn(block: Tensor, w: Tensor, along: Tensor, inverse: Tensor) -> None:
-    """Take from a gradient, in place, what is along its centre."""
-    # Divided by the length twice, as the square of a very short one is 0.
-    block.addcmul_(w, along).mul_(inverse)
+    block.copy_((block + w * along) * inverse)
+
+
+def _is_own(product: Tensor, rows: Tensor) -> Tensor:
+    return torch.arange(len(product), device=rows.device)[:, None] == rows
 
 
 @functools.cache
-def _kernels(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    return torch.compile(function) if compiled else function
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ of :class:`PairImages`.
 """
 
 import logging
-import multiprocessing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -255,7 +254,6 @@ class SyntheticData(FaceDataModule):
         super().__init__(**common)
         self.num_identities, self.images_per_identity = num_identities, images_per_identity
         self.verify_identities, self.verify_pairs = verify_identities, verify_pairs
-        self._drawn = False
 
     def faces(self) -> FaceDataset:
         return SyntheticFaces(self.num_identities, self.images_per_identity)
@@ -266,23 +264,6 @@ class SyntheticData(FaceDataModule):
         people, images = self.verify_identities, self.images_per_identity
         pairs = synthetic_pairs(self.verify_pairs, people, images, 0, self.num_identities, True)
         return self.faces(), {"synthetic": pairs}
-
-    def train_dataloader(self) -> FaceLoader | CombinedLoader:
-        """Without workers draw the faces first: by all cores, where a step would wait for one."""
-        loader, processes, faces = (
-            super().train_dataloader(),
-            torch.get_num_threads(),
-            self.train_set,
-        )
-        forks = multiprocessing.get_start_method() == "fork"  # else they would draw for themselves
-        if not self._drawn and not self.num_workers and processes > 1 and forks:
-            self._drawn = True
-            if isinstance(faces, SyntheticFaces) and faces.kept:
-                logger.info("drawing %d synthetic faces", len(faces))
-                with torch.random.fork_rng(devices=[]):
-                    for _ in FaceLoader(faces, self.batch_size, EpochSampler(faces), processes):
-                        pass
-        return loader
 
 
 class FaceData(FaceDataModule):

@@ -1,7 +1,6 @@
 """Data modules hand a trainer the right batches in the right order, and refuse what cannot work."""
 
 import logging
-import multiprocessing
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,8 +26,6 @@ from fastface_lightning.data import (
     epoch_permutation,
     synthetic_pairs,
 )
-from fastface_lightning.data.datasets import synthetic
-from fastface_lightning.data.datasets.synthetic_faces import draw_face
 
 Tree = Callable[..., Path]
 
@@ -113,27 +110,6 @@ def test_synthetic_data_verifies_on_other_people() -> None:
 def verified_on(data: FaceData) -> set[int]:
     """Numbers of the people in the tree whose images are verified on."""
     return set(data.sets["held_out"].images[:, 0, 0, 0].tolist())
-
-
-@pytest.mark.skipif(
-    multiprocessing.get_start_method() != "fork", reason="processes share no images"
-)
-def test_all_cores_draw_synthetic_faces_where_no_worker_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Without using up random numbers of the run."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    data = SyntheticData(6, 4, verify_pairs=0, batch_size=8)
-    data.setup()
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    data.train_dataloader()
-    assert torch.equal(torch.rand(1), expected)
-    monkeypatch.setattr(synthetic, "draw_face", None)
-    for index in range(24):
-        face, _ = data.train_set[index]
-        assert torch.equal(face, torch.from_numpy(draw_face(0, index // 4, index % 4)))
 
 
 def test_folder_data_verifies_on_people_it_does_not_train_on(tree: Tree) -> None:

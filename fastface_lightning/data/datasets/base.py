@@ -160,7 +160,7 @@ class FaceDataset(Dataset[tuple[Tensor, int]], ABC):
                     "skipping bad image %d of at most %d: %s", count, self.max_bad, error
                 )
             i = (i + 1) % len(self)
-            if i == index:
+            if i == index % len(self):
                 raise ValueError(f"none of the {len(self)} images in {self} can be read")
 
     def bad_images(self) -> list[str]:

@@ -35,9 +35,6 @@ class SyntheticFaces(FaceDataset):
         first_identity: number of the first person, at least 0; the last must be below 2**32.
         size: side of the square pictures, pixels, in [16, 4096].
 
-    Attributes:
-        kept: whether images are kept.
-
     Raises:
         ValueError: an argument is outside its range.
     """
@@ -65,8 +62,7 @@ class SyntheticFaces(FaceDataset):
         labels = np.repeat(np.arange(num_identities, dtype=np.int32), images_per_identity)
         self._hold(names, labels)
         self._pictures: Tensor | None = None
-        self.kept = len(self) * 3 * size * size <= _machine_memory() // 4
-        if self.kept:
+        if len(self) * 3 * size * size <= _machine_memory() // 4:
             # An anonymous mapping is shared by fork, needs no room in /dev/shm, and takes memory
             # only where it is written. Two workers may draw one image: they write the same bytes.
             self._is_kept = torch.frombuffer(mmap(-1, len(self)), dtype=torch.uint8)
