@@ -30,8 +30,9 @@ class PartialClassifier(ChunkedClassifier):
     of them, and N is the number of all processes' images.
 
     Args:
-        num_classes, embedding_size, margin, scale, interclass_filter, chunk, products, shard,
-            compile: as :class:`ChunkedClassifier`.
+        num_classes, embedding_size, margin, scale, interclass_filter, chunk: as
+            :class:`ChunkedClassifier`.
+        products, shard, compile: likewise.
         rate: r, share of the classes in a step, in (0, 1]; 0.1 is the paper's.
 
     References:
