@@ -490,6 +490,30 @@ def test_weights_that_others_change_after_fit_are_judged_and_saved_as_they_are(
         callback.copy_to(module)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:.*changed after fit")
+def test_ddp_that_writes_the_weights_anew_changes_none(tmp_path: Path) -> None:
+    """As at the start of an evaluation, and of another fit; what others change is told."""
+
+    def check(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = str(rank)
+        callback = WeightAverage(window=0.4)
+        module, trainer = fit(tmp_path, callback, strategy="ddp", devices=1, max_epochs=1)
+        for _ in range(2):
+            trainer.validate(module, loader(1), verbose=False)
+            assert same(module.judged[-1], averaged(callback), floats=True)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, loader())
+        assert_is(averaged(callback), twin(module.raw, lambda n: 0.4 * n))
+        loaded(module)
+        with pytest.warns(UserWarning, match="changed after fit"):
+            trainer.validate(module, loader(1), verbose=False)
+        assert same(module.judged[-1], weights_of(module))
+
+    (tmp_path / "meet").mkdir()
+    on_ranks(check, tmp_path / "meet", ranks=1)
+
+
 def test_a_second_fit_of_changed_weights_averages_these_alone(tmp_path: Path) -> None:
     callback, module = WeightAverage(window=0.9), Net()
     _, trainer = fit(tmp_path, callback, module=module, max_epochs=1)
