@@ -14,10 +14,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def meeting_place() -> Iterator[None]:
-    """ddp_spawn leaves its MASTER_PORT to the next run here, and by then it may be taken."""
+def launched() -> Iterator[None]:
+    """Lightning's launchers leave to the next run what tells a process that it is a rank: one with
+    two would wait for the other, at a port that may be taken by then."""
     yield
-    os.environ.pop("MASTER_PORT", None)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
