@@ -135,9 +135,7 @@ def composed(model: str, classifier: str, device: torch.device, small: bool) -> 
         cfg = compose("train", chosen)
     resolve_device(cfg)
     torch.backends.cudnn.benchmark = cfg.trainer.benchmark  # as the trainer sets it
-    if (
-        cfg.classifier.get("chunk", 0) is None
-    ):  # as the first batch would choose, so that the plan knows
+    if cfg.classifier.get("chunk", 0) is None:  # as the first batch would, so that the plan knows
         cfg.classifier.chunk = chunk_that_fits(
             cfg.data.batch_size, cfg.model.embedding_size, device
         )

@@ -1,4 +1,4 @@
-"""The device of a test that runs on the CPU and, in the tier ``gpu``, on a GPU."""
+"""What of the machine a test needs: the CPU or, in the tier ``gpu``, a GPU; a C++ compiler."""
 
 import os
 import shutil

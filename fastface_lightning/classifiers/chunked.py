@@ -100,7 +100,12 @@ class ChunkedClassifier(CenterClassifier):
         if compile not in (True, False):
             raise ValueError(f"compile must be true or false, got {compile!r}")
         if compile and not Negatives(self.margin, interclass_filter).is_identity:
-            logger.warning("compile changes nothing here: margin or filter change the negatives")
+            logger.warning(
+                "compile is without effect where negatives are changed, got margin=%s and "
+                "interclass_filter=%s",
+                self.margin,
+                interclass_filter,
+            )
         has_parameters = any(True for _ in self.margin.parameters())
         if has_parameters and type(self.margin).negatives is not Margin.negatives:
             raise ValueError(

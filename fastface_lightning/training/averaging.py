@@ -107,7 +107,7 @@ class WeightAverage(Callback):
         self._of: LightningModule | None = None  # whose weights are averaged, and are to be judged
         self._seen: dict[str, Tensor] = {}  # these weights
         self._left: dict[str, Any] | None = None  # how they were left by a fit that is over
-        self._rewritten = False  # DDP has written to them since, what they are
+        self._rewritten = False  # by DDP since then, with what they are
         self._raw: dict[str, Tensor] | None = None  # while the average stands in the module
         self._start = self._updated = 0  # global steps: where it began, and of its last update
 
@@ -163,10 +163,11 @@ class WeightAverage(Callback):
     # Training ----------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._rewritten = False
-        self._look(pl_module)
-        kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-        self._rewritten = "DDPStrategy" in kinds
+        strategy, self._rewritten = trainer.strategy, False
+        kinds = {kind.__name__ for kind in type(strategy).__mro__}
+        if "DDPStrategy" in kinds:
+            self._look(pl_module)
+            self._rewritten = True
         if stage != "fit":
             return
         others = [c for kind in AVERAGING for c in callbacks_of(trainer, kind) if c is not self]
@@ -178,7 +179,6 @@ class WeightAverage(Callback):
                 "Lightning asks no callback for checkpoints of weights alone, which would hold the "
                 "raw ones: ModelCheckpoint needs save_weights_only=False, got True"
             )
-        strategy = trainer.strategy
         if SHARDING & kinds:
             raise MisconfigurationException(
                 f"WeightAverage needs whole weights on every rank, got {type(strategy).__name__}"
@@ -284,7 +284,7 @@ class WeightAverage(Callback):
 
     def _look(self, pl_module: LightningModule) -> None:
         """After ``fit``: the weights are as it left them."""
-        if self._rewritten:  # since setup: DDP sends every rank what rank 0 holds
+        if self._rewritten:  # since setup, where they were looked at: rank 0's, sent to every rank
             self._left, self._rewritten = self._left and _state(self._seen), False
         if self._has(pl_module) and self._left and self._left != _state(self._weights(pl_module)):
             self._drop("the weights were changed after fit")
